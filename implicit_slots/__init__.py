@@ -1,0 +1,1 @@
+"""Slot attention trained by implicit differentiation."""

@@ -1,0 +1,1 @@
+"""Where batches come from: the embedded scenes and files on disk."""

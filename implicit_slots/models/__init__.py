@@ -1,0 +1,1 @@
+"""Flax NNX models built on the fixed-point solver core."""
