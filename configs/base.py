@@ -1,0 +1,156 @@
+"""Every key, its meaning and its default: SLATE as published, trained implicitly.
+
+Other files set what they change. The values are those of the ShapeStacks set-up of
+Singh et al. 2022 (vocabulary, widths, rates: from memory) with the slots, iterations
+and resolution that Chang et al. 2022 state.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config(name: str, data: ConfigDict) -> ConfigDict:
+    """Returns the default configuration of a run.
+
+    Args:
+      name: the run's name; its workdir is runs/<name> unless told otherwise.
+      data: the data section, from one of the functions below.
+    """
+    config = ConfigDict()
+    config.name = name
+    config.seed = 0
+    config.num_steps = 250_000
+    config.batch_size = 50  # over all devices
+
+    config.model = ConfigDict()
+    config.model.name = "slate"
+    config.model.vocab_size = 4096
+    config.model.dvae_features = 64
+    config.model.width = 192
+    config.model.num_blocks = 8
+    config.model.num_heads = 8
+    config.model.dropout = 0.1
+    config.model.hard = False  # straight-through one-hot dVAE tokens
+    config.model.num_slots = 12
+    config.model.slot_size = 192
+    config.model.slot_mlp_size = 192
+    config.model.slot_heads = 1
+    config.model.epsilon = 1e-8  # added to the attention before normalising over inputs
+    config.model.initial_slots = "gaussian"  # or "learned"
+    config.model.straight_through = False  # trains the initial slots' parameters
+    config.model.solver = ConfigDict()
+    config.model.solver.name = "picard"
+    config.model.solver.max_steps = 7
+    config.model.solver.rtol = 0.0
+    config.model.solver.atol = 0.0
+    config.model.solver.damping = 1.0
+    config.model.adjoint = ConfigDict()
+    config.model.adjoint.name = "neumann"  # or "unrolled"
+    config.model.adjoint.terms = 1  # neumann: how many powers of J
+    config.model.adjoint.remat = False  # unrolled: recompute instead of storing
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 3e-4  # peak, of everything but the dVAE
+    config.optimizer.dvae_learning_rate = 3e-4
+    config.optimizer.warmup_steps = 30_000  # linear; the dVAE has none
+    config.optimizer.schedule = "constant"  # or "cosine" to 0 at num_steps
+    config.optimizer.clip_max_norm = placeholder(float)  # ∞-norm; None: no clipping
+    config.optimizer.clip_max_norm = 1.0
+
+    config.temperature = ConfigDict()  # of the Gumbel-softmax: a cosine
+    config.temperature.start = 1.0
+    config.temperature.end = 0.1
+    config.temperature.steps = 30_000
+
+    config.data = data
+
+    # In steps. Logged training values are means since the last logged step.
+    config.log_every = 100
+    config.validate_every = 5_000
+    config.draw_every = 5_000
+    config.checkpoint_every = 5_000
+    config.keep_checkpoints = 3
+    config.num_pictures = 8  # rows of the reconstruction grid
+    return config
+
+
+def scenes() -> ConfigDict:
+    """Data section: the embedded procedural scenes."""
+    data = ConfigDict()
+    data.name = "scenes"
+    data.resolution = 96
+    data.train_size = 50_000
+    data.validation_size = 512
+    data.test_size = 1_024
+    data.seed = 0  # of the data set, not of the run
+    data.min_objects = 3
+    data.max_objects = 6
+    data.with_masks = False  # also for the training images
+    data.cache = "runs/cache"  # keeps what was rendered; empty: memory only
+    return data
+
+
+def folder() -> ConfigDict:
+    """Data section: a folder of images, with masks and attributes if there are some."""
+    data = ConfigDict()
+    data.name = "folder"
+    data.path = ""
+    data.resolution = 96
+    data.crop = "center"
+    data.validation_fraction = 0.05
+    data.test_fraction = 0.05
+    data.max_objects = 10
+    data.skip_unreadable = False
+    return data
+
+
+def set_variant(config: ConfigDict, variant: str | None) -> ConfigDict:
+    """Applies the variants that every configuration has, and names the run by them.
+
+    Args:
+      config: the configuration of the file.
+      variant: what follows the colon in --config=FILE:variant. "implicit" (the
+        default), "vanilla" (back-propagation through the iterations) or "smoke"
+        (seconds: a test that everything works, not a model).
+
+    Raises:
+      ValueError: if there is no such variant.
+    """
+    if variant in (None, "", "implicit"):
+        return config
+    if variant == "vanilla":
+        config.model.adjoint.name = "unrolled"
+    elif variant == "smoke":
+        set_smoke(config)
+    else:
+        raise ValueError(
+            f"variant must be one of implicit, vanilla, smoke, got {variant!r}"
+        )
+    config.name = f"{config.name}-{variant}"
+    return config
+
+
+def set_smoke(config: ConfigDict) -> None:
+    """Shrinks a configuration until it runs in seconds on one core."""
+    config.num_steps = 20
+    config.batch_size = 8
+    config.model.update(
+        vocab_size=16,
+        dvae_features=8,
+        width=16,
+        num_blocks=1,
+        num_heads=2,
+        num_slots=3,
+        slot_size=16,
+        slot_mlp_size=16,
+    )
+    config.data.resolution = 16
+    if config.data.name == "scenes":
+        config.data.update(train_size=64, validation_size=16, test_size=16)
+    config.update(
+        log_every=10,
+        validate_every=20,
+        draw_every=20,
+        checkpoint_every=10,
+        num_pictures=4,
+    )

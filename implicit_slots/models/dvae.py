@@ -1,0 +1,173 @@
+"""The discrete VAE of SLATE: images to tokens of a small vocabulary, and back."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from implicit_slots.models import layers
+
+# Pixels per token along each side: fixed by the architecture.
+STRIDE = 4
+
+
+class Block(nnx.Module):
+    """Convolution without bias, then group norm with one group, then ReLU.
+
+    A 1x1 convolution is a dense layer, which is what runs fastest.
+
+    Args:
+      in_features: channels that come in.
+      out_features: channels that go out.
+      kernel_size: 1 or 3 (padded to keep the size).
+      rngs: source of the initial parameters.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        kernel_size: int = 1,
+        rngs: nnx.Rngs,
+    ):
+        init = layers.kaiming_uniform
+        if kernel_size == 1:
+            self.convolution = layers.linear(
+                in_features, out_features, bias=False, kernel_init=init, rngs=rngs
+            )
+        else:
+            self.convolution = nnx.Conv(
+                in_features,
+                out_features,
+                (kernel_size, kernel_size),
+                padding="SAME",
+                use_bias=False,
+                kernel_init=init,
+                rngs=rngs,
+            )
+        self.norm = nnx.GroupNorm(
+            out_features,
+            num_groups=1,
+            epsilon=layers.NORM_EPSILON,
+            use_fast_variance=False,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, x: Float[Array, "batch height width in_features"]
+    ) -> Float[Array, "batch height width out_features"]:
+        """Maps a grid of features to a grid of the same size."""
+        return nnx.relu(self.norm(self.convolution(x)))
+
+
+class DVAE(nnx.Module):
+    """Encoder to log-probabilities over the vocabulary, decoder from (relaxed) tokens.
+
+    Args:
+      vocab_size: number of tokens.
+      features: channels of every hidden layer (64 in SLATE).
+      rngs: source of the initial parameters.
+    """
+
+    def __init__(self, vocab_size: int, *, features: int = 64, rngs: nnx.Rngs):
+        self.encoder = nnx.Sequential(
+            # The 4x4 convolution of stride 4, as a dense layer on patches.
+            Block(STRIDE * STRIDE * 3, features, rngs=rngs),
+            *[Block(features, features, rngs=rngs) for _ in range(6)],
+            layers.linear(features, vocab_size, rngs=rngs),
+        )
+        self.decoder = nnx.Sequential(
+            Block(vocab_size, features, rngs=rngs),
+            *self._upsample(features, rngs),
+            *self._upsample(features, rngs),
+            layers.linear(features, 3, rngs=rngs),
+        )
+
+    @staticmethod
+    def _upsample(features: int, rngs: nnx.Rngs) -> list:
+        return [
+            Block(features, features, kernel_size=3, rngs=rngs),
+            Block(features, features, rngs=rngs),
+            Block(features, features, rngs=rngs),
+            Block(features, 4 * features, rngs=rngs),
+            pixel_shuffle,
+        ]
+
+    def encode(
+        self, image: Float[Array, "batch height width 3"]
+    ) -> Float[Array, "batch rows columns vocab"]:
+        """Returns log-probabilities of each token, one token per 4x4 pixels.
+
+        Raises:
+          ValueError: if the image size is not divisible by four.
+        """
+        return nnx.log_softmax(self.encoder(patches(image)), axis=-1)
+
+    def decode(
+        self, tokens: Float[Array, "batch rows columns vocab"]
+    ) -> Float[Array, "batch height width 3"]:
+        """Returns the image of one-hot or relaxed tokens; not clipped to [0, 1]."""
+        return self.decoder(tokens)
+
+    def decode_ids(
+        self, ids: Int[Array, "batch rows columns"]
+    ) -> Float[Array, "batch height width 3"]:
+        """Returns the image of token ids in 0 … vocab − 1."""
+        vocab_size = self.decoder.layers[0].convolution.in_features
+        return self.decode(nnx.one_hot(ids, vocab_size))
+
+
+def patches(
+    image: Float[Array, "batch height width channels"],
+) -> Float[Array, "batch rows columns patch"]:
+    """Returns the non-overlapping 4x4 patches, flattened as (row, column, channel)."""
+    batch, height, width, channels = image.shape
+    if height % STRIDE or width % STRIDE:
+        raise ValueError(
+            f"the image size must be divisible by {STRIDE}, got {height}x{width}"
+        )
+    grid = image.reshape(
+        batch, height // STRIDE, STRIDE, width // STRIDE, STRIDE, channels
+    )
+    return grid.swapaxes(2, 3).reshape(
+        batch, height // STRIDE, width // STRIDE, STRIDE * STRIDE * channels
+    )
+
+
+def pixel_shuffle(
+    x: Float[Array, "batch height width features"],
+) -> Float[Array, "batch double_height double_width quarter"]:
+    """Moves groups of four channels into 2x2 pixels, in PyTorch's channel order."""
+    batch, height, width, features = x.shape
+    # PyTorch's input channel is c·4 + row·2 + column.
+    x = x.reshape(batch, height, width, features // 4, 2, 2)
+    x = x.transpose(0, 1, 4, 2, 5, 3)
+    return x.reshape(batch, 2 * height, 2 * width, features // 4)
+
+
+def gumbel_softmax(
+    log_probs: Float[Array, "*grid vocab"],
+    temperature: Float[Array, ""] | float,
+    key: Key[Array, ""],
+    *,
+    hard: bool = False,
+) -> Float[Array, "*grid vocab"]:
+    """Returns softmax((log p + g) / τ) for Gumbel noise g.
+
+    With `hard` the value is one-hot and the gradient that of the soft sample
+    (straight-through).
+    """
+    noise = jax.random.gumbel(key, log_probs.shape, log_probs.dtype)
+    soft = nnx.softmax((log_probs + noise) / temperature, axis=-1)
+    if not hard:
+        return soft
+    one_hot = nnx.one_hot(soft.argmax(axis=-1), soft.shape[-1], dtype=soft.dtype)
+    return soft + jax.lax.stop_gradient(one_hot - soft)
+
+
+def sample_tokens(
+    log_probs: Float[Array, "*grid vocab"], key: Key[Array, ""]
+) -> Int[Array, "*grid"]:
+    """Draws token ids: the hard Gumbel sample, which no temperature changes."""
+    return jax.random.categorical(key, log_probs, axis=-1)

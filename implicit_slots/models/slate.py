@@ -1,0 +1,254 @@
+"""SLATE: discrete VAE, slot attention over its tokens, autoregressive decoder.
+
+Singh, Deng, Ahn 2022 (arXiv 2110.11405), as in the official code. Its loss is a sum
+over pixels and tokens, not a mean: see `SlateOutput`.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from implicit_slots.fixed_point import Adjoint, Picard, Stats
+from implicit_slots.models import layers
+from implicit_slots.models.dvae import (
+    DVAE,
+    STRIDE,
+    gumbel_softmax,
+    sample_tokens,
+)
+from implicit_slots.models.slot_attention import SlotAttention, SlotsOutput
+from implicit_slots.models.transformer import TransformerDecoder
+
+# The token that begins every sequence; image tokens are shifted by one.
+BOS = 0
+
+
+class SlateOutput(NamedTuple):
+    """What a training or validation pass returns, per example.
+
+    Attributes:
+      losses: "mse", the dVAE's squared error summed over pixels and channels (images
+        in [0, 1]), and "cross_entropy", the decoder's, summed over the tokens, in
+        nats. The training loss is the sum of the two, averaged over the batch.
+      reconstruction: the dVAE's image from relaxed tokens.
+      attention: each slot's share of each token; sums to one over slots.
+      stats: of the slots' forward solve.
+    """
+
+    losses: dict[str, Float[Array, " batch"]]
+    reconstruction: Float[Array, "batch height width 3"]
+    attention: Float[Array, "batch slots rows columns"]
+    stats: Stats
+
+
+class Reconstruction(NamedTuple):
+    """An image taken apart and rendered again, without noise in the tokens.
+
+    Attributes:
+      dvae: the image from its own most probable tokens, in [0, 1].
+      slots: the image from tokens that the decoder generated from the slots alone.
+      attention: each slot's share of each token; sums to one over slots.
+    """
+
+    dvae: Float[Array, "batch height width 3"]
+    slots: Float[Array, "batch height width 3"]
+    attention: Float[Array, "batch slots rows columns"]
+
+
+class SLATE(nnx.Module):
+    """The whole model, for square images of one resolution.
+
+    Args:
+      resolution: image side in pixels, divisible by four.
+      vocab_size: number of dVAE tokens.
+      dvae_features: channels of the dVAE's hidden layers.
+      width: features of a token in slot encoder and decoder.
+      num_blocks: decoder blocks.
+      num_heads: decoder attention heads.
+      dropout: rate in the decoder and on the embedded tokens.
+      hard: reconstruct from straight-through one-hot instead of relaxed tokens.
+      num_slots: how many slots.
+      slot_size: width of a slot.
+      slot_mlp_size: hidden width of slot attention's MLP.
+      slot_heads: slot attention heads.
+      epsilon: of slot attention's normalisation over inputs.
+      initial_slots: see `SlotAttention`.
+      straight_through: see `SlotAttention`.
+      solver: how to iterate slot attention.
+      adjoint: how to differentiate it.
+      rngs: source of the initial parameters.
+    """
+
+    def __init__(
+        self,
+        *,
+        resolution: int,
+        vocab_size: int,
+        dvae_features: int,
+        width: int,
+        num_blocks: int,
+        num_heads: int,
+        dropout: float,
+        hard: bool,
+        num_slots: int,
+        slot_size: int,
+        slot_mlp_size: int,
+        slot_heads: int,
+        epsilon: float,
+        initial_slots: Literal["gaussian", "learned"],
+        straight_through: bool,
+        solver: Picard,
+        adjoint: Adjoint,
+        rngs: nnx.Rngs,
+    ):
+        if resolution < STRIDE or resolution % STRIDE:
+            raise ValueError(
+                f"the image size must be divisible by {STRIDE}, got {resolution}"
+            )
+        self.side = resolution // STRIDE
+        self.dropout = dropout
+        self.hard = hard
+        self.dvae = DVAE(vocab_size, features=dvae_features, rngs=rngs)
+        self.embedding = nnx.Embed(
+            vocab_size + 1,
+            width,
+            embedding_init=nnx.initializers.normal(1.0),
+            rngs=rngs,
+        )
+        self.positions = nnx.Param(
+            nnx.initializers.truncated_normal(1.0)(
+                rngs.params(), (1 + self.side**2, width)
+            )
+        )
+        self.encoder_norm = layers.layer_norm(width, rngs=rngs)
+        self.encoder_mlp = layers.MLP(width, width, rngs=rngs)
+        self.slot_attention = SlotAttention(
+            width,
+            num_slots=num_slots,
+            slot_size=slot_size,
+            mlp_size=slot_mlp_size,
+            num_heads=slot_heads,
+            epsilon=epsilon,
+            initial_slots=initial_slots,
+            straight_through=straight_through,
+            solver=solver,
+            adjoint=adjoint,
+            rngs=rngs,
+        )
+        self.slot_projection = layers.linear(slot_size, width, bias=False, rngs=rngs)
+        self.decoder = TransformerDecoder(
+            num_blocks, width, num_heads, dropout=dropout, rngs=rngs
+        )
+        self.out = layers.linear(width, vocab_size, bias=False, rngs=rngs)
+
+    def __call__(
+        self,
+        image: Float[Array, "batch height width 3"],
+        *,
+        temperature: Float[Array, ""] | float,
+        key: Key[Array, ""],
+        deterministic: bool = False,
+    ) -> SlateOutput:
+        """Returns the losses of a batch of images in [0, 1].
+
+        Args:
+          image: the images.
+          temperature: of the Gumbel-softmax.
+          key: for Gumbel noise, initial slots and dropout.
+          deterministic: no dropout; the other noise stays.
+        """
+        key_relaxed, key_hard, key_slots, key_embed, key_decoder = jax.random.split(
+            key, 5
+        )
+        log_probs = self.dvae.encode(image)
+        relaxed = gumbel_softmax(log_probs, temperature, key_relaxed, hard=self.hard)
+        reconstruction = self.dvae.decode(relaxed)
+        mse = jnp.sum((image - reconstruction) ** 2, axis=(1, 2, 3))
+
+        # A second, independent sample; the transformer never trains the dVAE.
+        targets = sample_tokens(jax.lax.stop_gradient(log_probs), key_hard)
+        targets = targets.reshape(len(image), -1)
+        embedded = layers.dropout(
+            self.embed(with_bos(targets)),
+            self.dropout,
+            None if deterministic else key_embed,
+        )
+        slots = self.attend(embedded[:, 1:], key_slots)
+        logits = self.decode(
+            embedded[:, :-1], slots.slots, key=None if deterministic else key_decoder
+        )
+        log_likelihood = jnp.take_along_axis(
+            nnx.log_softmax(logits, axis=-1), targets[..., None], axis=-1
+        )
+        losses = {"mse": mse, "cross_entropy": -log_likelihood.sum(axis=(1, 2))}
+        return SlateOutput(
+            losses, reconstruction, self._on_grid(slots.attention), slots.stats
+        )
+
+    def embed(
+        self, tokens: Int[Array, "batch tokens"]
+    ) -> Float[Array, "batch tokens dim"]:
+        """Embeds a sequence that begins with BOS, with its positions."""
+        return self.embedding(tokens) + self.positions[None, : tokens.shape[1]]
+
+    def attend(
+        self, embedded: Float[Array, "batch tokens dim"], key: Key[Array, ""]
+    ) -> SlotsOutput:
+        """Returns the slots of embedded image tokens (without BOS)."""
+        inputs = self.encoder_mlp(self.encoder_norm(embedded))
+        return self.slot_attention(
+            inputs, self.slot_attention.initial(len(inputs), key)
+        )
+
+    def decode(
+        self,
+        embedded: Float[Array, "batch tokens dim"],
+        slots: Float[Array, "batch slots slot_dim"],
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "batch tokens vocab"]:
+        """Returns logits of the token that follows each token."""
+        return self.out(self.decoder(embedded, self.slot_projection(slots), key=key))
+
+    def generate(
+        self, slots: Float[Array, "batch slots slot_dim"]
+    ) -> Int[Array, "batch rows columns"]:
+        """Generates image token ids from slots alone, greedily, one by one."""
+        memory = self.slot_projection(slots)
+
+        def extend(tokens, position):
+            features = self.decoder(self.embed(tokens), memory)
+            following = self.out(features[:, position]).argmax(axis=-1)
+            # The decoder is causal, so what lies past the position does not matter.
+            return tokens.at[:, position + 1].set(following + 1, mode="drop"), following
+
+        start = jnp.full((len(slots), self.side**2), BOS, jnp.int32)
+        _, ids = jax.lax.scan(extend, start, jnp.arange(self.side**2))
+        return ids.T.reshape(len(slots), self.side, self.side)
+
+    def reconstruct(
+        self, image: Float[Array, "batch height width 3"], *, key: Key[Array, ""]
+    ) -> Reconstruction:
+        """Reconstructs images in [0, 1] through the dVAE and through the slots.
+
+        The key draws the initial slots.
+        """
+        ids = self.dvae.encode(image).argmax(axis=-1)
+        embedded = self.embed(with_bos(ids.reshape(len(image), -1)))
+        slots = self.attend(embedded[:, 1:], key)
+        return Reconstruction(
+            jnp.clip(self.dvae.decode_ids(ids), 0, 1),
+            jnp.clip(self.dvae.decode_ids(self.generate(slots.slots)), 0, 1),
+            self._on_grid(slots.attention),
+        )
+
+    def _on_grid(self, attention: jax.Array) -> jax.Array:
+        return attention.reshape(*attention.shape[:2], self.side, self.side)
+
+
+def with_bos(ids: Int[Array, "batch tokens"]) -> Int[Array, "batch longer"]:
+    """Shifts image token ids by one and puts BOS before them."""
+    return jnp.pad(ids + 1, ((0, 0), (1, 0)), constant_values=BOS)

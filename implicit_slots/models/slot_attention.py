@@ -1,0 +1,214 @@
+"""Slot attention as a fixed point: the step is the map f, the module solves it.
+
+Locatello et al. 2020 (arXiv 2006.15055), with heads as in official SLATE;
+differentiated as in Chang, Griffiths, Levine 2022 (arXiv 2207.00787).
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key, PyTree
+
+from implicit_slots.fixed_point import Adjoint, Picard, Stats, Unrolled, fixed_point
+from implicit_slots.models import layers
+
+
+class SlotAttentionStep(nnx.Module):
+    """One iteration: the map f whose fixed point the slots are.
+
+    Args:
+      slot_size: width of a slot.
+      mlp_size: hidden width of the residual MLP.
+      num_heads: attention heads; must divide `slot_size`.
+      epsilon: added to the attention before it is normalised over the inputs.
+      rngs: source of the initial parameters.
+    """
+
+    def __init__(
+        self,
+        slot_size: int,
+        mlp_size: int,
+        *,
+        num_heads: int = 1,
+        epsilon: float = 1e-8,
+        rngs: nnx.Rngs,
+    ):
+        self.num_heads = num_heads
+        self.epsilon = epsilon
+        self.norm_slots = layers.layer_norm(slot_size, rngs=rngs)
+        self.project_q = layers.linear(slot_size, slot_size, bias=False, rngs=rngs)
+        self.gru = layers.GRUCell(slot_size, rngs=rngs)
+        self.norm_mlp = layers.layer_norm(slot_size, rngs=rngs)
+        self.mlp = layers.MLP(slot_size, mlp_size, rngs=rngs)
+
+    def __call__(
+        self,
+        keys: Float[Array, "batch inputs heads head_dim"],
+        values: Float[Array, "batch inputs heads head_dim"],
+        slots: Float[Array, "batch slots dim"],
+    ) -> tuple[Float[Array, "batch slots dim"], Float[Array, "batch slots inputs"]]:
+        """Returns the next slots and the attention that made them.
+
+        The attention is summed over the heads: over slots it sums to one.
+        """
+        queries = self.project_q(self.norm_slots(slots))
+        queries = queries.reshape(*queries.shape[:-1], self.num_heads, -1)
+        logits = jnp.einsum("bnhd,bkhd->bnhk", keys, queries)
+        # Softmax over slots x heads jointly, as official SLATE; SAVi does it per head.
+        joint = nnx.softmax(logits.reshape(*logits.shape[:2], -1), axis=-1)
+        attention = joint.reshape(logits.shape)
+        weights = attention + self.epsilon
+        weights = weights / weights.sum(axis=1, keepdims=True)
+        updates = jnp.einsum("bnhk,bnhd->bkhd", weights, values)
+        slots = self.gru(updates.reshape(slots.shape), slots)
+        slots = slots + self.mlp(self.norm_mlp(slots))
+        return slots, attention.sum(axis=2).swapaxes(1, 2)
+
+
+@dataclass(frozen=True)
+class StepFunction:
+    """`SlotAttentionStep` as a pure f(params, x, z) for `fixed_point`.
+
+    It compares by the module's structure and holds no array, so nothing traced is
+    closed over.
+    """
+
+    graphdef: nnx.GraphDef
+
+    def __call__(
+        self, params: PyTree, x: PyTree, slots: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Applies the step with `params` to the keys and values in `x`."""
+        keys, values = x
+        return nnx.merge(self.graphdef, params)(keys, values, slots)
+
+
+class SlotsOutput(NamedTuple):
+    """What slot attention returns.
+
+    Attributes:
+      slots: the slots.
+      attention: of the last application, summed over heads; sums to one over slots.
+      stats: of the forward solve, per example.
+    """
+
+    slots: Float[Array, "batch slots dim"]
+    attention: Float[Array, "batch slots inputs"]
+    stats: Stats
+
+
+class SlotAttention(nnx.Module):
+    """Initial slots, then the fixed point of `SlotAttentionStep`.
+
+    Args:
+      input_size: width of an input.
+      num_slots: how many slots.
+      slot_size: width of a slot.
+      mlp_size: hidden width of the step's MLP.
+      num_heads: attention heads; must divide `slot_size`.
+      epsilon: see `SlotAttentionStep`.
+      initial_slots: "gaussian" draws each slot from one Gaussian whose mean and
+        log-scale are parameters; "learned" starts each slot from its own vector.
+      straight_through: add z0 − stop_gradient(z0) to the result, so that the initial
+        slots' parameters are trained (Jia et al. 2023, BO-QSA). Implicit adjoints
+        give z0 exactly no gradient otherwise.
+      solver: how to iterate.
+      adjoint: how to differentiate.
+      rngs: source of the initial parameters.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        *,
+        num_slots: int,
+        slot_size: int,
+        mlp_size: int,
+        num_heads: int,
+        epsilon: float,
+        initial_slots: Literal["gaussian", "learned"],
+        straight_through: bool,
+        solver: Picard,
+        adjoint: Adjoint,
+        rngs: nnx.Rngs,
+    ):
+        if num_slots < 1:
+            raise ValueError(f"num_slots must be at least 1, got {num_slots}")
+        if num_heads < 1 or slot_size % num_heads:
+            raise ValueError(
+                f"slot_size must be a multiple of the slot heads, got {slot_size} "
+                f"and {num_heads}"
+            )
+        implicit = not isinstance(adjoint, Unrolled)
+        if initial_slots == "learned" and implicit and not straight_through:
+            raise ValueError(
+                "learned initial slots get no gradient from an implicit adjoint: set "
+                "straight_through=True"
+            )
+        self.num_slots = num_slots
+        self.num_heads = num_heads
+        self.head_scale = (slot_size // num_heads) ** -0.5
+        self.straight_through = straight_through
+        self.solver = solver
+        self.adjoint = adjoint
+        self.norm_inputs = layers.layer_norm(input_size, rngs=rngs)
+        self.project_k = layers.linear(input_size, slot_size, bias=False, rngs=rngs)
+        self.project_v = layers.linear(input_size, slot_size, bias=False, rngs=rngs)
+        self.step = SlotAttentionStep(
+            slot_size, mlp_size, num_heads=num_heads, epsilon=epsilon, rngs=rngs
+        )
+        if initial_slots == "gaussian":
+            # PyTorch's Xavier bound for a [1, 1, D] tensor is √(6 / (D + D)).
+            bound = (3 / slot_size) ** 0.5
+            draw = nnx.initializers.uniform(2 * bound)
+            shape = (1, 1, slot_size)
+            self.slot_mean = nnx.Param(draw(rngs.params(), shape) - bound)
+            self.slot_log_scale = nnx.Param(draw(rngs.params(), shape) - bound)
+        elif initial_slots == "learned":
+            vectors = layers.xavier_uniform()(rngs.params(), (num_slots, slot_size))
+            self.slot_vectors = nnx.Param(vectors)
+        else:
+            raise ValueError(
+                f'initial_slots must be "gaussian" or "learned", got {initial_slots!r}'
+            )
+
+    def initial(
+        self, batch: int, key: Key[Array, ""]
+    ) -> Float[Array, "batch slots dim"]:
+        """Returns z0; the key is read by Gaussian initial slots alone."""
+        if hasattr(self, "slot_vectors"):
+            vectors = self.slot_vectors[...]
+            return jnp.broadcast_to(vectors, (batch, *vectors.shape))
+        mean, log_scale = self.slot_mean[...], self.slot_log_scale[...]
+        noise = jax.random.normal(key, (batch, self.num_slots, mean.shape[-1]))
+        return mean + jnp.exp(log_scale) * noise
+
+    def __call__(
+        self,
+        inputs: Float[Array, "batch inputs features"],
+        slots: Float[Array, "batch slots dim"],
+    ) -> SlotsOutput:
+        """Iterates from the given initial slots, usually `self.initial(...)`."""
+        inputs = self.norm_inputs(inputs)
+        keys = self._split_heads(self.project_k(inputs) * self.head_scale)
+        values = self._split_heads(self.project_v(inputs))
+        graphdef, params = nnx.split(self.step)
+        solution = fixed_point(
+            StepFunction(graphdef),
+            params,
+            (keys, values),
+            slots,
+            solver=self.solver,
+            adjoint=self.adjoint,
+            has_aux=True,
+        )
+        value = solution.value
+        if self.straight_through:
+            value = value + (slots - jax.lax.stop_gradient(slots))
+        return SlotsOutput(value, solution.aux, solution.stats)
+
+    def _split_heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], self.num_heads, -1)

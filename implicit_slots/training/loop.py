@@ -1,0 +1,215 @@
+"""The loop: batches through the step, and what is due at which step."""
+
+import dataclasses
+import functools
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from clu import metrics
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from implicit_slots import visualisation
+from implicit_slots.data import pipeline
+from implicit_slots.data.sources import Source
+from implicit_slots.training.checkpoint import Checkpoints
+from implicit_slots.training.sharding import shard_batch
+from implicit_slots.training.state import TrainState
+from implicit_slots.training.step import Steps, TrainMetrics
+from implicit_slots.training.writer import MetricWriter
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the loop needs beside the state.
+
+    Attributes:
+      config: the whole configuration.
+      workdir: where everything is written.
+      mesh: the devices.
+      steps: the compiled functions.
+      train: training data.
+      validation: held-out data.
+      checkpoints: of this workdir.
+      writer: of this workdir.
+    """
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    mesh: jax.sharding.Mesh
+    steps: Steps
+    train: Source
+    validation: Source
+    checkpoints: Checkpoints
+    writer: MetricWriter
+
+
+def train(run: Run, state: TrainState) -> TrainState:
+    """Trains from `state` to `config.num_steps`; returns the last state."""
+    config = run.config
+    start, end = int(state.step), config.num_steps
+    batches = pipeline.train_batches(
+        run.train, batch_size=config.batch_size, seed=config.seed, start_step=start
+    )
+    window: list[TrainMetrics] = []
+    clock = _Clock(start)
+    if start == 0:
+        draw(run, state, 0)
+    with _progress(start, end) as bar:
+        for step in range(start + 1, end + 1):
+            batch = {"image": next(batches)["image"]}
+            state, logged = run.steps.train(state, shard_batch(batch, run.mesh))
+            window.append(logged)
+            if step == start + 1:
+                jax.block_until_ready(state)
+                bar.write(f"first step done after {clock.restart(step):.1f} s")
+            if _due(step, config.log_every, end):
+                values = _mean(window)
+                values["steps_per_second"] = clock.rate(step)
+                run.writer.write(step, "train", values)
+                window = []
+                _say(bar, step, end, "train", values)
+            if _due(step, config.validate_every, end):
+                with clock.paused():
+                    values = validate(run, state, run.validation)
+                    run.writer.write(step, "validation", values)
+                    _say(bar, step, end, "validation", values)
+            if _due(step, config.draw_every, end):
+                with clock.paused():
+                    draw(run, state, step)
+            if _due(step, config.checkpoint_every, end):
+                run.checkpoints.save(state)
+            bar.update()
+    _close(batches)
+    return state
+
+
+def validate(run: Run, state: TrainState, source: Source) -> dict[str, float]:
+    """Returns the mean losses, and foreground ARI where there are masks."""
+    return _mean(
+        [
+            run.steps.validate(state.params, state.step, batch, number)
+            for number, batch in enumerate(_evaluation(run, source))
+        ]
+    )
+
+
+def score(run: Run, state: TrainState, source: Source) -> dict[str, float]:
+    """Returns the squared errors of the noise-free reconstructions.
+
+    "slot_mse" generates every token from the slots: it takes longer than `validate`.
+    """
+    return _mean(
+        [
+            run.steps.score(state.params, batch, number)
+            for number, batch in enumerate(_evaluation(run, source))
+        ]
+    )
+
+
+def draw(run: Run, state: TrainState, step: int) -> None:
+    """Saves the reconstruction grid of the first held-out images."""
+    count = min(run.config.num_pictures, len(run.validation))
+    examples = run.validation.batch(np.arange(count))
+    rendered = run.steps.reconstruct(state.params, examples["image"], 0)
+    picture = visualisation.reconstruction_grid(
+        examples["image"],
+        np.asarray(rendered.dvae),
+        np.asarray(rendered.slots),
+        np.asarray(rendered.attention),
+        examples.get("segmentation"),
+    )
+    folder = run.workdir / "images"
+    folder.mkdir(exist_ok=True)
+    visualisation.save_png(picture, folder / f"step_{step:08d}.png")
+    run.writer.write_image(step, "reconstructions", picture)
+
+
+def _evaluation(run: Run, source: Source) -> Iterator[dict]:
+    """Whole passes over a source, without what the metrics do not read."""
+    batches = pipeline.evaluation_batches(source, run.config.batch_size)
+    for batch in batches:
+        read = {
+            name: batch[name]
+            for name in ("image", "segmentation", "mask")
+            if name in batch
+        }
+        yield shard_batch(read, run.mesh)
+    _close(batches)
+
+
+def _close(batches: Iterator) -> None:
+    """Ends the reading threads, which would otherwise outlive their reader."""
+    close = getattr(batches, "close", None)
+    if close is not None:
+        close()
+
+
+def _due(step: int, every: int, end: int) -> bool:
+    return step % every == 0 or step == end
+
+
+def _mean(collections: Sequence[metrics.Collection]) -> dict[str, float]:
+    """Merges on the host, so that no step waits for a transfer before it is logged."""
+    merged = functools.reduce(lambda a, b: a.merge(b), jax.device_get(collections))
+    return {name: float(value) for name, value in merged.compute().items()}
+
+
+def _progress(start: int, end: int) -> tqdm:
+    """A bar on a terminal; elsewhere `_say` prints plain lines."""
+    return tqdm(
+        total=end,
+        initial=start,
+        unit="step",
+        dynamic_ncols=True,
+        disable=None,
+        file=sys.stderr,
+    )
+
+
+def _say(bar: tqdm, step: int, end: int, split: str, values: dict) -> None:
+    shown = ("loss", "mse", "cross_entropy", "fg_ari")
+    text = "  ".join(f"{n} {values[n]:.4g}" for n in shown if n in values)
+    rate = values.get("steps_per_second")
+    if bar.disable and rate:
+        text += f"  {rate:.1f} steps/s, {(end - step) / rate / 60:.1f} min left"
+    bar.write(f"step {step:>{len(str(end))}}/{end}  {split:<10} {text}")
+
+
+class _Clock:
+    """The step rate, without the time spent on anything but steps."""
+
+    def __init__(self, step: int):
+        self.restart(step)
+
+    def restart(self, step: int) -> float:
+        """Begins a new window; returns the seconds since the last one began."""
+        now = time.perf_counter()
+        passed = now - getattr(self, "_began", now)
+        self._began, self._step = now, step
+        return passed
+
+    def rate(self, step: int) -> float:
+        """Returns steps per second of the window, and begins a new one."""
+        steps = step - self._step
+        seconds = self.restart(step)
+        return steps / max(seconds, 1e-9)
+
+    def paused(self) -> "_Pause":
+        """Takes what happens in the context out of the window."""
+        return _Pause(self)
+
+
+class _Pause:
+    def __init__(self, clock: _Clock):
+        self._clock = clock
+
+    def __enter__(self):
+        self._entered = time.perf_counter()
+
+    def __exit__(self, *_):
+        self._clock._began += time.perf_counter() - self._entered

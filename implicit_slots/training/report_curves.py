@@ -1,0 +1,218 @@
+"""Curves of logged values as inline SVG, coloured by the page that they stand on."""
+
+import dataclasses
+import html
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from jaxtyping import Float, Int
+
+# Name → heading and meaning, in the order of the page. Other names follow by alphabet.
+METRICS: Mapping[str, tuple[str, str]] = {
+    "fg_ari": ("Foreground ARI", "agreement with the true masks; 1 same, 0 chance"),
+    "ari": ("ARI", "the same with the background; 1 same, 0 chance"),
+    "loss": ("Loss", "what is minimised"),
+    "mse": ("Squared error", "of the dVAE, relaxed tokens; summed over an image"),
+    "dvae_mse": (
+        "Squared error, dVAE",
+        "of the likeliest tokens; summed over an image",
+    ),
+    "slot_mse": (
+        "Squared error, slots",
+        "generated from the slots; summed over an image",
+    ),
+    "cross_entropy": ("Cross-entropy", "nats, summed over an image's tokens"),
+    "forward_residual": ("Forward residual", "‖f(z) - z‖ / ‖f(z)‖, last application"),
+    "backward_residual": ("Backward residual", "of the backward linear solve"),
+    "grad_norm_l2": ("Gradient, 2-norm", "of all parameters, before clipping"),
+    "grad_norm_inf": ("Gradient, ∞-norm", "largest entry, before clipping"),
+    "learning_rate": ("Learning rate", "of all parameters but the dVAE's"),
+    "temperature": ("Temperature", "of the Gumbel-softmax"),
+    "steps_per_second": ("Speed", "steps per second"),
+    "step": ("Steps", "updates of the parameters"),
+    "parameters": ("Parameters", "numbers that are trained"),
+    "wall_seconds": ("Time", "by the clock"),
+}
+
+BUCKETS = 240  # points of a curve; more records than that show as a band
+MAX_DOTS = 60  # validation points up to this number are dotted
+CONSTANT = 1e-3  # relative variation that is drawn as none
+LOG_RANGE = 100  # a curve of positive values that spans this factor is logarithmic
+
+# The plot's frame in the units of its viewBox.
+WIDTH, HEIGHT = 360, 190
+LEFT, RIGHT, TOP, BOTTOM = 48, 346, 10, 168
+
+Curve = tuple[Int[np.ndarray, " records"], Float[np.ndarray, " records"]]
+
+
+def panels(curves: Mapping[str, Mapping[str, Curve]]) -> str:
+    """One plot per metric, its splits on the same axes, in the order of `curves`.
+
+    Args:
+      curves: Per metric and split the steps, ascending, and the values, of which some
+        may not be finite.
+
+    Returns:
+      HTML: a legend and a `div` of panels. The page's CSS gives the colours.
+    """
+    splits = sorted({split for by_split in curves.values() for split in by_split})
+    legend = "".join(
+        f'<span class="{_kind(split)}">{html.escape(split)}</span>' for split in splits
+    )
+    plots = "".join(_panel(name, by_split) for name, by_split in curves.items())
+    return f'<p class="legend">{legend}</p><div class="panels">{plots}</div>'
+
+
+def format_number(number: float) -> str:
+    """A finite number with four digits, integers in full."""
+    if number == int(number) or abs(number) >= 10_000:
+        return f"{number:,.0f}"
+    return f"{number:.4g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axis:
+    """A range of values, linear or logarithmic, and where it lies on the page."""
+
+    low: float
+    high: float
+    start: int
+    end: int
+    log: bool = False
+
+    def place(self, value: float) -> float:
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = math.log10(low), math.log10(high), math.log10(value)
+        fraction = (value - low) / (high - low)
+        return round(self.start + fraction * (self.end - self.start), 1)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """At most seven round values within the range, and their labels."""
+        if self.log:
+            first = math.ceil(math.log10(self.low) - 1e-9)
+            last = math.floor(math.log10(self.high) + 1e-9)
+            stride = 1 + (last - first) // 5
+            return [(10.0**e, _power(e)) for e in range(first, last + 1, stride)]
+        unit = 10.0 ** math.floor(math.log10((self.high - self.low) / 3))
+        # The largest of 1, 2, 5 units that leaves three ticks
+        fits = [m for m in (2, 5) if m * unit * 3 <= self.high - self.low]
+        unit *= max(fits, default=1)
+        first = math.ceil(self.low / unit - 1e-9)
+        last = math.floor(self.high / unit + 1e-9)
+        return [(i * unit, _short(i * unit, unit)) for i in range(first, last + 1)]
+
+
+def _power(exponent: int) -> str:
+    if -3 <= exponent <= 3:
+        return f"{10.0**exponent:g}"
+    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def _short(value: float, unit: float) -> str:
+    """A multiple of `unit`; in millions or thousands where two decimals suffice."""
+    if abs(value) >= 1e9 or 0 < abs(value) < 1e-4:
+        return f"{value:.3g}"
+    size, suffix = 1.0, ""
+    for larger, letter in ((1e3, "k"), (1e6, "M")):
+        if abs(value) >= larger and unit >= larger / 100:
+            size, suffix = larger, letter
+    decimals = max(0, -math.floor(math.log10(unit / size) + 1e-9))
+    return f"{value / size:.{decimals}f}{suffix}" if value else "0"
+
+
+def _kind(split: str) -> str:
+    return "train" if split == "train" else "validation"
+
+
+def _panel(name: str, by_split: Mapping[str, Curve]) -> str:
+    """Heading with the last values, meaning, plot."""
+    label, meaning = METRICS.get(name, (name, ""))
+    steps = np.concatenate([steps for steps, _ in by_split.values()])
+    values = np.concatenate([values for _, values in by_split.values()])
+    finite = values[np.isfinite(values)]
+    log = finite.size > 0 and bool(0 < finite.min() < finite.max() / LOG_RANGE)
+    low, high = (finite.min(), finite.max()) if log else _widened(finite, CONSTANT)
+    x = _Axis(*_widened(steps), start=LEFT, end=RIGHT)
+    y = _Axis(float(low), float(high), start=BOTTOM, end=TOP, log=log)
+
+    heading = f"<span>{html.escape(label)}</span>"
+    for split, (_, logged) in by_split.items():
+        last = format_number(logged[-1]) if math.isfinite(logged[-1]) else "not finite"
+        heading += f'<span class="{_kind(split)}">{last}</span>'
+    notes = [html.escape(meaning)] if meaning else []
+    notes.append(f"<code>{html.escape(name)}</code>")
+    if bad := len(values) - len(finite):
+        notes.append(f'<span class="bad">{bad} not finite</span>')
+
+    marks = [
+        f'<path class="grid" d="M{LEFT} {y.place(value)}H{RIGHT}"/>'
+        f'<text x="{LEFT - 6}" y="{y.place(value) + 3.5:.1f}" text-anchor="end">'
+        f"{text}</text>"
+        for value, text in y.ticks()
+    ]
+    marks += [
+        f'<text x="{x.place(value)}" y="{BOTTOM + 16}" text-anchor="middle">{text}'
+        "</text>"
+        for value, text in x.ticks()
+    ]
+    marks += [_line(split, curve, x, y) for split, curve in by_split.items()]
+    return (
+        f'<div class="panel"><h3>{heading}</h3><p>{" · ".join(notes)}</p>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{html.escape(label)}">{"".join(marks)}</svg></div>'
+    )
+
+
+def _widened(values: np.ndarray, least: float = 0.0) -> tuple[float, float]:
+    """The values' range; room around them where it is less than `least` of them."""
+    if values.size == 0:
+        return 0.0, 1.0
+    low, high = float(values.min()), float(values.max())
+    size = max(abs(low), abs(high))
+    if high - low > least * size and size > 1e-200:
+        return low, high
+    room = size / 2 if size > 1e-200 else 0.5
+    return low - room, high + room
+
+
+def _line(split: str, curve: Curve, x: _Axis, y: _Axis) -> str:
+    """A curve: mean per bucket of steps, a band from least to largest, bad values."""
+    steps, values = curve
+    bucket = ((steps - x.low) / (x.high - x.low) * (BUCKETS - 1)).astype(int)
+    pieces: list[list[tuple[float, ...]]] = [[]]  # of x, mean, least, largest
+    bad = []
+    for index in np.unique(bucket):
+        at, inside = steps[bucket == index], values[bucket == index]
+        finite = np.isfinite(inside)
+        if not finite.all():
+            left = x.place(float(at[~finite][0])) - 3
+            bad.append(f"M{left:.1f} {TOP - 3}l6 6m0 -6l-6 6")
+        if finite.any():
+            good = inside[finite]
+            heights = (good.mean(), good.min(), good.max())
+            places = [y.place(float(height)) for height in heights]
+            pieces[-1].append((x.place(float(at[finite].mean())), *places))
+        else:
+            pieces.append([])  # Nothing to draw: the line is broken here.
+
+    kind = _kind(split)
+    marks = [f'<path class="notfinite" d="{"".join(bad)}"/>'] if bad else []
+    for piece in filter(None, pieces):
+        if len(steps) > BUCKETS:
+            outline = [(a, least) for a, _, least, _ in piece]
+            outline += [(a, largest) for a, _, _, largest in reversed(piece)]
+            marks.append(f'<path class="band {kind}" d="{_path(outline)}Z"/>')
+        points = [(a, mean) for a, mean, _, _ in piece]
+        marks.append(f'<path class="line {kind}" d="{_path(points)}"/>')
+        if len(piece) == 1 or (kind == "validation" and len(piece) <= MAX_DOTS):
+            marks += [
+                f'<circle class="{kind}" cx="{a}" cy="{b}" r="2.6"/>' for a, b in points
+            ]
+    return "".join(marks)
+
+
+def _path(points: Iterable[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x} {y}" for x, y in points)

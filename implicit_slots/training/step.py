@@ -1,0 +1,172 @@
+"""The training step and the evaluation steps: pure functions, no input or output."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from clu import metrics
+from flax import nnx, struct
+from jaxtyping import Array, Float, Num
+from ml_collections import ConfigDict
+
+from implicit_slots.evaluation.segmentation import ForegroundARI
+from implicit_slots.models.slate import Reconstruction
+from implicit_slots.training.optimizer import max_norm, temperature
+from implicit_slots.training.state import Purpose, TrainState, purpose_key
+
+Batch = dict[str, Any]
+
+
+@struct.dataclass
+class TrainMetrics(metrics.Collection):
+    """Means over the steps since the last logged one."""
+
+    loss: metrics.Average.from_output("loss")  # pyright: ignore
+    mse: metrics.Average.from_output("mse")  # pyright: ignore
+    cross_entropy: metrics.Average.from_output("cross_entropy")  # pyright: ignore
+    grad_norm_l2: metrics.Average.from_output("grad_norm_l2")  # pyright: ignore
+    grad_norm_inf: metrics.Average.from_output("grad_norm_inf")  # pyright: ignore
+    forward_residual: metrics.Average.from_output("forward_residual")  # pyright: ignore
+    temperature: metrics.LastValue.from_output("temperature")  # pyright: ignore
+
+
+@struct.dataclass
+class LossMetrics(metrics.Collection):
+    """Validation losses, each example weighed once."""
+
+    loss: metrics.Average.from_output("loss")  # pyright: ignore
+    mse: metrics.Average.from_output("mse")  # pyright: ignore
+    cross_entropy: metrics.Average.from_output("cross_entropy")  # pyright: ignore
+    forward_residual: metrics.Average.from_output("forward_residual")  # pyright: ignore
+
+
+@struct.dataclass
+class MaskedMetrics(metrics.Collection):
+    """The same for images that come with masks, and how well slots match those."""
+
+    loss: metrics.Average.from_output("loss")  # pyright: ignore
+    mse: metrics.Average.from_output("mse")  # pyright: ignore
+    cross_entropy: metrics.Average.from_output("cross_entropy")  # pyright: ignore
+    forward_residual: metrics.Average.from_output("forward_residual")  # pyright: ignore
+    fg_ari: ForegroundARI
+
+
+@struct.dataclass
+class ReconstructionMetrics(metrics.Collection):
+    """Squared error per image of what is rendered without noise."""
+
+    dvae_mse: metrics.Average.from_output("dvae_mse")  # pyright: ignore
+    slot_mse: metrics.Average.from_output("slot_mse")  # pyright: ignore
+
+
+class Steps(NamedTuple):
+    """The compiled functions of a run.
+
+    Attributes:
+      train: (state, batch) -> (state, `TrainMetrics` of the step).
+      validate: (params, step, batch, number of the batch) -> metrics.
+      score: (params, batch, number of the batch) -> `ReconstructionMetrics`.
+      reconstruct: (params, images) -> `Reconstruction`.
+    """
+
+    train: Callable[..., Any]
+    validate: Callable[..., Any]
+    score: Callable[..., Any]
+    reconstruct: Callable[..., Any]
+
+
+def build_steps(
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: ConfigDict
+) -> Steps:
+    """Builds the compiled functions of a run; nothing is compiled before its use.
+
+    Args:
+      graphdef: the model's structure.
+      optimizer: see optimizer.py.
+      config: the whole configuration.
+    """
+    seed = config.seed
+
+    def train(state: TrainState, batch: Batch):
+        key = purpose_key(seed, Purpose.TRAIN, state.step)
+        tau = temperature(config.temperature, state.step)
+
+        def loss_of(params):
+            model = nnx.merge(graphdef, params)
+            output = model(as_float(batch["image"]), temperature=tau, key=key)
+            losses = {name: loss.mean() for name, loss in output.losses.items()}
+            return sum(losses.values()), (losses, output.stats)
+
+        (loss, (losses, stats)), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+            state.params
+        )
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        logged = TrainMetrics.single_from_model_output(
+            loss=loss,
+            **losses,
+            grad_norm_l2=optax.tree.norm(gradient),
+            grad_norm_inf=max_norm(gradient),
+            forward_residual=stats.residual.mean(),
+            temperature=tau,
+        )
+        return TrainState(state.step + 1, params, opt_state), logged
+
+    def validate(params, step, batch: Batch, number):
+        model = nnx.merge(graphdef, params)
+        output = model(
+            as_float(batch["image"]),
+            temperature=temperature(config.temperature, step),
+            key=purpose_key(seed, Purpose.VALIDATE, number),
+            deterministic=True,
+        )
+        collection = MaskedMetrics if "segmentation" in batch else LossMetrics
+        return collection.single_from_model_output(
+            loss=sum(output.losses.values()),
+            **output.losses,
+            forward_residual=output.stats.residual,
+            mask=batch["mask"],
+            attention=output.attention,
+            segmentation=batch.get("segmentation"),
+            max_true=config.data.max_objects,
+        )
+
+    def reconstruct(params, image, number) -> Reconstruction:
+        key = purpose_key(seed, Purpose.PICTURE, number)
+        return nnx.merge(graphdef, params).reconstruct(as_float(image), key=key)
+
+    def score(params, batch: Batch, number) -> ReconstructionMetrics:
+        image = as_float(batch["image"])
+        rendered = reconstruct(params, image, number)
+        return ReconstructionMetrics.single_from_model_output(
+            dvae_mse=squared_error(image, rendered.dvae),
+            slot_mse=squared_error(image, rendered.slots),
+            mask=batch["mask"],
+        )
+
+    return Steps(
+        # The old state is given up for the new one: half the memory.
+        train=jax.jit(train, donate_argnums=0),
+        validate=jax.jit(validate),
+        score=jax.jit(score),
+        reconstruct=jax.jit(reconstruct),
+    )
+
+
+def as_float(
+    image: Num[Array, "batch height width 3"],
+) -> Float[Array, "batch height width 3"]:
+    """Returns images in [0, 1]; bytes are divided by 255, floats taken as they are."""
+    if image.dtype == jnp.uint8:
+        return image.astype(jnp.float32) / 255
+    return image
+
+
+def squared_error(
+    image: Float[Array, "batch height width 3"],
+    other: Float[Array, "batch height width 3"],
+) -> Float[Array, " batch"]:
+    """Returns the squared error per image, summed over pixels and channels."""
+    return jnp.sum((image - other) ** 2, axis=(1, 2, 3))

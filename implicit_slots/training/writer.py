@@ -1,0 +1,79 @@
+"""Where metrics go: metrics.jsonl always, TensorBoard where TensorFlow is present."""
+
+import importlib.util
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricWriter:
+    """Appends to `metrics.jsonl`, and to TensorBoard's event file where it can.
+
+    Lines after `step` are removed first: they were written by a run that was stopped
+    before its next checkpoint, and will be written again.
+
+    Args:
+      workdir: the run's directory.
+      step: the step that the run starts from.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, step: int):
+        self._path = workdir / METRICS_FILE
+        if self._path.exists():
+            kept = [line for line in read_metrics(workdir) if line["step"] <= step]
+            replacement = self._path.with_suffix(".tmp")
+            replacement.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            replacement.replace(self._path)
+        self._tensorboard = _tensorboard(workdir)
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Writes the values of one step; what is not finite becomes null."""
+        line = {"step": step, "split": split}
+        for name, value in values.items():
+            line[name] = value if math.isfinite(value) else None
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._tensorboard is not None:
+            self._tensorboard.write_scalars(
+                step, {f"{split}/{name}": value for name, value in values.items()}
+            )
+
+    def write_image(self, step: int, name: str, picture: np.ndarray) -> None:
+        """Shows a picture, uint8 [height, width, 3], in TensorBoard."""
+        if self._tensorboard is not None:
+            self._tensorboard.write_images(step, {name: picture[None]})
+
+    def close(self) -> None:
+        """Flushes what TensorBoard still holds."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl; a last line cut short is left out."""
+    lines = []
+    for line in (workdir / METRICS_FILE).read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _tensorboard(workdir: pathlib.Path) -> Any:
+    """A clu summary writer, or None: it needs TensorFlow and TensorBoard both."""
+    if not all(importlib.util.find_spec(n) for n in ("tensorflow", "tensorboard")):
+        return None
+    import tensorflow as tf  # pyright: ignore[reportMissingImports]
+    from clu import metric_writers
+
+    # TensorFlow would otherwise take the accelerator's memory from JAX.
+    for kind in ("GPU", "TPU"):
+        tf.config.set_visible_devices([], kind)
+    return metric_writers.SummaryWriter(str(workdir))

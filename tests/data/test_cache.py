@@ -1,0 +1,170 @@
+"""The cache of blocks: made once, and trusted only when it is whole."""
+
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from implicit_slots.data.base import DataError
+from implicit_slots.data.cache import BlockCache
+
+EXAMPLE = {
+    "image": np.zeros((2, 2, 3), np.uint8),
+    "objects": {"code": np.zeros(3, np.int32), "present": np.zeros(3, bool)},
+}
+
+
+class Maker:
+    """Examples that show their index, and a record of which blocks were asked for."""
+
+    def __init__(self, block=4):
+        self.block = block
+        self.asked = []
+
+    def __call__(self, first):
+        """Makes one block."""
+        self.asked.append(first)
+        index = np.arange(first, first + self.block)
+        return {
+            "image": np.broadcast_to(index[:, None, None, None], (self.block, 2, 2, 3)),
+            "objects": {
+                "code": index[:, None] * 1000 + np.arange(3),
+                "present": index[:, None] % 3 == np.arange(3),
+            },
+        }
+
+
+def check(batch, indices):
+    indices = np.asarray(indices)
+    assert batch["image"].shape == (len(indices), 2, 2, 3)
+    assert (batch["image"] == indices[:, None, None, None]).all()
+    expected = indices[:, None] * 1000 + np.arange(3)
+    np.testing.assert_array_equal(batch["objects"]["code"], expected)
+    expected = indices[:, None] % 3 == np.arange(3)
+    np.testing.assert_array_equal(batch["objects"]["present"], expected)
+    assert (
+        batch["image"].dtype == np.uint8 and batch["objects"]["code"].dtype == "int32"
+    )
+
+
+def opened(maker, folder=None, count=10, **manifest):
+    return BlockCache(
+        maker, EXAMPLE, count=count, block=4, folder=folder, manifest=manifest
+    )
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_blocks_are_made_when_first_read_and_only_then(tmp_path, on_disk):
+    """Any indices in any order, the cut-off last block included."""
+    maker = Maker()
+    cache = opened(maker, tmp_path if on_disk else None)
+    assert maker.asked == []
+    check(cache.read(np.array([9, 1, 9, 0])), [9, 1, 9, 0])
+    assert sorted(maker.asked) == [0, 8]
+    check(cache.read(np.arange(10)), np.arange(10))
+    check(cache.read(np.arange(10)[::-1]), np.arange(10)[::-1])
+    assert sorted(maker.asked) == [0, 4, 8]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_threads_do_not_make_a_block_twice(tmp_path, on_disk):
+    maker = Maker()
+
+    def slow(first):
+        time.sleep(0.01)
+        return maker(first)
+
+    cache = opened(slow, tmp_path if on_disk else None, count=40)
+    start = threading.Barrier(8)
+
+    def read():
+        start.wait()
+        for first in range(0, 40, 5):
+            check(cache.read(np.arange(first, first + 5)), np.arange(first, first + 5))
+
+    threads = [threading.Thread(target=read) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert maker.asked == list(range(0, 40, 4))
+
+
+def test_a_later_run_finds_the_blocks(tmp_path):
+    opened(Maker(), tmp_path).read(np.array([0, 9]))
+    maker = Maker()
+    cache = opened(maker, tmp_path)
+    check(cache.read(np.array([1, 8])), [1, 8])
+    assert maker.asked == []
+    cache.read(np.array([5]))
+    assert maker.asked == [4]
+
+
+def test_a_run_killed_while_writing_leaves_nothing_to_trust(tmp_path):
+    """Bytes without their marker, as a killed process leaves them, are made again."""
+    opened(Maker(), tmp_path).read(np.array([0]))
+    (records,) = tmp_path.glob("*/records.bin")
+    with records.open("r+b") as file:
+        half = records.stat().st_size // 2
+        file.seek(half)
+        file.write(b"\xff" * (half - 10))
+    maker = Maker()
+    check(opened(maker, tmp_path).read(np.arange(10)), np.arange(10))
+    assert sorted(maker.asked) == [4, 8]
+
+
+def test_the_marker_waits_for_the_bytes(tmp_path, monkeypatch):
+    """A full disk is a sentence, and the block counts as missing afterwards."""
+    cache = opened(Maker(), tmp_path)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match=r"cannot be written: No space left on device"):
+        cache.read(np.array([0]))
+    (markers,) = tmp_path.glob("*/done.bin")
+    assert markers.read_bytes() == bytes(3)
+    monkeypatch.undo()
+    check(cache.read(np.array([0])), [0])
+    assert markers.read_bytes() == b"\1\0\0"
+
+
+def test_another_manifest_has_another_folder(tmp_path):
+    opened(Maker(), tmp_path, seed=0).read(np.arange(10))
+    for other in ({"manifest": 1}, {"seed": 1}, {"seed": 0, "count": 9}):
+        maker = Maker()
+        cache = opened(maker, tmp_path, **other)
+        cache.read(np.arange(9))
+        assert len(maker.asked) == 3
+    assert len(list(tmp_path.iterdir())) == 4
+    maker = Maker()
+    opened(maker, tmp_path, seed=0).read(np.arange(10))
+    assert maker.asked == []
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("manifest.json", lambda file: file.write_text("{}")),
+        ("manifest.json", lambda file: file.unlink()),
+        ("records.bin", lambda file: file.write_bytes(file.read_bytes()[:-1])),
+        ("records.bin", lambda file: file.unlink()),
+        ("done.bin", lambda file: file.write_bytes(b"\1" * 7)),
+    ],
+)
+def test_a_damaged_folder_is_not_trusted(tmp_path, name, damage):
+    opened(Maker(), tmp_path).read(np.arange(10))
+    (file,) = tmp_path.glob(f"*/{name}")
+    damage(file)
+    maker = Maker()
+    check(opened(maker, tmp_path).read(np.arange(10)), np.arange(10))
+    assert sorted(maker.asked) == [0, 4, 8]
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cache .*file.* cannot be written: .*direct"):
+        opened(Maker(), tmp_path / "file")

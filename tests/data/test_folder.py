@@ -1,0 +1,411 @@
+"""Image folders: pixels, masks, attributes, splits, and what users get wrong."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from implicit_slots.data import base
+from implicit_slots.data.base import DataError
+from implicit_slots.data.folder import ImageFolder
+
+CLEVR = Path(__file__).parents[3] / "shared" / "data"
+needs_clevr = pytest.mark.skipif(
+    not CLEVR.is_dir(), reason=f"the rendered CLEVR images are not in {CLEVR}"
+)
+
+
+def noise(seed, height, width, channels=3):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (height, width, channels), np.uint8)
+
+
+def save(file, array, **options):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array)).save(file, **options)
+
+
+def everything(path, **options):
+    """All images of a folder in one split, at 8 pixels unless told."""
+    options = {"resolution": 8, "split": "train", **options}
+    return ImageFolder(
+        path=str(path), validation_fraction=0.0, test_fraction=0.0, **options
+    )
+
+
+def fill(path, count, folder="images"):
+    for i in range(count):
+        save(path / folder / f"{i:03}.png", np.full((8, 8, 3), i, np.uint8))
+
+
+def test_images_at_the_training_resolution_keep_their_pixels(tmp_path):
+    """Flat and nested files arrive in sorted order, bit for bit."""
+    save(tmp_path / "b" / "c" / "2.PNG", noise(2, 8, 8))
+    save(tmp_path / "a.png", noise(1, 8, 8))
+    save(tmp_path / "z.png", noise(3, 8, 8))
+    save(tmp_path / ".hidden.png", noise(4, 8, 8))
+    (tmp_path / "notes.txt").write_text("not an image")
+    source = everything(tmp_path)
+    assert source.files == ["a.png", "b/c/2.PNG", "z.png"]
+    batch = source.batch(np.array([2, 0, 1, 0]))
+    assert batch.keys() == {"image"} and batch["image"].dtype == np.uint8
+    for got, seed in zip(batch["image"], (3, 1, 2, 1), strict=True):
+        np.testing.assert_array_equal(got, noise(seed, 8, 8))
+    np.testing.assert_array_equal(source[1]["image"], noise(2, 8, 8))
+    with pytest.raises(IndexError, match="index 3 of a source of 3"):
+        source[3]
+
+
+def test_every_kind_of_picture_becomes_rgb(tmp_path):
+    """Grey, 16-bit, palette, alpha and CMYK pictures show the same three colours."""
+    grey = noise(0, 8, 8, 1)[..., 0]
+    colour = noise(1, 8, 8)
+    save(tmp_path / "grey.png", grey)
+    save(tmp_path / "grey16.png", grey.astype(np.uint16) * 256 + 77)
+    save(tmp_path / "alpha.png", np.dstack([colour, noise(2, 8, 8, 1)]))
+    save(tmp_path / "grey_alpha.png", np.dstack([grey, grey]))
+    palette = Image.new("P", (8, 8))
+    palette.putpalette(noise(3, 256, 1).tobytes())
+    palette.putdata(range(64))
+    palette.save(tmp_path / "palette.png", transparency=bytes(range(64)))
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "red.jpg")
+    source = everything(tmp_path)
+    images = dict(zip(source.files, source.batch(np.arange(6))["image"], strict=True))
+    as_rgb = np.repeat(grey[..., None], 3, -1)
+    for name in ("grey.png", "grey16.png", "grey_alpha.png"):
+        np.testing.assert_array_equal(images[name], as_rgb, err_msg=name)
+    np.testing.assert_array_equal(images["alpha.png"], colour)
+    np.testing.assert_array_equal(
+        images["palette.png"], noise(3, 256, 1)[:64].reshape(8, 8, 3)
+    )
+    assert np.abs(images["red.jpg"].astype(int) - [254, 0, 0]).max() <= 4
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 20), (20, 8)])
+def test_center_crop_keeps_the_middle_of_image_and_mask(tmp_path, height, width):
+    """At the frame's own scale the crop is the array's middle; "none" is not."""
+    image = noise(0, height, width)
+    mask = noise(1, height, width, 1)[..., 0]
+    save(tmp_path / "images" / "a.png", image)
+    save(tmp_path / "masks" / "a.png", mask)
+    example = everything(tmp_path)[0]
+    middle = (slice((height - 8) // 2, (height + 8) // 2), slice(6, 14))
+    middle = middle if width > height else (middle[0], slice(0, 8))
+    np.testing.assert_array_equal(example["image"], image[middle])
+    np.testing.assert_array_equal(example["segmentation"], mask[middle])
+    assert example["segmentation"].dtype == np.int32
+    whole = everything(tmp_path, crop="none")[0]
+    assert set(np.unique(whole["segmentation"])) <= set(np.unique(mask))
+    assert not np.array_equal(whole["image"], image[middle])
+
+
+def test_resizing_is_anti_aliased_and_masks_take_no_new_ids(tmp_path):
+    """A fine chequerboard becomes grey, and an id map shrinks to its own ids."""
+    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    blocks = np.kron(np.arange(16).reshape(4, 4) * 9, np.ones((16, 16), int))
+    save(tmp_path / "images" / "a.png", np.dstack([board] * 3))
+    save(tmp_path / "masks" / "a.png", blocks.astype(np.uint8))
+    example = everything(tmp_path, resolution=16)[0]
+    assert np.abs(example["image"][2:-2, 2:-2].astype(int) - 127).max() <= 2
+    np.testing.assert_array_equal(example["segmentation"], blocks[::4, ::4])
+
+
+def test_masks_may_lie_beside_images_that_have_no_folder(tmp_path):
+    save(tmp_path / "a.png", noise(0, 8, 8))
+    save(tmp_path / "masks" / "a.png", noise(1, 8, 8, 1)[..., 0])
+    source = everything(tmp_path)
+    assert source.files == ["a.png"]
+    np.testing.assert_array_equal(source[0]["segmentation"], noise(1, 8, 8, 1)[..., 0])
+
+
+def test_opening_a_folder_decodes_nothing(tmp_path, monkeypatch):
+    """Whole files are recognised without their pixels, which is ten times faster."""
+    for suffix in ("png", "jpg"):
+        save(tmp_path / "images" / f"{suffix}.{suffix}", noise(0, 8, 8))
+        save(tmp_path / "masks" / f"{suffix}.png", noise(0, 8, 8, 1)[..., 0])
+
+    def load(_):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    assert len(everything(tmp_path)) == 2
+
+
+def test_jpeg_images_take_png_masks(tmp_path):
+    save(tmp_path / "images" / "a.jpg", np.full((8, 8, 3), 90, np.uint8))
+    save(tmp_path / "masks" / "a.png", np.full((8, 8), 3, np.uint8))
+    example = everything(tmp_path)[0]
+    assert (example["segmentation"] == 3).all()
+    assert np.abs(example["image"].astype(int) - 90).max() <= 2
+
+
+def test_shares_are_disjoint_complete_and_stable(tmp_path):
+    """One pool is carved 90/5/5, the same whenever it is carved."""
+    fill(tmp_path, 40, "images/train")
+    shares = {
+        split: ImageFolder(path=str(tmp_path), split=split, resolution=8).files
+        for split in ("train", "validation", "test")
+    }
+    assert [len(files) for files in shares.values()] == [36, 2, 2]
+    joined = sorted(file for files in shares.values() for file in files)
+    assert joined == [f"train/{i:03}.png" for i in range(40)]
+    # These may never change: a published number depends on them.
+    assert shares["validation"] == ["train/020.png", "train/030.png"]
+    half = ImageFolder(
+        path=str(tmp_path), split="test", resolution=8, test_fraction=0.5
+    )
+    assert len(half) == 20
+
+
+def test_split_folders_are_used_where_they_exist(tmp_path):
+    """`val` is taken whole; the missing test split is carved out of `train`."""
+    fill(tmp_path, 40, "images/train")
+    fill(tmp_path, 3, "images/val")
+    sources = {
+        split: ImageFolder(path=str(tmp_path), split=split, resolution=8)
+        for split in ("train", "validation", "test")
+    }
+    assert [len(source) for source in sources.values()] == [38, 3, 2]
+    assert sources["validation"].files == [f"val/{i:03}.png" for i in range(3)]
+    assert not set(sources["train"].files) & set(sources["test"].files)
+    fill(tmp_path, 4, "images/test")
+    assert len(ImageFolder(path=str(tmp_path), split="train", resolution=8)) == 40
+
+
+def scene(name, objects, **more):
+    return {"image_filename": name, "objects": objects, **more}
+
+
+CUBE = {
+    "shape": "cube",
+    "size": "large",
+    "color": "cyan",
+    "material": "metal",
+    "rotation": 7.0,
+    "3d_coords": [1.0, -2.0, 0.7],
+    "pixel_coords": [10, 6, 9.5],
+}
+
+
+def test_attributes_become_codes_padded_to_the_maximum(tmp_path):
+    """Codes follow tensorflow-datasets; pixel positions follow the crop."""
+    for split in ("train", "val"):
+        save(tmp_path / "images" / split / "a.png", noise(0, 16, 32))
+    small = {**CUBE, "color": "gray", "material": "rubber", "size": "small"}
+    scenes = [
+        scene("a.png", [CUBE, {**small, "shape": "cylinder"}], split="train"),
+        scene("a.png", [], split="val"),
+    ]
+    (tmp_path / "scenes.json").write_text(json.dumps({"scenes": scenes}))
+    objects = everything(tmp_path, max_objects=3)[0]["objects"]
+    assert objects["present"].tolist() == [True, True, False]
+    assert objects["color"].tolist() == [7, 0, 0]
+    assert objects["material"].tolist() == [1, 0, 0]
+    assert objects["shape"].tolist() == [0, 2, 0]
+    assert objects["size"].tolist() == [1, 0, 0]
+    np.testing.assert_allclose(objects["rotation"][0], 7.0 - 2 * np.pi, rtol=1e-6)
+    np.testing.assert_allclose(objects["position"][0], CUBE["3d_coords"])
+    # Columns 8:24 of the 32 are kept, and 16 pixels become 8.
+    np.testing.assert_allclose(objects["pixel_position"][0], [1.0, 3.0])
+    np.testing.assert_allclose(objects["pixel_position"][2], [0.0, 0.0])
+    np.testing.assert_allclose(objects["depth"], [9.5, 9.5, 0.0])
+    validation = everything(tmp_path, split="validation", max_objects=3)
+    assert not validation[0]["objects"]["present"].any()
+
+
+@needs_clevr
+def test_rendered_clevr_masks_and_attributes_lie_on_their_objects():
+    """Object k's centre is in mask k, and red, green and blue objects look so."""
+    source = everything(CLEVR / "clevr_blender", resolution=64)
+    examples = [source[i] for i in range(0, 300, 3)]
+    hits, hues = [], {4: [], 5: [], 1: []}
+    for example in examples:
+        objects, ids = example["objects"], example["segmentation"]
+        assert ids.max() <= objects["present"].sum()
+        for k in np.flatnonzero(objects["present"]):
+            column, row = np.floor(objects["pixel_position"][k]).astype(int)
+            if 0 <= column < 64 and 0 <= row < 64:
+                hits.append(ids[row, column] == k + 1)
+            code, mask = int(objects["color"][k]), ids == k + 1
+            if code in hues and objects["material"][k] == 0 and mask.sum() > 30:
+                hues[code].append(example["image"][mask].mean(0))
+    assert len(hits) > 300 and np.mean(hits) > 0.9
+    for code, channel in ((4, 0), (5, 1), (1, 2)):
+        assert (np.argmax(hues[code], -1) == channel).mean() > 0.95
+
+
+@needs_clevr
+def test_clevr_crop_is_iodines():
+    """Rows 29:221 and columns 64:256 of the whole frames, image and mask alike."""
+    folder = CLEVR / "clevr_frames"
+    source = everything(folder, resolution=192, crop="clevr")
+    for i in (0, 7):
+        for key, kind in (("image", "images"), ("segmentation", "masks")):
+            with Image.open(folder / kind / source.files[i]) as file:
+                frame = np.asarray(file)
+            np.testing.assert_array_equal(source[i][key], frame[29:221, 64:256])
+
+
+def test_clevr_crop_shows_the_same_view_of_wider_frames(tmp_path):
+    """320x480 frames show what 240x320 ones do, less a strip above and below."""
+    yy, xx = np.mgrid[0:360, 0:480] / 1.5
+    frame = np.dstack([yy, xx * 0.7, 0 * xx]).astype(np.uint8)
+    save(tmp_path / "wide.png", frame[20:340])
+    image = everything(tmp_path, resolution=192, crop="clevr")[0]["image"]
+    rows, columns = np.mgrid[29:221, 64:256]
+    expected = np.dstack([rows, columns * 0.7, 0 * rows])
+    assert np.abs(image - expected)[3:-3, 3:-3].max() <= 1.5
+
+
+def test_decoded_images_are_kept(tmp_path):
+    """The second reading touches no file."""
+    fill(tmp_path, 3)
+    source = everything(tmp_path)
+    first = source.batch(np.array([2, 1]))
+    (tmp_path / "images" / "002.png").unlink()
+    np.testing.assert_array_equal(
+        source.batch(np.array([2, 1]))["image"], first["image"]
+    )
+    (tmp_path / "images" / "000.png").unlink()
+    with pytest.raises(DataError, match=r"image .*000\.png cannot be read"):
+        source[0]
+
+
+def test_sets_beyond_the_limit_are_not_kept(tmp_path, monkeypatch):
+    """Without room every reading decodes, and gives the same."""
+    monkeypatch.setattr(base, "KEPT_BYTES", 3 * 8 * 8 * 3 - 1)
+    fill(tmp_path, 3)
+    source = everything(tmp_path)
+    batch = source.batch(np.array([2, 2, 0]))
+    assert batch["image"][:, 0, 0, 0].tolist() == [2, 2, 0]
+    (tmp_path / "images" / "002.png").unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        source.batch(np.array([2, 2, 0]))
+
+
+def truncate(file, share=0.6):
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * share)])
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_unreadable_images_are_named_counted_and_skipped_if_asked(tmp_path, skip):
+    """Cut-off PNG and JPEG, empty, alien and damaged files: all five are found."""
+    images = tmp_path / "images"
+    for i in range(4):
+        save(images / f"good{i}.png", noise(i, 32, 32))
+        save(images / f"good{i}.jpg", noise(i, 32, 32))
+    with (images / "good0.jpg").open("ab") as file:
+        file.write(b"\0\0 some cameras add bytes")
+    for name in ("cut.png", "cut.jpg", "damaged.png"):
+        save(images / name, noise(9, 32, 32))
+    truncate(images / "cut.png")
+    truncate(images / "cut.jpg")
+    content = bytearray((images / "damaged.png").read_bytes())
+    content[len(content) // 2] ^= 255
+    (images / "damaged.png").write_bytes(content)
+    (images / "empty.jpeg").touch()
+    (images / "text.png").write_text("not a picture")
+    if skip:
+        source = everything(tmp_path, skip_unreadable=True)
+        assert len(source) == 8 and all("good" in file for file in source.files)
+        source.batch(np.arange(8))
+        return
+    with pytest.raises(DataError) as error:
+        everything(tmp_path)
+    sentence = str(error.value)
+    assert "5 of 13 images (cut.jpg, cut.png, damaged.png, …)" in sentence
+    assert "--config.data.skip_unreadable=True" in sentence
+
+
+def test_an_unreadable_mask_counts_as_its_image(tmp_path):
+    fill(tmp_path, 3)
+    for i in range(3):
+        save(tmp_path / "masks" / f"{i:03}.png", noise(i, 8, 8, 1)[..., 0])
+    truncate(tmp_path / "masks" / "001.png")
+    with pytest.raises(DataError, match=r"1 of 3 images \(001\.png\).*their masks"):
+        everything(tmp_path)
+    source = everything(tmp_path, skip_unreadable=True)
+    assert source.files == ["000.png", "002.png"]
+    np.testing.assert_array_equal(source[1]["segmentation"], noise(2, 8, 8, 1)[..., 0])
+
+
+def make_missing_mask(path):
+    save(path / "masks" / "000.png", np.zeros((8, 8), np.uint8))
+
+
+def make_other_size(path):
+    for i in range(2):
+        save(path / "masks" / f"{i:03}.png", np.zeros((8, 8 + i), np.uint8))
+
+
+def make_colour_mask(path):
+    for i in range(2):
+        save(path / "masks" / f"{i:03}.png", np.zeros((8, 8, 3), np.uint8))
+
+
+def write_scenes(path, objects, names=("000.png", "001.png")):
+    scenes = [scene(name, objects) for name in names]
+    (path / "scenes.json").write_text(json.dumps({"scenes": scenes}))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "sentence"),
+    [
+        (make_missing_mask, r"1 of 2 images \(001\.png\) in .* have no mask of the"),
+        (make_other_size, r"001\.png has 9 x 8 pixels and its image 001\.png 8 x 8"),
+        (make_colour_mask, r"000\.png has pixels of mode RGB; it must hold 8-bit"),
+        (
+            lambda path: write_scenes(path, [CUBE] * 3),
+            r"000\.png has 3 objects, more than max_objects = 2; set "
+            r"--config\.data\.max_objects=3",
+        ),
+        (
+            lambda path: write_scenes(path, [{**CUBE, "color": "mauve"}]),
+            r"000\.png has an object of color 'mauve', which is none of CLEVR's: gray,",
+        ),
+        (
+            lambda path: write_scenes(path, [{"color": "red"}]),
+            r"000\.png has an object without CLEVR's attributes: 'material'",
+        ),
+        (
+            lambda path: write_scenes(path, [], names=("001.png",)),
+            r"1 of 2 images \(000\.png\) are not described in .*scenes\.json",
+        ),
+        (
+            lambda path: (path / "scenes.json").write_text("{"),
+            r"scenes\.json is not a list of scenes",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_images_is_one_sentence(tmp_path, prepare, sentence):
+    fill(tmp_path, 2)
+    prepare(tmp_path)
+    with pytest.raises(DataError, match=sentence) as error:
+        everything(tmp_path, max_objects=2)
+    assert "\n" not in str(error.value)
+
+
+def test_folders_that_cannot_be_used_are_one_sentence(tmp_path):
+    """No folder named, none there, none in it, too few or other splits' images."""
+    with pytest.raises(DataError, match=r"set it with --config\.data\.path=FOLDER"):
+        everything("")
+    with pytest.raises(DataError, match=r"there is no folder .*nowhere"):
+        everything(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="has no PNG or JPEG images"):
+        everything(tmp_path)
+    fill(tmp_path, 2, "images/test")
+    with pytest.raises(DataError, match="no images for split 'train': all are in fol"):
+        everything(tmp_path)
+    fill(tmp_path, 2, "images/train")
+    with pytest.raises(DataError, match=r"split 'validation' of folder .* is empty"):
+        everything(tmp_path, split="validation")
+    with pytest.raises(DataError, match="unknown crop 'middle'; choose from 'center'"):
+        everything(tmp_path, crop="middle")
+    save(tmp_path / "images" / "train" / "wide.png", noise(0, 8, 20))
+    with pytest.raises(DataError, match="does not fit a frame of 20 x 8 pixels"):
+        everything(tmp_path, crop="clevr")
+    with pytest.raises(DataError, match="unknown split 'dev'"):
+        everything(tmp_path, split="dev")

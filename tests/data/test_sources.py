@@ -1,0 +1,182 @@
+"""The table of sources, and the embedded scenes as one of them."""
+
+import subprocess
+import sys
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from PIL import Image
+
+from implicit_slots.data import scenes, sources
+from implicit_slots.data.base import DataError
+
+SCENES = {
+    "name": "scenes",
+    "resolution": 16,
+    "train_size": 20,
+    "validation_size": 6,
+    "test_size": 4,
+}
+
+
+def build(split="train", **options):
+    return sources.build(ml_collections.ConfigDict({**SCENES, **options}), split)
+
+
+@pytest.fixture
+def rendered(monkeypatch):
+    """Replaces the renderer by one that is instant; lists what it was asked for."""
+    asked = []
+
+    def render_batch(seed, split, indices, *, resolution, min_objects, max_objects):
+        # Shapes are asked for by tracing, which is no rendering.
+        indices = np.asarray(indices)
+        asked.append((split, seed, indices.tolist()))
+        batch = len(indices)
+        code = indices + 50 * scenes.SPLITS.index(split) + seed
+        image = np.broadcast_to(
+            code[:, None, None, None], (batch, resolution, resolution, 3)
+        )
+        return jax.tree.map(
+            jax.numpy.asarray,
+            {
+                "image": image.astype(np.uint8),
+                "segmentation": np.ones((batch, resolution, resolution), np.int32),
+                "shadow": image[..., 0].astype(np.int32),
+                "objects": {"present": np.ones((batch, max_objects), bool)},
+            },
+        )
+
+    monkeypatch.setattr(scenes, "render_batch", render_batch)
+    monkeypatch.setattr(sources, "SCENES_BLOCK", 8)
+    return asked
+
+
+def test_scenes_are_the_renderers():
+    """Examples are what the renderer draws for their index, masks and all."""
+    source = build("validation", seed=3, max_objects=4)
+    assert len(source) == 6
+    drawn = scenes.render_batch(
+        seed=3,
+        split="validation",
+        indices=np.arange(6, dtype=np.int32),
+        resolution=16,
+        min_objects=3,
+        max_objects=4,
+    )
+    indices = np.array([5, 0, 5])
+    batch = source.batch(indices)
+    expected = jax.tree.map(lambda leaf: np.asarray(leaf)[indices], drawn)
+    jax.tree.map(np.testing.assert_array_equal, batch, expected)
+    assert jax.tree.map(lambda leaf: leaf.dtype, batch) == jax.tree.map(
+        lambda leaf: leaf.dtype, expected
+    )
+    assert batch["segmentation"].dtype == np.int32 and batch["segmentation"].max() > 0
+    assert batch["image"].std() > 10
+
+
+def test_scenes_are_rendered_block_by_block_on_first_use(rendered):
+    """Nothing at construction, one block at a time, none twice."""
+    source = build()
+    rendered.clear()
+    assert not source.shuffle_first_epoch  # Which would render all blocks at once.
+    assert source.batch(np.array([3, 9, 3]))["image"][:, 0, 0, 0].tolist() == [3, 9, 3]
+    assert [first for _, _, (first, *_) in rendered] == [0, 8]
+    source.batch(np.arange(20))
+    assert [first for _, _, (first, *_) in rendered] == [0, 8, 16]
+
+
+def test_splits_and_data_seeds_are_different_scenes(rendered):
+    """Each split asks the renderer for its own scenes, of the configured seed."""
+    for split, size in (("train", 20), ("validation", 6), ("test", 4)):
+        source = build(split, seed=7)
+        rendered.clear()
+        assert len(source) == size
+        source.batch(np.arange(size))
+        assert {(s, seed) for s, seed, _ in rendered} == {(split, 7)}
+
+
+def test_training_scenes_carry_masks_only_where_asked(rendered):
+    everything = {"image", "segmentation", "shadow", "objects"}
+    assert build().batch(np.arange(2)).keys() == {"image"}
+    assert build(with_masks=True).batch(np.arange(2)).keys() == everything
+    for split in ("validation", "test"):
+        assert build(split).batch(np.arange(2)).keys() == everything
+
+
+def test_scenes_on_disk_serve_the_next_run(rendered, tmp_path):
+    """The cache is read only by a run of the same scenes."""
+    everything = np.arange(20)
+    expected = build(cache=str(tmp_path)).batch(everything)["image"]
+    again = build(cache=str(tmp_path))
+    rendered.clear()
+    np.testing.assert_array_equal(again.batch(everything)["image"], expected)
+    assert rendered == []
+    others: tuple[dict, ...] = ({"seed": 1}, {"resolution": 8}, {"with_masks": True})
+    for other in others:
+        source = build(cache=str(tmp_path), **other)
+        rendered.clear()
+        source.batch(everything)
+        assert len(rendered) == 3, other
+
+
+def test_scenes_of_another_renderer_are_drawn_again(rendered, tmp_path, monkeypatch):
+    """The cache knows the renderer by its source code."""
+    build(cache=str(tmp_path)).batch(np.arange(20))
+    monkeypatch.setattr(sources, "RENDERER", "another")
+    source = build(cache=str(tmp_path))
+    rendered.clear()
+    source.batch(np.arange(20))
+    assert len(rendered) == 3
+
+
+def test_a_frozen_section_builds_any_source(tmp_path):
+    """The section's `name` picks from the table, the rest are its arguments."""
+    Image.fromarray(np.full((8, 8, 3), 5, np.uint8)).save(tmp_path / "a.png")
+    config = ml_collections.FrozenConfigDict(
+        {
+            "name": "folder",
+            "path": str(tmp_path),
+            "resolution": 4,
+            "validation_fraction": 0.0,
+            "test_fraction": 0.0,
+        }
+    )
+    assert (sources.build(config, "train")[0]["image"] == 5).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "split", "sentence"),
+    [
+        ({"name": "scences"}, "train", "unknown data set 'scences'; choose .* scenes"),
+        ({"resolutoin": 8}, "train", "'scenes' has no option resolutoin; it has resol"),
+        ({}, "dev", "unknown split 'dev'; choose from train, validation, test"),
+        ({"test_size": 0}, "test", r"has 0 scenes; set --config\.data\.test_size to"),
+        ({"max_objects": 2}, "train", "need 1 <= min_objects <= max_objects, got 3 an"),
+        ({"resolution": 0}, "train", r"resolution must be at least 1, got 0"),
+    ],
+)
+def test_a_section_that_cannot_be_used_is_one_sentence(change, split, sentence):
+    with pytest.raises(DataError, match=sentence) as error:
+        build(split, **change)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_arguments_are_named():
+    config = ml_collections.ConfigDict({"name": "folder", "resolution": 8})
+    with pytest.raises(DataError, match="data set 'folder' needs path"):
+        sources.build(config, "train")
+
+
+def test_importing_sources_imports_no_tensorflow():
+    """Neither TensorFlow nor its data sets: they are slow, and may be missing."""
+    program = (
+        "import sys; from implicit_slots.data import sources, pipeline; "
+        "print([m for m in sys.modules if m.startswith('tensorflow')])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"

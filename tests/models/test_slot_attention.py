@@ -1,0 +1,172 @@
+"""Slot attention against NumPy float64, and its laws."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import nnx
+from reference import FLOAT32, relative_error
+
+from implicit_slots.fixed_point import Neumann, Picard, Unrolled
+from implicit_slots.models.slot_attention import SlotAttention, StepFunction
+from implicit_slots.training.state import split_model
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+
+BATCH, INPUTS, FEATURES, SLOTS, SIZE = 2, 9, 6, 4, 8
+
+
+def build(*, steps=3, adjoint=None, heads=1, seed=0, **changes):
+    return SlotAttention(
+        FEATURES,
+        **{
+            "num_slots": SLOTS,
+            "slot_size": SIZE,
+            "mlp_size": 12,
+            "num_heads": heads,
+            "epsilon": 1e-8,
+            "initial_slots": "gaussian",
+            "straight_through": False,
+            "solver": Picard(max_steps=steps),
+            "adjoint": adjoint or Unrolled(),
+            "rngs": nnx.Rngs(seed),
+        }
+        | changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    rng = np.random.default_rng(0)
+    return (
+        jnp.asarray(rng.normal(size=(BATCH, INPUTS, FEATURES)), jnp.float32),
+        jnp.asarray(rng.normal(size=(BATCH, SLOTS, SIZE)), jnp.float32),
+    )
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("adjoint", [Unrolled(), Neumann()])
+def test_equals_numpy(arrays, heads, adjoint):
+    inputs, slots = arrays
+    model = build(heads=heads, adjoint=adjoint)
+    _, params = split_model(model)
+    output = model(inputs, slots)
+    for i in range(BATCH):
+        want = reference.slot_attention(
+            np.float64(inputs[i]),
+            np.float64(slots[i]),
+            params,
+            # An implicit adjoint applies the step once more than the solver.
+            iterations=3 if adjoint == Unrolled() else 4,
+            heads=heads,
+        )
+        assert relative_error(output.slots[i], want[0]) < FLOAT32
+        assert relative_error(output.attention[i], want[1]) < FLOAT32
+
+
+def test_attention_is_shared_out_among_the_slots(arrays):
+    output = build(heads=2)(*arrays)
+    assert output.attention.shape == (BATCH, SLOTS, INPUTS)
+    assert np.allclose(output.attention.sum(axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("adjoint", [Unrolled(), Neumann()])
+def test_permuting_initial_slots_permutes_the_result(arrays, adjoint):
+    inputs, slots = arrays
+    model = build(adjoint=adjoint)
+    order = np.array([2, 0, 3, 1])
+    plain, permuted = model(inputs, slots), model(inputs, slots[:, order])
+    assert relative_error(permuted.slots, plain.slots[:, order]) < FLOAT32
+    assert relative_error(permuted.attention, plain.attention[:, order]) < FLOAT32
+
+
+def test_permuting_inputs_changes_no_slot(arrays):
+    inputs, slots = arrays
+    model = build()
+    order = np.random.default_rng(1).permutation(INPUTS)
+    want = model(inputs, slots).slots
+    assert relative_error(model(inputs[:, order], slots).slots, want) < FLOAT32
+
+
+def test_one_more_step_at_the_fixed_point_moves_nothing(arrays):
+    inputs, slots = arrays
+    model = build(steps=1000)
+    found = model(inputs, slots)
+    assert np.all(found.stats.residual < 1e-5)
+    model = build(steps=1)
+    assert relative_error(model(inputs, found.slots).slots, found.slots) < FLOAT32
+
+
+def loss_gradient(model, inputs):
+    graphdef, params = split_model(model)
+
+    def loss(params):
+        model = nnx.merge(graphdef, params)
+        slots = model.initial(BATCH, jax.random.key(0))
+        return jnp.sum(jnp.sin(model(inputs, slots).slots))
+
+    return jax.grad(loss)(params)
+
+
+def test_gaussian_initial_slots_get_no_implicit_gradient(arrays):
+    implicit = loss_gradient(build(adjoint=Neumann()), arrays[0])
+    assert not np.any(implicit["slot_mean"]) and not np.any(implicit["slot_log_scale"])
+    assert np.any(implicit["step"]["gru"]["input"]["kernel"])
+    assert np.any(implicit["project_k"]["kernel"])
+    assert np.any(loss_gradient(build(), arrays[0])["slot_mean"])
+
+
+def test_learned_slots_are_trained_straight_through(arrays):
+    model = build(adjoint=Neumann(), initial_slots="learned", straight_through=True)
+    slots = model.initial(BATCH, jax.random.key(0))
+    output = model(arrays[0], slots)
+    gradient = loss_gradient(model, arrays[0])["slot_vectors"]
+    # The gradient of Σ sin(value) with respect to the value itself.
+    assert relative_error(gradient, jnp.cos(output.slots).sum(axis=0)) < FLOAT32
+    plain = build(adjoint=Neumann(), initial_slots="learned", straight_through=True)
+    plain.straight_through = False
+    assert relative_error(output.slots, plain(arrays[0], slots).slots) < 1e-7
+
+
+def test_initial_slots():
+    gaussian = build()
+    # PyTorch's Xavier bound for a [1, 1, D] tensor.
+    for values in (gaussian.slot_mean[...], gaussian.slot_log_scale[...]):
+        assert values.shape == (1, 1, SIZE)
+        assert np.abs(values).max() <= np.sqrt(3 / SIZE)
+        assert values.std() > 0.1
+    drawn = gaussian.initial(500, jax.random.key(1))
+    assert drawn.shape == (500, SLOTS, SIZE)
+    assert np.allclose(drawn.mean(axis=(0, 1)), gaussian.slot_mean[0, 0], atol=0.2)
+    scale = np.exp(gaussian.slot_log_scale[0, 0])
+    assert np.allclose(drawn.std(axis=(0, 1)), scale, rtol=0.15)
+    learned = build(initial_slots="learned")
+    assert np.array_equal(
+        learned.initial(2, jax.random.key(1))[1], learned.slot_vectors[...]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_slots": 0}, "num_slots must be at least 1, got 0"),
+        ({"heads": 3}, "slot_size must be a multiple of the slot heads, got 8 and 3"),
+        (
+            {"initial_slots": "learned", "adjoint": Neumann()},
+            "learned initial slots get no gradient",
+        ),
+    ],
+)
+def test_misuse_is_a_sentence(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build(**changes)
+
+
+def test_step_function_closes_over_no_array():
+    model = build()
+    first, second = (StepFunction(nnx.split(model.step)[0]) for _ in range(2))
+    assert first == second and hash(first) == hash(second)
+    assert dataclasses.is_dataclass(first)

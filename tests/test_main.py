@@ -1,0 +1,60 @@
+"""The command line, as a user meets it."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def command(*arguments, **environment):
+    """Runs `python -m implicit_slots.main` from the project's root."""
+    return subprocess.run(
+        [sys.executable, "-m", "implicit_slots.main", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["--config=configs/scenes.py", "--config.batchsize=2"], 1, "batchsize"),
+        (["--config=configs/nothing.py"], 1, "configs/nothing.py"),
+        (["--config=configs/scenes.py:vanila"], 1, "vanila"),
+        (["--config=configs/scenes.py", "--config.batch_size=x"], 2, "batch_size=x"),
+        (["--config=configs/scenes.py", "--mode=dream"], 2, "mode"),
+        ([], 2, "--config"),
+    ],
+)
+def test_bad_flags_are_one_sentence(arguments, code, sentence):
+    result = command(*arguments)
+    assert result.returncode == code, result.stderr
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
+    assert sentence in result.stderr
+
+
+def test_bad_data_is_one_sentence_with_exit_code_1(tmp_path):
+    for path in ("", f"{tmp_path / 'nowhere'}", f"{tmp_path}"):
+        result = command(
+            "--config=configs/folder.py",
+            f"--config.data.path={path}",
+            f"--workdir={tmp_path / 'run'}",
+        )
+        assert result.returncode == 1, result.stderr
+        assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
+        assert not (tmp_path / "run").exists()
+
+
+def test_importing_the_package_imports_no_tensorflow():
+    code = (
+        "import sys, implicit_slots.training.run; "
+        "sys.exit(any(m.split('.')[0] == 'tensorflow' for m in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,182 @@
+"""Whole runs: what they write, that they resume exactly, and what they refuse."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from configs import scenes
+from implicit_slots.training.checkpoint import Checkpoints
+from implicit_slots.training.errors import UserError
+from implicit_slots.training.run import run
+from implicit_slots.training.writer import MetricWriter, read_metrics
+
+
+def smoke(**changes):
+    config = scenes.get_config("smoke")
+    config.data.cache = ""
+    config.update(changes)
+    return config
+
+
+def final_state(workdir):
+    """The last checkpoint's arrays, as Orbax stored them."""
+    checkpoints = Checkpoints(workdir, keep=3)
+    step = checkpoints.latest_step()
+    state = checkpoints._manager.restore(step)
+    checkpoints.close()
+    return jax.tree.map(np.asarray, state)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A smoke run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    summary = run(smoke(), workdir, command="python -m implicit_slots.main")
+    return workdir, summary
+
+
+def test_a_run_leaves_what_the_contract_says(finished):
+    workdir, summary = finished
+    assert {p.name for p in workdir.iterdir()} >= {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "images",
+        "report.html",
+        "summary.json",
+    }
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert summary["step"] == 20 and summary["parameters"] > 1000
+    assert json.loads((workdir / "config.json").read_text())["name"] == "scenes-smoke"
+    assert [p.name for p in sorted((workdir / "images").iterdir())] == [
+        "step_00000000.png",
+        "step_00000020.png",
+    ]
+
+
+def test_metrics_say_what_happened(finished):
+    workdir, summary = finished
+    lines = read_metrics(workdir)
+    assert [(line["step"], line["split"]) for line in lines] == [
+        (10, "train"),
+        (20, "train"),
+        (20, "validation"),
+    ]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["mse"] + line["cross_entropy"])
+    for line in lines[:2]:
+        assert line["grad_norm_l2"] >= line["grad_norm_inf"] > 0
+        assert 0 < line["forward_residual"] < 10 and line["steps_per_second"] > 0
+    assert -1 <= lines[2]["fg_ari"] <= 1
+    assert summary["validation/fg_ari"] == lines[2]["fg_ari"]
+    assert summary["validation/slot_mse"] > 0
+
+
+def test_training_lowers_the_loss(finished):
+    first, second = (line["loss"] for line in read_metrics(finished[0])[:2])
+    assert second < first
+
+
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(finished, tmp_path):
+    stopped = tmp_path / "stopped"
+    shutil.copytree(finished[0], stopped)
+    # As if killed after step 13: the checkpoint of step 10 is the last.
+    shutil.rmtree(stopped / "checkpoints" / "20")
+    (stopped / "images" / "step_00000020.png").unlink()
+    for name in ("summary.json", "report.html"):
+        (stopped / name).unlink()
+    resumed = run(smoke(), stopped)
+
+    want, got = final_state(finished[0]), final_state(stopped)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+    assert got["step"] == 20
+
+    def without_rate(workdir):
+        return [
+            {k: v for k, v in line.items() if k != "steps_per_second"}
+            for line in read_metrics(workdir)
+        ]
+
+    assert without_rate(stopped) == without_rate(finished[0])
+    for picture in (finished[0] / "images").iterdir():
+        assert picture.read_bytes() == (stopped / "images" / picture.name).read_bytes()
+    for key in ("validation/loss", "validation/fg_ari", "validation/slot_mse"):
+        assert resumed[key] == finished[1][key]
+
+
+def test_another_seed_is_another_run(finished, tmp_path):
+    summary = run(smoke(seed=1), tmp_path / "other")
+    assert summary["validation/loss"] != finished[1]["validation/loss"]
+
+
+def test_evaluation_scores_the_test_split_and_trains_nothing(finished, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished[0], workdir)
+    summary = run(smoke(), workdir, mode="evaluate")
+    assert summary["step"] == 20
+    assert {"test/fg_ari", "test/slot_mse"} <= summary.keys()
+    assert summary["validation/loss"] == finished[1]["validation/loss"]
+    assert read_metrics(workdir) == read_metrics(finished[0])
+
+
+def test_another_models_workdir_is_refused_untouched(finished):
+    workdir = finished[0]
+    before = {
+        p: p.stat().st_mtime_ns for p in sorted(workdir.rglob("*")) if p.is_file()
+    }
+    config = smoke()
+    config.model.num_slots = 4
+    with pytest.raises(UserError, match=r"its model\.num_slots is 3, this .* is 4"):
+        run(config, workdir)
+    after = {p: p.stat().st_mtime_ns for p in sorted(workdir.rglob("*")) if p.is_file()}
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"batch_size": 0}, "--config.batch_size to a positive multiple of"),
+        ({"num_steps": 0}, r"config\.num_steps must be at least 1, got 0"),
+        ({"checkpoint_every": 7}, r"must be a multiple of config\.log_every \(10\)"),
+        ({"batch_size": 65}, "fewer than one batch of 65"),
+        ({"data.resolution": 18}, "image size must be divisible by 4, got 18"),
+        ({"model.num_slots": 0}, "num_slots must be at least 1"),
+        ({"data.train_size": 0}, r"--config\.data\.train_size"),
+        ({"optimizer.schedule": "x"}, r"optimizer\.schedule must be one of"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_writes_nothing(changes, sentence, tmp_path):
+    config = smoke()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=sentence):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_to_evaluate_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint to evaluate"):
+        run(smoke(), tmp_path / "run", mode="evaluate")
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdir_that_cannot_be_written_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        run(smoke(), tmp_path / "file" / "run")
+
+
+def test_writer_forgets_what_came_after_the_checkpoint(tmp_path):
+    writer = MetricWriter(tmp_path, step=0)
+    for step in (10, 20):
+        writer.write(step, "train", {"loss": 1.0 / step, "bad": float("nan")})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "spl')  # killed while writing
+    MetricWriter(tmp_path, step=10)
+    assert read_metrics(tmp_path) == [
+        {"step": 10, "split": "train", "loss": 0.1, "bad": None}
+    ]
