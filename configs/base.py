@@ -38,6 +38,7 @@ def get_config(name: str, data: ConfigDict) -> ConfigDict:
     config.model.epsilon = 1e-8  # added to the attention before normalising over inputs
     config.model.initial_slots = "gaussian"  # or "learned"
     config.model.straight_through = False  # trains the initial slots' parameters
+    config.model.position_scale = 1.0  # of the initial position embedding
     config.model.solver = ConfigDict()
     config.model.solver.name = "picard"
     config.model.solver.max_steps = 7
@@ -85,6 +86,7 @@ def scenes() -> ConfigDict:
     data.seed = 0  # of the data set, not of the run
     data.min_objects = 3
     data.max_objects = 6
+    data.zoom = 1.0  # keeps the middle 1/zoom of CLEVR's crop
     data.with_masks = False  # also for the training images
     data.cache = "runs/cache"  # keeps what was rendered; empty: memory only
     return data
@@ -101,6 +103,18 @@ def folder() -> ConfigDict:
     data.test_fraction = 0.05
     data.max_objects = 10
     data.skip_unreadable = False
+    return data
+
+
+def tfds() -> ConfigDict:
+    """Data section: a data set prepared by tensorflow-datasets."""
+    data = ConfigDict()
+    data.name = "tfds"
+    data.dataset = "clevr"
+    data.data_dir = ""  # empty: tensorflow-datasets' own default
+    data.resolution = 96
+    data.crop = "clevr"
+    data.max_objects = 10
     return data
 
 

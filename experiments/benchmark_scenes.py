@@ -17,12 +17,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from implicit_slots.data import scenes
+from implicit_slots.data import rendering
 
 
 def measure(resolution: int, batch: int, rounds: int, threads: int) -> dict:
     """Compilation seconds and the rates of ``rounds`` batches at one resolution."""
-    draw = partial(scenes.render_batch, 0, "train", resolution=resolution)
+    draw = partial(rendering.render_batch, 0, "train", resolution=resolution)
 
     def render(indices):
         jax.block_until_ready(draw(indices))

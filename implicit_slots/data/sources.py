@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 from jaxtyping import Int
 
-from implicit_slots.data import scenes
+from implicit_slots.data import rendering, scenes
 from implicit_slots.data.base import Batch, DataError, Source
 from implicit_slots.data.cache import BlockCache
 from implicit_slots.data.folder import ImageFolder
@@ -34,8 +34,10 @@ SPLITS = ("train", "validation", "test")
 # which different threads read, are different blocks and are rendered side by side.
 SCENES_BLOCK = 32
 # Bytes of another renderer must not pass for this one's. Read beside the import,
-# because the file may be edited while a process runs.
-RENDERER = hashlib.sha256(inspect.getsource(scenes).encode()).hexdigest()
+# because the files may be edited while a process runs.
+RENDERER = hashlib.sha256(
+    "".join(inspect.getsource(module) for module in (scenes, rendering)).encode()
+).hexdigest()
 
 
 class Scenes(Source):
@@ -59,6 +61,7 @@ class Scenes(Source):
         seed: int = 0,
         min_objects: int = 3,
         max_objects: int = 6,
+        zoom: float = 1.0,
         with_masks: bool = False,
         cache: str = "",
     ):
@@ -73,13 +76,15 @@ class Scenes(Source):
           seed: of the data set, not of the run.
           min_objects: fewest objects in a scene.
           max_objects: most objects in a scene, and length of the attributes' arrays.
+          zoom: images are the middle 1/zoom of CLEVR's crop in each direction, and
+            scenes are placed for that; at least 1.
           with_masks: whether the training split, too, has `segmentation`, `shadow` and
             `objects`; validation and test always have them.
           cache: folder that keeps what was rendered for later runs; empty for none.
 
         Raises:
-          DataError: an empty split, impossible numbers of objects, or a cache that
-            cannot be written.
+          DataError: an empty split, impossible numbers of objects, a zoom below 1, or
+            a cache that cannot be written.
         """
         sizes = {"train": train_size, "validation": validation_size, "test": test_size}
         self._size = sizes[split]
@@ -93,6 +98,8 @@ class Scenes(Source):
                 "scenes need 1 <= min_objects <= max_objects, got "
                 f"{min_objects} and {max_objects}"
             )
+        if not zoom >= 1:
+            raise DataError(f"scenes need zoom >= 1, got {zoom}")
         block = min(SCENES_BLOCK, self._size)
         arguments: dict[str, Any] = {
             "seed": seed,
@@ -100,11 +107,12 @@ class Scenes(Source):
             "resolution": resolution,
             "min_objects": min_objects,
             "max_objects": max_objects,
+            "zoom": zoom,
         }
 
         def make(first: int) -> Batch:
             indices = np.arange(first, first + block, dtype=np.int32)
-            return scenes.render_batch(indices=indices, **arguments)
+            return rendering.render_batch(indices=indices, **arguments)
 
         shapes = jax.eval_shape(lambda: make(0))
         example = jax.tree.map(

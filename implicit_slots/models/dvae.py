@@ -46,13 +46,7 @@ class Block(nnx.Module):
                 kernel_init=init,
                 rngs=rngs,
             )
-        self.norm = nnx.GroupNorm(
-            out_features,
-            num_groups=1,
-            epsilon=layers.NORM_EPSILON,
-            use_fast_variance=False,
-            rngs=rngs,
-        )
+        self.norm = layers.OneGroupNorm(out_features)
 
     def __call__(
         self, x: Float[Array, "batch height width in_features"]

@@ -42,6 +42,27 @@ def layer_norm(features: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
+class OneGroupNorm(nnx.Module):
+    """Group normalisation with a single group: over rows, columns and channels.
+
+    Args:
+      features: channels, each with a scale and a bias.
+    """
+
+    def __init__(self, features: int):
+        self.scale = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+
+    def __call__(
+        self, x: Float[Array, "batch height width dim"]
+    ) -> Float[Array, "batch height width dim"]:
+        """Normalises each image on its own."""
+        centred = x - x.mean(axis=(1, 2, 3), keepdims=True)
+        variance = jnp.square(centred).mean(axis=(1, 2, 3), keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + NORM_EPSILON)
+        return normed * self.scale[None, None, None] + self.bias[None, None, None]
+
+
 def dropout(
     x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None
 ) -> Float[Array, "..."]:

@@ -77,6 +77,9 @@ class SLATE(nnx.Module):
       epsilon: of slot attention's normalisation over inputs.
       initial_slots: see `SlotAttention`.
       straight_through: see `SlotAttention`.
+      position_scale: standard deviation of the initial position embedding before its
+        truncation (1 as published). Smaller, tokens are first told apart by what they
+        show, and slots find objects sooner.
       solver: how to iterate slot attention.
       adjoint: how to differentiate it.
       rngs: source of the initial parameters.
@@ -100,6 +103,7 @@ class SLATE(nnx.Module):
         epsilon: float,
         initial_slots: Literal["gaussian", "learned"],
         straight_through: bool,
+        position_scale: float,
         solver: Picard,
         adjoint: Adjoint,
         rngs: nnx.Rngs,
@@ -119,7 +123,7 @@ class SLATE(nnx.Module):
             rngs=rngs,
         )
         self.positions = nnx.Param(
-            nnx.initializers.truncated_normal(1.0)(
+            nnx.initializers.truncated_normal(position_scale)(
                 rngs.params(), (1 + self.side**2, width)
             )
         )

@@ -84,7 +84,7 @@ def train(run: Run, state: TrainState) -> TrainState:
             if _due(step, config.checkpoint_every, end):
                 run.checkpoints.save(state)
             bar.update()
-    _close(batches)
+    batches.close()  # ends the reading threads
     return state
 
 
@@ -139,14 +139,7 @@ def _evaluation(run: Run, source: Source) -> Iterator[dict]:
             if name in batch
         }
         yield shard_batch(read, run.mesh)
-    _close(batches)
-
-
-def _close(batches: Iterator) -> None:
-    """Ends the reading threads, which would otherwise outlive their reader."""
-    close = getattr(batches, "close", None)
-    if close is not None:
-        close()
+    batches.close()  # ends the reading threads
 
 
 def _due(step: int, every: int, end: int) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from implicit_slots.data import scenes, sources
+from implicit_slots.data import rendering, scenes, sources
 from implicit_slots.data.base import DataError
 
 SCENES = {
@@ -30,7 +30,9 @@ def rendered(monkeypatch):
     """Replaces the renderer by one that is instant; lists what it was asked for."""
     asked = []
 
-    def render_batch(seed, split, indices, *, resolution, min_objects, max_objects):
+    def render_batch(
+        seed, split, indices, *, resolution, min_objects, max_objects, zoom
+    ):
         # Shapes are asked for by tracing, which is no rendering.
         indices = np.asarray(indices)
         asked.append((split, seed, indices.tolist()))
@@ -49,22 +51,23 @@ def rendered(monkeypatch):
             },
         )
 
-    monkeypatch.setattr(scenes, "render_batch", render_batch)
+    monkeypatch.setattr(rendering, "render_batch", render_batch)
     monkeypatch.setattr(sources, "SCENES_BLOCK", 8)
     return asked
 
 
 def test_scenes_are_the_renderers():
     """Examples are what the renderer draws for their index, masks and all."""
-    source = build("validation", seed=3, max_objects=4)
+    source = build("validation", seed=3, max_objects=4, zoom=1.5)
     assert len(source) == 6
-    drawn = scenes.render_batch(
+    drawn = rendering.render_batch(
         seed=3,
         split="validation",
         indices=np.arange(6, dtype=np.int32),
         resolution=16,
         min_objects=3,
         max_objects=4,
+        zoom=1.5,
     )
     indices = np.array([5, 0, 5])
     batch = source.batch(indices)
@@ -114,7 +117,12 @@ def test_scenes_on_disk_serve_the_next_run(rendered, tmp_path):
     rendered.clear()
     np.testing.assert_array_equal(again.batch(everything)["image"], expected)
     assert rendered == []
-    others: tuple[dict, ...] = ({"seed": 1}, {"resolution": 8}, {"with_masks": True})
+    others: tuple[dict, ...] = (
+        {"seed": 1},
+        {"resolution": 8},
+        {"zoom": 2.0},
+        {"with_masks": True},
+    )
     for other in others:
         source = build(cache=str(tmp_path), **other)
         rendered.clear()
@@ -155,6 +163,7 @@ def test_a_frozen_section_builds_any_source(tmp_path):
         ({}, "dev", "unknown split 'dev'; choose from train, validation, test"),
         ({"test_size": 0}, "test", r"has 0 scenes; set --config\.data\.test_size to"),
         ({"max_objects": 2}, "train", "need 1 <= min_objects <= max_objects, got 3 an"),
+        ({"zoom": 0.5}, "train", r"scenes need zoom >= 1, got 0\.5"),
         ({"resolution": 0}, "train", r"resolution must be at least 1, got 0"),
     ],
 )

@@ -1,0 +1,21 @@
+"""Implicit SLATE on any folder of images, sized for two CPU cores.
+
+Command: python -m implicit_slots.main --config=configs/folder.py \
+    --config.data.path=DIR
+Data: DIR/images/ (or DIR itself) with PNG or JPEG files, optional DIR/masks/ with the
+    same names and DIR/scenes.json; implicit_slots/data/README.md has the layout.
+Cost: not yet measured.
+Expected result: not yet measured.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base, scenes
+
+
+def get_config(variant: str | None = None) -> ConfigDict:
+    """Returns the configuration; see `base.set_variant` for the variants."""
+    config = base.get_config("folder", base.folder())
+    scenes.set_size(config)
+    config.data.resolution = scenes.RESOLUTION
+    return base.set_variant(config, variant)
