@@ -8,15 +8,17 @@ and resolution that Chang et al. 2022 state.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from implicit_slots.config import Config
 
-def get_config(name: str, data: ConfigDict) -> ConfigDict:
+
+def get_config(name: str, data: Config) -> Config:
     """Returns the default configuration of a run.
 
     Args:
       name: the run's name; its workdir is runs/<name> unless told otherwise.
       data: the data section, from one of the functions below.
     """
-    config = ConfigDict()
+    config: Config = ConfigDict()
     config.name = name
     config.seed = 0
     config.num_steps = 250_000
@@ -38,6 +40,7 @@ def get_config(name: str, data: ConfigDict) -> ConfigDict:
     config.model.epsilon = 1e-8  # added to the attention before normalising over inputs
     config.model.initial_slots = "gaussian"  # or "learned"
     config.model.straight_through = False  # trains the initial slots' parameters
+    config.model.initial_positions = "normal"  # or "smooth": neighbours alike
     config.model.position_scale = 1.0  # of the initial position embedding
     config.model.solver = ConfigDict()
     config.model.solver.name = "picard"
@@ -75,9 +78,9 @@ def get_config(name: str, data: ConfigDict) -> ConfigDict:
     return config
 
 
-def scenes() -> ConfigDict:
+def scenes() -> Config:
     """Data section: the embedded procedural scenes."""
-    data = ConfigDict()
+    data: Config = ConfigDict()
     data.name = "scenes"
     data.resolution = 96
     data.train_size = 50_000
@@ -92,9 +95,9 @@ def scenes() -> ConfigDict:
     return data
 
 
-def folder() -> ConfigDict:
+def folder() -> Config:
     """Data section: a folder of images, with masks and attributes if there are some."""
-    data = ConfigDict()
+    data: Config = ConfigDict()
     data.name = "folder"
     data.path = ""
     data.resolution = 96
@@ -106,9 +109,9 @@ def folder() -> ConfigDict:
     return data
 
 
-def tfds() -> ConfigDict:
+def tfds() -> Config:
     """Data section: a data set prepared by tensorflow-datasets."""
-    data = ConfigDict()
+    data: Config = ConfigDict()
     data.name = "tfds"
     data.dataset = "clevr"
     data.data_dir = ""  # empty: tensorflow-datasets' own default
@@ -118,7 +121,7 @@ def tfds() -> ConfigDict:
     return data
 
 
-def set_variant(config: ConfigDict, variant: str | None) -> ConfigDict:
+def set_variant(config: Config, variant: str | None) -> Config:
     """Applies the variants that every configuration has, and names the run by them.
 
     Args:
@@ -144,7 +147,7 @@ def set_variant(config: ConfigDict, variant: str | None) -> ConfigDict:
     return config
 
 
-def set_smoke(config: ConfigDict) -> None:
+def set_smoke(config: Config) -> None:
     """Shrinks a configuration until it runs in seconds on one core."""
     config.num_steps = 20
     config.batch_size = 8

@@ -10,12 +10,11 @@ Expected result: not yet measured. On CLEVR-Mirror, whose images resemble CLEVR'
     image, against 67.04 for `:vanilla`.
 """
 
-from ml_collections import ConfigDict
-
 from configs import base
+from implicit_slots.config import Config
 
 
-def get_config(variant: str | None = None) -> ConfigDict:
+def get_config(variant: str | None = None) -> Config:
     """Returns the configuration; see `base.set_variant` for the variants."""
     config = base.get_config("clevr", base.tfds())
     return base.set_variant(config, variant)

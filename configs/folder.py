@@ -8,12 +8,11 @@ Cost: not yet measured.
 Expected result: not yet measured.
 """
 
-from ml_collections import ConfigDict
-
 from configs import base, scenes
+from implicit_slots.config import Config
 
 
-def get_config(variant: str | None = None) -> ConfigDict:
+def get_config(variant: str | None = None) -> Config:
     """Returns the configuration; see `base.set_variant` for the variants."""
     config = base.get_config("folder", base.folder())
     scenes.set_size(config)

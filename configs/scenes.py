@@ -1,13 +1,12 @@
 """wip."""
 
-from ml_collections import ConfigDict
-
 from configs import base
+from implicit_slots.config import Config
 
 RESOLUTION = 48
 
 
-def get_config(variant: str | None = None) -> ConfigDict:
+def get_config(variant: str | None = None) -> Config:
     """Returns the configuration; see `base.set_variant` for the variants."""
     config = base.get_config("scenes", base.scenes())
     set_size(config)
@@ -22,13 +21,13 @@ def get_config(variant: str | None = None) -> ConfigDict:
     return base.set_variant(config, variant)
 
 
-def set_size(config: ConfigDict) -> None:
+def set_size(config: Config) -> None:
     """Shrinks model and schedules to what two CPU cores train in ten minutes."""
-    config.num_steps = 6_000
+    config.num_steps = 7_000
     config.batch_size = 16
     config.model.update(
         vocab_size=64,
-        dvae_features=16,
+        dvae_features=32,
         width=64,
         num_blocks=1,
         num_heads=4,
@@ -36,16 +35,16 @@ def set_size(config: ConfigDict) -> None:
         num_slots=5,
         slot_size=64,
         slot_mlp_size=64,
-        position_scale=0.1,
+        initial_positions="smooth",
+        position_scale=0.25,
     )
-    config.model.solver.max_steps = 3
     config.optimizer.update(
         learning_rate=1e-3,
-        dvae_learning_rate=1e-3,
+        dvae_learning_rate=3e-3,
         warmup_steps=500,
         schedule="cosine",
     )
-    config.temperature.steps = 2_000
+    config.temperature.steps = 1_000
     config.update(
         log_every=100, validate_every=500, draw_every=1_000, checkpoint_every=1_000
     )

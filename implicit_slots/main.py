@@ -25,6 +25,7 @@ def main(_: list[str]) -> None:
     # Orbax and clu report every file they touch at INFO.
     logging.set_verbosity(logging.WARNING)
     # After the flags are parsed: --help needs no JAX.
+    from implicit_slots.data.base import DataError
     from implicit_slots.training.errors import UserError
     from implicit_slots.training.run import run
 
@@ -32,7 +33,7 @@ def main(_: list[str]) -> None:
     workdir = pathlib.Path(_WORKDIR.value or os.path.join("runs", config.name))
     try:
         run(config, workdir, mode=_MODE.value, command=_command())
-    except UserError as error:
+    except (UserError, DataError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(f"stopped; the same command resumes {workdir}")
@@ -59,7 +60,7 @@ def _parse(argv: list[str]) -> list[str]:
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(1 if str(error).startswith("flag --config=configs") else 2)
     except OSError:
-        file = flags.FLAGS["config"].config_filename.split(":")[0]
+        file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
         sys.exit(f"error: there is no configuration file {file}")
     except (KeyError, AttributeError) as error:
         key = str(error.args[0]).splitlines()[0].strip("'\"")

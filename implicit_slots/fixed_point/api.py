@@ -115,7 +115,9 @@ def _checked(f: Callable, params: PyTree, x: PyTree, z0: PyTree) -> PyTree:
     return z0
 
 
-def _solve(f, solver: Picard, adjoint: Adjoint, params, x, z0):
+def _solve(
+    f, solver: Picard, adjoint: Adjoint, params, x, z0
+) -> tuple[Any, Any, Stats]:
     if isinstance(adjoint, Unrolled):
         return _unrolled(f, solver, adjoint, params, x, z0)
     return _implicit(f, solver, adjoint, params, x, z0)
@@ -125,7 +127,7 @@ def _statistics(solver: Picard, steps, z, fz) -> Stats:
     z, fz = jax.lax.stop_gradient((z, fz))
     error, size = residual_norms(z, fz)
     residual = error / (size + jnp.finfo(size.dtype).tiny)
-    return Stats(steps, residual, error <= solver.atol + solver.rtol * size)
+    return Stats(steps, residual, solver.met(error, size))
 
 
 def _unrolled(f, solver: Picard, adjoint: Unrolled, params, x, z0):
@@ -148,7 +150,7 @@ def _unrolled(f, solver: Picard, adjoint: Unrolled, params, x, z0):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _implicit(f, solver: Picard, adjoint: Neumann, params, x, z0):
+def _implicit(f, solver: Picard, adjoint: Neumann, params, x, z0) -> Any:
     return _implicit_forward(f, solver, adjoint, params, x, z0)[0]
 
 

@@ -67,8 +67,17 @@ class Picard:
             lambda old, new: jnp.where(_per_example(active, new), new, old), z, moved
         )
         error, size = residual_norms(z, fz)
-        done = error <= self.atol + self.rtol * size
-        return Iterate(moved, steps + active, active & ~done)
+        active_steps = steps + active.astype(steps.dtype)
+        return Iterate(moved, active_steps, active & ~self.met(error, size))
+
+    def met(
+        self, error: Float[Array, " batch"], size: Float[Array, " batch"]
+    ) -> Bool[Array, " batch"]:
+        """Whether ‖f(z) − z‖ = `error` meets the tolerances at ‖f(z)‖ = `size`.
+
+        Never where either is not finite: infinity is not below infinity.
+        """
+        return (error <= self.atol + self.rtol * size) & jnp.isfinite(size)
 
     def solve(self, f: Callable[[PyTree], PyTree], z0: PyTree) -> Iterate:
         """Iterates f from `z0` until every example stopped or `max_steps` is reached.

@@ -3,8 +3,8 @@
 from typing import Any
 
 from flax import nnx
-from ml_collections import ConfigDict
 
+from implicit_slots.config import Config
 from implicit_slots.fixed_point import Adjoint, Neumann, Picard, Unrolled
 from implicit_slots.models.slate import SLATE
 
@@ -14,7 +14,7 @@ SOLVERS = {"picard": Picard}
 ADJOINTS = {"neumann": (Neumann, ("terms",)), "unrolled": (Unrolled, ("remat",))}
 
 
-def build_model(config: ConfigDict, *, resolution: int, seed: int) -> nnx.Module:
+def build_model(config: Config, *, resolution: int, seed: int) -> SLATE:
     """Builds the model of a configuration's `model` section.
 
     Args:

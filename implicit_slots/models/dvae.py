@@ -1,7 +1,6 @@
 """The discrete VAE of SLATE: images to tokens of a small vocabulary, and back."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -65,6 +64,7 @@ class DVAE(nnx.Module):
     """
 
     def __init__(self, vocab_size: int, *, features: int = 64, rngs: nnx.Rngs):
+        self.vocab_size = vocab_size
         self.encoder = nnx.Sequential(
             # The 4x4 convolution of stride 4, as a dense layer on patches.
             Block(STRIDE * STRIDE * 3, features, rngs=rngs),
@@ -108,8 +108,7 @@ class DVAE(nnx.Module):
         self, ids: Int[Array, "batch rows columns"]
     ) -> Float[Array, "batch height width 3"]:
         """Returns the image of token ids in 0 … vocab − 1."""
-        vocab_size = self.decoder.layers[0].convolution.in_features
-        return self.decode(nnx.one_hot(ids, vocab_size))
+        return self.decode(nnx.one_hot(ids, self.vocab_size))
 
 
 def patches(

@@ -4,7 +4,7 @@ Singh, Deng, Ahn 2022 (arXiv 2110.11405), as in the official code. Its loss is a
 over pixels and tokens, not a mean: see `SlateOutput`.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,9 +77,11 @@ class SLATE(nnx.Module):
       epsilon: of slot attention's normalisation over inputs.
       initial_slots: see `SlotAttention`.
       straight_through: see `SlotAttention`.
-      position_scale: standard deviation of the initial position embedding before its
-        truncation (1 as published). Smaller, tokens are first told apart by what they
-        show, and slots find objects sooner.
+      initial_positions: how the learned position embedding begins. "normal" is the
+        published truncated normal, independent at every position; "smooth" gives
+        neighbours similar vectors, see `smooth_positions`.
+      position_scale: standard deviation of the initial position embedding (1 as
+        published; of the normal before its truncation).
       solver: how to iterate slot attention.
       adjoint: how to differentiate it.
       rngs: source of the initial parameters.
@@ -101,8 +103,9 @@ class SLATE(nnx.Module):
         slot_mlp_size: int,
         slot_heads: int,
         epsilon: float,
-        initial_slots: Literal["gaussian", "learned"],
+        initial_slots: str,
         straight_through: bool,
+        initial_positions: str,
         position_scale: float,
         solver: Picard,
         adjoint: Adjoint,
@@ -127,6 +130,14 @@ class SLATE(nnx.Module):
                 rngs.params(), (1 + self.side**2, width)
             )
         )
+        if initial_positions == "smooth":
+            grid = position_scale * smooth_positions(rngs.params(), self.side, width)
+            self.positions[...] = self.positions[...].at[1:].set(grid)
+        elif initial_positions != "normal":
+            raise ValueError(
+                'initial_positions must be "normal" or "smooth", got '
+                f"{initial_positions!r}"
+            )
         self.encoder_norm = layers.layer_norm(width, rngs=rngs)
         self.encoder_mlp = layers.MLP(width, width, rngs=rngs)
         self.slot_attention = SlotAttention(
@@ -256,3 +267,23 @@ class SLATE(nnx.Module):
 def with_bos(ids: Int[Array, "batch tokens"]) -> Int[Array, "batch longer"]:
     """Shifts image token ids by one and puts BOS before them."""
     return jnp.pad(ids + 1, ((0, 0), (1, 0)), constant_values=BOS)
+
+
+def smooth_positions(
+    key: Key[Array, ""], side: int, width: int
+) -> Float[Array, "tokens {width}"]:
+    """Draws position vectors of a square grid that vary slowly over it.
+
+    Each feature is a random mixture, of unit variance, of the products of the four
+    lowest cosines of the row and of the column (the constant left out). With the
+    published independent vectors, slot attention first has to learn which positions
+    are neighbours; with these it clusters neighbours from the first step.
+    """
+    centres = (jnp.arange(side, dtype=jnp.float32) + 0.5) / side
+    frequencies = jnp.arange(4, dtype=jnp.float32)
+    cosines = jnp.cos(jnp.pi * frequencies[:, None] * centres[None, :])
+    basis = jnp.einsum("ir,jc->rcij", cosines, cosines).reshape(side * side, -1)[:, 1:]
+    # On small grids the highest cosines can vanish.
+    basis = basis / jnp.maximum(basis.std(axis=0, keepdims=True), 1e-3)
+    mixture = jax.random.normal(key, (basis.shape[1], width))
+    return basis @ mixture / basis.shape[1] ** 0.5

@@ -5,7 +5,7 @@ differentiated as in Chang, Griffiths, Levine 2022 (arXiv 2207.00787).
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +129,7 @@ class SlotAttention(nnx.Module):
         mlp_size: int,
         num_heads: int,
         epsilon: float,
-        initial_slots: Literal["gaussian", "learned"],
+        initial_slots: str,
         straight_through: bool,
         solver: Picard,
         adjoint: Adjoint,

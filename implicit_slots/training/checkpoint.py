@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from ml_collections import ConfigDict
 
+from implicit_slots.config import Config
 from implicit_slots.training.errors import UserError
 from implicit_slots.training.state import TrainState
 
@@ -34,9 +34,7 @@ class Checkpoints:
 
     def save(self, state: TrainState) -> None:
         """Writes a checkpoint in the background; the step is read from the state."""
-        self._manager.save(
-            int(state.step), args=ocp.args.StandardSave(state._asdict())
-        )
+        self._manager.save(int(state.step), args=ocp.args.StandardSave(state._asdict()))
 
     def restore(self, like: TrainState) -> TrainState:
         """Reads the latest checkpoint into the shapes and shardings of `like`."""
@@ -52,7 +50,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def check_same_model(config: ConfigDict, workdir: pathlib.Path) -> None:
+def check_same_model(config: Config, workdir: pathlib.Path) -> None:
     """Refuses a workdir whose checkpoints are another model's.
 
     Raises:

@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from clu import metrics
-from ml_collections import ConfigDict
+from jaxtyping import PyTree
 from tqdm import tqdm
 
 from implicit_slots import visualisation
+from implicit_slots.config import Config
 from implicit_slots.data import pipeline
 from implicit_slots.data.sources import Source
 from implicit_slots.training.checkpoint import Checkpoints
@@ -36,9 +38,10 @@ class Run:
       validation: held-out data.
       checkpoints: of this workdir.
       writer: of this workdir.
+      began: when the run began, by `time.perf_counter`.
     """
 
-    config: ConfigDict
+    config: Config
     workdir: pathlib.Path
     mesh: jax.sharding.Mesh
     steps: Steps
@@ -46,6 +49,7 @@ class Run:
     validation: Source
     checkpoints: Checkpoints
     writer: MetricWriter
+    began: float
 
 
 def train(run: Run, state: TrainState) -> TrainState:
@@ -57,8 +61,9 @@ def train(run: Run, state: TrainState) -> TrainState:
     )
     window: list[TrainMetrics] = []
     clock = _Clock(start)
-    if start == 0:
-        draw(run, state, 0)
+    # The step gives the old state up, and the picture of what training starts from
+    # can wait until after the first step.
+    untrained = jax.tree.map(jnp.copy, state.params) if start == 0 else None
     with _progress(start, end) as bar:
         for step in range(start + 1, end + 1):
             batch = {"image": next(batches)["image"]}
@@ -66,7 +71,12 @@ def train(run: Run, state: TrainState) -> TrainState:
             window.append(logged)
             if step == start + 1:
                 jax.block_until_ready(state)
-                bar.write(f"first step done after {clock.restart(step):.1f} s")
+                seconds = time.perf_counter() - run.began
+                bar.write(f"first step done {seconds:.1f} s after the start")
+                if untrained is not None:
+                    draw(run, untrained, 0)
+                    untrained = None
+                clock.restart(step)
             if _due(step, config.log_every, end):
                 values = _mean(window)
                 values["steps_per_second"] = clock.rate(step)
@@ -80,7 +90,7 @@ def train(run: Run, state: TrainState) -> TrainState:
                     _say(bar, step, end, "validation", values)
             if _due(step, config.draw_every, end):
                 with clock.paused():
-                    draw(run, state, step)
+                    draw(run, state.params, step)
             if _due(step, config.checkpoint_every, end):
                 run.checkpoints.save(state)
             bar.update()
@@ -111,11 +121,11 @@ def score(run: Run, state: TrainState, source: Source) -> dict[str, float]:
     )
 
 
-def draw(run: Run, state: TrainState, step: int) -> None:
+def draw(run: Run, params: PyTree, step: int) -> None:
     """Saves the reconstruction grid of the first held-out images."""
     count = min(run.config.num_pictures, len(run.validation))
     examples = run.validation.batch(np.arange(count))
-    rendered = run.steps.reconstruct(state.params, examples["image"], 0)
+    rendered = run.steps.reconstruct(params, examples["image"], 0)
     picture = visualisation.reconstruction_grid(
         examples["image"],
         np.asarray(rendered.dvae),

@@ -1,16 +1,19 @@
 """The optimiser of SLATE: two Adam groups, warm-up, clipping by the largest entry."""
 
+from collections.abc import Hashable
+
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
-from ml_collections import ConfigDict
+
+from implicit_slots.config import Config
 
 SCHEDULES = ("constant", "cosine")
 
 
 def build_optimizer(
-    config: ConfigDict, params: dict, *, num_steps: int
+    config: Config, params: dict, *, num_steps: int
 ) -> optax.GradientTransformation:
     """Builds the optimiser of a configuration's `optimizer` section.
 
@@ -26,7 +29,7 @@ def build_optimizer(
       ValueError: if the schedule has no such name.
     """
     schedule = (config.schedule, num_steps)
-    groups = {
+    groups: dict[Hashable, optax.GradientTransformation] = {
         "dvae": _adam(_rate(config.dvae_learning_rate, 0, *schedule)),
         "main": _adam(_rate(config.learning_rate, config.warmup_steps, *schedule)),
     }
@@ -51,7 +54,7 @@ def clip_by_max_norm(limit: float | None) -> optax.GradientTransformation:
         scale = jnp.minimum(1.0, limit / (max_norm(updates) + 1e-6))
         return jax.tree.map(lambda leaf: leaf * scale, updates), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def max_norm(tree: PyTree) -> Float[Array, ""]:
@@ -59,7 +62,7 @@ def max_norm(tree: PyTree) -> Float[Array, ""]:
     return jnp.max(jnp.stack([jnp.abs(leaf).max() for leaf in jax.tree.leaves(tree)]))
 
 
-def temperature(config: ConfigDict, step: jax.typing.ArrayLike) -> Float[Array, ""]:
+def temperature(config: Config, step: jax.typing.ArrayLike) -> Float[Array, ""]:
     """Gumbel-softmax temperature: a cosine from `start` to `end` over `steps` steps."""
     progress = jnp.minimum(jnp.asarray(step, jnp.float32) / max(config.steps, 1), 1.0)
     share = 0.5 * (1 + jnp.cos(jnp.pi * progress))

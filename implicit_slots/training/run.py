@@ -5,11 +5,13 @@ import os
 import pathlib
 import platform
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 
 import jax
-from ml_collections import ConfigDict
+import numpy as np
 
+from implicit_slots.config import Config
 from implicit_slots.data import sources
 from implicit_slots.models.build import build_model
 from implicit_slots.training import loop
@@ -36,7 +38,7 @@ SUMMARY_FILE = "summary.json"
 
 
 def run(
-    config: ConfigDict,
+    config: Config,
     workdir: pathlib.Path,
     *,
     mode: str = "train",
@@ -65,6 +67,9 @@ def run(
         train, validation, test = (
             sources.build(config.data, split) for split in sources.SPLITS
         )
+        # Scenes are rendered on first use: the first ones while the model is built.
+        # A failure here comes up again, in the loop.
+        ThreadPoolExecutor(1).submit(train.batch, np.arange(1))
         model = build_model(
             config.model, resolution=config.data.resolution, seed=config.seed
         )
@@ -90,6 +95,7 @@ def run(
         validation=validation,
         checkpoints=checkpoints,
         writer=writer,
+        began=began,
     )
     print(
         f"{config.name}: {count_parameters(params):,} parameters, "
@@ -114,7 +120,7 @@ def run(
     return summary
 
 
-def check(config: ConfigDict, mode: str) -> None:
+def check(config: Config, mode: str) -> None:
     """Refuses numbers that cannot be trained with.
 
     Raises:
@@ -142,7 +148,7 @@ def check(config: ConfigDict, mode: str) -> None:
         )
 
 
-def open_workdir(config: ConfigDict, workdir: pathlib.Path, mode: str) -> Checkpoints:
+def open_workdir(config: Config, workdir: pathlib.Path, mode: str) -> Checkpoints:
     """Creates the workdir, or finds a run in it, and writes its config.json.
 
     Raises:
@@ -185,7 +191,7 @@ def enable_compilation_cache() -> None:
 
     JAX's own setting (JAX_COMPILATION_CACHE_DIR) wins where it is made.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.read("jax_compilation_cache_dir") is None:
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         folder = pathlib.Path(home) / "implicit_slots" / "compilation"
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -195,7 +201,10 @@ def enable_compilation_cache() -> None:
 def versions() -> dict[str, str]:
     """Returns what the run stood on."""
     packages = ("implicit_slots", "jax", "flax", "optax", "orbax-checkpoint")
-    found = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
+    found = {
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+    }
     for package in packages:
         try:
             found[package] = metadata.version(package)

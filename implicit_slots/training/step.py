@@ -9,8 +9,8 @@ import optax
 from clu import metrics
 from flax import nnx, struct
 from jaxtyping import Array, Float, Num
-from ml_collections import ConfigDict
 
+from implicit_slots.config import Config
 from implicit_slots.evaluation.segmentation import ForegroundARI
 from implicit_slots.models.slate import Reconstruction
 from implicit_slots.training.optimizer import max_norm, temperature
@@ -78,7 +78,7 @@ class Steps(NamedTuple):
 
 
 def build_steps(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: ConfigDict
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: Config
 ) -> Steps:
     """Builds the compiled functions of a run; nothing is compiled before its use.
 

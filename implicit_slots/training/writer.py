@@ -70,7 +70,7 @@ def _tensorboard(workdir: pathlib.Path) -> Any:
     """A clu summary writer, or None: it needs TensorFlow and TensorBoard both."""
     if not all(importlib.util.find_spec(n) for n in ("tensorflow", "tensorboard")):
         return None
-    import tensorflow as tf  # pyright: ignore[reportMissingImports]
+    import tensorflow as tf  # pyright: ignore
     from clu import metric_writers
 
     # TensorFlow would otherwise take the accelerator's memory from JAX.

@@ -1,15 +1,18 @@
 """SLATE's parts against NumPy float64, and the laws of the whole."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 from flax import nnx
-from ml_collections import ConfigDict
 from reference import FLOAT32, relative_error
 
 from configs import base
+from implicit_slots.config import Config
 from implicit_slots.fixed_point import Neumann, Picard, Unrolled
 from implicit_slots.models import dvae
 from implicit_slots.models.build import build_model
@@ -22,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("strict_promotion")
 RESOLUTION, VOCAB, WIDTH, HEADS = 16, 7, 8, 2
 
 
-def section(**changes) -> ConfigDict:
+def section(**changes) -> Config:
     config = base.get_config("test", base.scenes()).model
     config.update(
         vocab_size=VOCAB,
@@ -38,14 +41,35 @@ def section(**changes) -> ConfigDict:
     return config
 
 
-@pytest.fixture(scope="module")
-def model() -> SLATE:
-    return build_model(section(), resolution=RESOLUTION, seed=0)
+class Compiled:
+    """A model whose methods are compiled: op by op the tests would take minutes."""
+
+    def __init__(self, model: SLATE):
+        self.graphdef, self.params = split_model(model)
+        self.model = model
+
+    def __call__(self, method: Callable, *arguments):
+        """Returns method(model, *arguments), compiled."""
+        return jax.jit(lambda params, *a: method(nnx.merge(self.graphdef, params), *a))(
+            self.params, *arguments
+        )
+
+
+def losses(model, image, key, deterministic):
+    return model(
+        image, temperature=0.5, key=jax.random.key(key), deterministic=deterministic
+    )
 
 
 @pytest.fixture(scope="module")
-def params(model):
-    return split_model(model)[1]
+def compiled() -> Compiled:
+    return Compiled(build_model(section(), resolution=RESOLUTION, seed=0))
+
+
+@pytest.fixture(scope="module")
+def params(compiled):
+    """The parameters in NumPy float64."""
+    return jax.tree.map(np.float64, compiled.params)
 
 
 @pytest.fixture(scope="module")
@@ -55,32 +79,47 @@ def images():
 
 
 @pytest.fixture(scope="module")
-def output(model, images):
-    return model(images, temperature=1.0, key=jax.random.key(0), deterministic=True)
+def output(compiled, images):
+    return compiled(lambda m, x: losses(m, x, 3, True), images)
 
 
-def test_dvae_encoder_equals_numpy(model, params, images):
-    got = model.dvae.encode(images)
+@pytest.fixture(scope="module")
+def tokens(compiled, images):
+    """Ids [2, 16] that begin no sequence, their embedding and their slots."""
+    return compiled(encode, images)
+
+
+def encode(model, images):
+    ids = model.dvae.encode(images).argmax(-1).reshape(len(images), -1)
+    embedded = model.embed(with_bos(ids))
+    return ids, embedded, model.attend(embedded[:, 1:], jax.random.key(0)).slots
+
+
+def test_dvae_encoder_equals_numpy(compiled, params, images):
+    got = compiled(lambda m, x: m.dvae.encode(x), images)
     assert np.allclose(jnp.exp(got).sum(-1), 1, atol=1e-5)
     for image, ours in zip(images, got, strict=True):
         want = reference.dvae_encode(np.float64(image), params["dvae"])
         assert relative_error(ours, want) < FLOAT32
 
 
-def test_dvae_decoder_equals_numpy(model, params):
+def test_dvae_decoder_equals_numpy(compiled, params):
     z = np.random.default_rng(0).dirichlet(np.ones(VOCAB), size=(2, 4, 4))
-    got = model.dvae.decode(jnp.asarray(z, jnp.float32))
+    got = compiled(lambda m, z: m.dvae.decode(z), jnp.asarray(z, jnp.float32))
     for tokens, ours in zip(z, got, strict=True):
-        assert (
-            relative_error(ours, reference.dvae_decode(tokens, params["dvae"]))
-            < FLOAT32
-        )
+        want = reference.dvae_decode(tokens, params["dvae"])
+        assert relative_error(ours, want) < FLOAT32
 
 
-def test_decoding_ids_is_decoding_one_hot(model):
-    ids = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, size=(2, 4, 4)))
-    one_hot = jnp.asarray(np.eye(VOCAB, dtype="f4")[ids])
-    assert relative_error(model.dvae.decode_ids(ids), model.dvae.decode(one_hot)) < 1e-6
+def test_decoding_ids_is_decoding_one_hot(compiled):
+    ids = np.random.default_rng(0).integers(0, VOCAB, size=(2, 4, 4))
+    one_hot = jnp.asarray(np.eye(VOCAB)[ids], jnp.float32)
+    got, want = compiled(
+        lambda m, i, z: (m.dvae.decode_ids(i), m.dvae.decode(z)),
+        jnp.asarray(ids),
+        one_hot,
+    )
+    assert relative_error(got, want) < 1e-6
 
 
 def test_pixel_shuffle_is_pytorchs():
@@ -113,106 +152,122 @@ def test_hard_gumbel_softmax_passes_the_soft_gradient():
     assert relative_error(hard, soft) < 1e-6 and np.any(soft)
 
 
-def test_transformer_equals_numpy(model, params):
+def test_transformer_equals_numpy(compiled, params):
     rng = np.random.default_rng(0)
     x, memory = rng.normal(size=(2, 5, WIDTH)), rng.normal(size=(2, 3, WIDTH))
-    got = model.decoder(*(jnp.asarray(v, jnp.float32) for v in (x, memory)))
+    got = compiled(
+        lambda m, x, y: m.decoder(x, y),
+        *(jnp.asarray(v, jnp.float32) for v in (x, memory)),
+    )
     for i in range(2):
         want = reference.transformer(x[i], memory[i], params["decoder"], heads=HEADS)
         assert relative_error(got[i], want) < FLOAT32
 
 
-def test_decoder_is_causal_by_its_gradients(model, images):
-    ids = jnp.arange(16, dtype=jnp.int32).reshape(1, 16) % VOCAB
-    embedded = model.embed(with_bos(ids))[:, :-1]
-    slots = model.attend(model.embed(with_bos(ids))[:, 1:], jax.random.key(0)).slots
+def test_decoder_is_causal_by_its_gradients(compiled, tokens):
+    _, embedded, slots = tokens
 
-    def logits_at(position, embedded):
-        return model.decode(embedded, slots)[0, position].sum()
+    def reach(model, position, embedded, slots):
+        def logits_at(embedded):
+            return model.decode(embedded, slots)[0, position].sum()
+
+        return jax.grad(logits_at)(embedded)[0]
 
     for position in (0, 6, 15):
-        reach = jax.grad(logits_at, argnums=1)(position, embedded)[0]
-        seen = np.abs(np.asarray(reach)).sum(-1) > 0
+        gradient = compiled(reach, jnp.int32(position), embedded[:, :-1], slots)
+        seen = np.abs(np.asarray(gradient)).sum(-1) > 0
         assert np.array_equal(seen, np.arange(16) <= position)
 
 
-def test_losses_are_sums_in_the_units_of_the_docstring(params, images):
+def test_losses_are_sums_in_the_units_of_the_docstring(
+    compiled, params, images, output
+):
     """Cross-entropy and squared error from the tokens and the noise, in NumPy."""
-    model = build_model(section(), resolution=RESOLUTION, seed=0)
-    key = jax.random.key(3)
-    output = model(images, temperature=0.5, key=key, deterministic=True)
     squared = (np.float64(images) - np.asarray(output.reconstruction)) ** 2
     assert relative_error(output.losses["mse"], squared.sum((1, 2, 3))) < FLOAT32
 
-    key_hard, key_slots = jax.random.split(key, 5)[1:3]
+    def draws(model, images):
+        # Which tokens and initial slots were drawn is the random number generator's
+        # business; what they cost is not.
+        key_tokens, key_slots = jax.random.split(jax.random.key(3), 5)[1:3]
+        log_probs = model.dvae.encode(images)
+        return (
+            dvae.sample_tokens(log_probs, key_tokens),
+            model.slot_attention.initial(2, key_slots),
+        )
+
     p = params
-    for i, image in enumerate(images):
-        log_probs = reference.dvae_encode(np.float64(image), p["dvae"])
-        # Which tokens were drawn is the random number generator's business; what
-        # they cost is not.
-        drawn = dvae.sample_tokens(model.dvae.encode(images), key_hard)[i].reshape(-1)
-        assert log_probs.shape == (4, 4, VOCAB)
-        tokens = np.concatenate([[0], np.asarray(drawn) + 1])
+    for i, (drawn, start) in enumerate(zip(*compiled(draws, images), strict=True)):
+        drawn = np.asarray(drawn).reshape(-1)
+        tokens = np.concatenate([[0], drawn + 1])
         embedded = p["embedding"]["embedding"][tokens] + p["positions"]
         inputs = reference.mlp(
-            reference.layer_norm(np.float64(embedded[1:]), p["encoder_norm"]),
-            p["encoder_mlp"],
+            reference.layer_norm(embedded[1:], p["encoder_norm"]), p["encoder_mlp"]
         )
-        start = model.slot_attention.initial(2, key_slots)[i]
         slots, _ = reference.slot_attention(
             inputs, np.float64(start), p["slot_attention"], iterations=8, heads=1
         )
         memory = reference.linear(slots, p["slot_projection"])
         features = reference.transformer(
-            np.float64(embedded[:-1]), memory, p["decoder"], heads=HEADS
+            embedded[:-1], memory, p["decoder"], heads=HEADS
         )
         probabilities = reference.softmax(reference.linear(features, p["out"]), -1)
         want = -np.log(probabilities[np.arange(16), drawn]).sum()
         assert abs(output.losses["cross_entropy"][i] - want) < FLOAT32 * want
 
 
-def test_transformer_loss_never_trains_the_dvae(model, images):
-    graphdef, params = split_model(model)
+def test_transformer_loss_never_trains_the_dvae(compiled, images):
+    def gradient(params, images):
+        def cross_entropy(params):
+            model = nnx.merge(compiled.graphdef, params)
+            return losses(model, images, 0, True).losses["cross_entropy"].mean()
 
-    def cross_entropy(params):
-        losses = nnx.merge(graphdef, params)(
-            images, temperature=1.0, key=jax.random.key(0)
-        ).losses
-        return losses["cross_entropy"].mean()
+        return jax.grad(cross_entropy)(params)
 
-    gradient = jax.grad(cross_entropy)(params)
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient["dvae"]))
-    assert np.any(gradient["slot_attention"]["project_k"]["kernel"])
-
-
-def test_noise_is_a_function_of_the_key(model, images):
-    def losses(seed, deterministic):
-        return model(
-            images,
-            temperature=1.0,
-            key=jax.random.key(seed),
-            deterministic=deterministic,
-        ).losses["cross_entropy"]
-
-    assert np.array_equal(losses(0, False), losses(0, False))
-    assert not np.array_equal(losses(0, False), losses(1, False))
-    assert not np.array_equal(losses(0, False), losses(0, True))
+    found = jax.jit(gradient)(compiled.params, images)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(found["dvae"]))
+    assert np.any(found["slot_attention"]["project_k"]["kernel"])
 
 
-def test_generation_is_greedy_token_by_token(model, images):
-    slots = model.reconstruct(images, key=jax.random.key(0))
-    assert slots.slots.shape == images.shape
-    ids = model.dvae.encode(images).argmax(-1).reshape(2, -1)
-    found = model.attend(model.embed(with_bos(ids))[:, 1:], jax.random.key(0)).slots
-    tokens = np.zeros((2, 1), np.int32)
-    for _ in range(16):
-        logits = model.decode(model.embed(jnp.asarray(tokens)), found)
-        tokens = np.concatenate([tokens, logits[:, -1:].argmax(-1) + 1], axis=1)
-    got = model.generate(found)
-    assert np.array_equal(got.reshape(2, -1), tokens[:, 1:] - 1)
-    assert np.allclose(
-        slots.slots, jnp.clip(model.dvae.decode_ids(got), 0, 1), atol=1e-5
+def test_noise_is_a_function_of_the_key(compiled, images, output):
+    def cross_entropy(deterministic):
+        return jax.jit(
+            lambda params, key: losses(
+                nnx.merge(compiled.graphdef, params), images, key, deterministic
+            ).losses["cross_entropy"]
+        )
+
+    quiet, noisy = (
+        [cross_entropy(deterministic)(compiled.params, key) for key in (3, 4)]
+        for deterministic in (True, False)
     )
+    assert np.array_equal(quiet[0], output.losses["cross_entropy"])
+    assert not np.array_equal(quiet[0], quiet[1])
+    assert not np.array_equal(quiet[0], noisy[0])
+    assert not np.array_equal(noisy[0], noisy[1])
+
+
+def test_generation_is_greedy_token_by_token(compiled, images, tokens):
+    _, _, slots = tokens
+    logits_of = jax.jit(
+        lambda params, t, s: (lambda m: m.decode(m.embed(t), s))(
+            nnx.merge(compiled.graphdef, params)
+        )
+    )
+    rng = np.random.default_rng(0)
+    grown = np.zeros((2, 17), np.int32)
+    for position in range(16):
+        # What has not been generated yet is noise: it must not be read.
+        grown[:, position + 1 :] = rng.integers(0, VOCAB, size=(2, 16 - position))
+        logits = logits_of(compiled.params, jnp.asarray(grown[:, :-1]), slots)
+        grown[:, position + 1] = logits[:, position].argmax(-1) + 1
+    got, image = compiled(
+        lambda m, s: (m.generate(s), m.dvae.decode_ids(m.generate(s))), slots
+    )
+    assert np.array_equal(got.reshape(2, -1), grown[:, 1:] - 1)
+    rendered = compiled(lambda m, x: m.reconstruct(x, key=jax.random.key(0)), images)
+    assert np.allclose(rendered.slots, jnp.clip(image, 0, 1), atol=1e-5)
+    assert rendered.dvae.shape == rendered.slots.shape == images.shape
 
 
 def test_shapes_and_attention(output):
@@ -222,20 +277,30 @@ def test_shapes_and_attention(output):
     assert np.all(np.isfinite(output.stats.residual))
 
 
-def test_variants_start_from_the_same_parameters_and_give_the_same_values(images):
-    implicit = build_model(section(), resolution=RESOLUTION, seed=0)
+def test_variants_start_from_the_same_parameters_and_give_the_same_values(
+    compiled, images, output
+):
     unrolled = section()
     unrolled.adjoint.name = "unrolled"
     unrolled.solver.max_steps = 8  # an implicit adjoint applies the step once more
-    vanilla = build_model(unrolled, resolution=RESOLUTION, seed=0)
-    assert implicit.slot_attention.adjoint == Neumann(terms=1)
-    assert vanilla.slot_attention.adjoint == Unrolled()
-    assert implicit.slot_attention.solver == Picard(max_steps=7)
-    losses = [
-        model(images, temperature=1.0, key=jax.random.key(0)).losses["cross_entropy"]
-        for model in (implicit, vanilla)
-    ]
-    assert relative_error(*losses) < FLOAT32
+    vanilla = Compiled(build_model(unrolled, resolution=RESOLUTION, seed=0))
+    assert compiled.model.slot_attention.adjoint == Neumann(terms=1)
+    assert compiled.model.slot_attention.solver == Picard(max_steps=7)
+    assert vanilla.model.slot_attention.adjoint == Unrolled()
+    got = vanilla(lambda m, x: losses(m, x, 3, True), images)
+    for name, want in output.losses.items():
+        assert relative_error(got.losses[name], want) < FLOAT32
+
+
+def test_smooth_positions_make_neighbours_alike():
+    config = section(initial_positions="smooth", position_scale=0.5, width=32)
+    model = build_model(config, resolution=64, seed=0)
+    table = np.asarray(model.positions[...])
+    assert table.std() == pytest.approx(0.5, rel=0.1)
+    grid = table[1:].reshape(16, 16, 32)
+    step = np.linalg.norm(grid[1:] - grid[:-1], axis=-1).mean()
+    far = np.linalg.norm(grid[8:] - grid[:8], axis=-1).mean()
+    assert step < 0.35 * far
 
 
 def test_parameter_count_is_official_slates():
@@ -250,7 +315,7 @@ def test_parameter_count_is_official_slates():
         slot_size=d,
         slot_mlp_size=d,
     )
-    model = nnx.eval_shape(lambda: build_model(config, resolution=64, seed=0))
+    model: Any = nnx.eval_shape(lambda: build_model(config, resolution=64, seed=0))
     count = sum(leaf.size for leaf in jax.tree.leaves(split_model(model)[1]))
 
     def block(fan_in, fan_out):
@@ -271,6 +336,7 @@ def test_parameter_count_is_official_slates():
     ("change", "sentence"),
     [
         ({"name": "slaet"}, "model.name must be one of slate, got 'slaet'"),
+        ({"initial_positions": "flat"}, '"normal" or "smooth", got \'flat\''),
         ({"num_heads": 3}, "width must be a multiple of its heads, got 8 and 3"),
         ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
         ({"solver": {"name": "newton"}}, "model.solver.name must be one of picard"),
