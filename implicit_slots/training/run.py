@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from implicit_slots.config import Config
-from implicit_slots.data import sources
+from implicit_slots.data import pipeline, sources
 from implicit_slots.models.build import build_model
 from implicit_slots.training import loop
 from implicit_slots.training.checkpoint import (
@@ -67,6 +67,7 @@ def run(
         train, validation, test = (
             sources.build(config.data, split) for split in sources.SPLITS
         )
+        pipeline.TrainBatches(train, config.batch_size, config.seed)  # large enough?
         # Scenes are rendered on first use: the first ones while the model is built.
         # A failure here comes up again, in the loop.
         ThreadPoolExecutor(1).submit(train.batch, np.arange(1))
@@ -191,7 +192,7 @@ def enable_compilation_cache() -> None:
 
     JAX's own setting (JAX_COMPILATION_CACHE_DIR) wins where it is made.
     """
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         folder = pathlib.Path(home) / "implicit_slots" / "compilation"
         jax.config.update("jax_compilation_cache_dir", str(folder))
