@@ -16,5 +16,6 @@ def get_config(variant: str | None = None) -> Config:
     """Returns the configuration; see `base.set_variant` for the variants."""
     config = base.get_config("folder", base.folder())
     scenes.set_size(config)
+    config.model.num_slots = 7  # CLEVR6's: six objects and the ground
     config.data.resolution = scenes.RESOLUTION
     return base.set_variant(config, variant)

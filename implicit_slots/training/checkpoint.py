@@ -25,7 +25,13 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, *, keep: int):
         self._manager = ocp.CheckpointManager(
             (workdir / "checkpoints").resolve(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                create=True,
+                # On CPU a background write would read the arrays in place while the
+                # next step, which is given their memory, already writes there.
+                enable_async_checkpointing=False,
+            ),
         )
 
     def latest_step(self) -> int | None:
@@ -33,7 +39,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:
-        """Writes a checkpoint in the background; the step is read from the state."""
+        """Writes a checkpoint of the state at its step."""
         self._manager.save(int(state.step), args=ocp.args.StandardSave(state._asdict()))
 
     def restore(self, like: TrainState) -> TrainState:
@@ -45,8 +51,7 @@ class Checkpoints:
         return TrainState(**restored)
 
     def close(self) -> None:
-        """Waits until what was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Lets go of the directory."""
         self._manager.close()
 
 
@@ -59,7 +64,12 @@ def check_same_model(config: Config, workdir: pathlib.Path) -> None:
     path = workdir / CONFIG_FILE
     if not path.exists():
         return
-    before = _identity(json.loads(path.read_text()))
+    try:
+        before = _identity(json.loads(path.read_text()))
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"{path} is not a run's configuration; choose another --workdir"
+        ) from error
     now = _identity(json.loads(config.to_json()))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):

@@ -1,5 +1,6 @@
 """The loop: batches through the step, and what is due at which step."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -189,30 +190,19 @@ class _Clock:
     def __init__(self, step: int):
         self.restart(step)
 
-    def restart(self, step: int) -> float:
-        """Begins a new window; returns the seconds since the last one began."""
-        now = time.perf_counter()
-        passed = now - getattr(self, "_began", now)
-        self._began, self._step = now, step
-        return passed
+    def restart(self, step: int) -> None:
+        """Begins a new window after `step`."""
+        self._began, self._step = time.perf_counter(), step
 
     def rate(self, step: int) -> float:
         """Returns steps per second of the window, and begins a new one."""
-        steps = step - self._step
-        seconds = self.restart(step)
-        return steps / max(seconds, 1e-9)
+        rate = (step - self._step) / max(time.perf_counter() - self._began, 1e-9)
+        self.restart(step)
+        return rate
 
-    def paused(self) -> "_Pause":
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
         """Takes what happens in the context out of the window."""
-        return _Pause(self)
-
-
-class _Pause:
-    def __init__(self, clock: _Clock):
-        self._clock = clock
-
-    def __enter__(self):
-        self._entered = time.perf_counter()
-
-    def __exit__(self, *_):
-        self._clock._began += time.perf_counter() - self._entered
+        entered = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - entered

@@ -150,7 +150,7 @@ def check(config: Config, mode: str) -> None:
 
 
 def open_workdir(config: Config, workdir: pathlib.Path, mode: str) -> Checkpoints:
-    """Creates the workdir, or finds a run in it, and writes its config.json.
+    """Creates the workdir, or finds a run in it; to train, writes its config.json.
 
     Raises:
       UserError: if the workdir cannot be written, or has nothing to evaluate.
@@ -164,7 +164,8 @@ def open_workdir(config: Config, workdir: pathlib.Path, mode: str) -> Checkpoint
             raise UserError(
                 f"{workdir} has no checkpoint to evaluate; train there first"
             )
-        write_json(workdir / CONFIG_FILE, json.loads(config.to_json()))
+        if mode == "train":
+            write_json(workdir / CONFIG_FILE, json.loads(config.to_json()))
     except OSError as error:
         raise UserError(f"the workdir {workdir} cannot be written: {error}") from error
     return checkpoints

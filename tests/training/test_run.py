@@ -1,17 +1,20 @@
 """Whole runs: what they write, that they resume exactly, and what they refuse."""
 
 import json
+import pathlib
 import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from configs import scenes
+from configs import folder, scenes
 from implicit_slots.training.checkpoint import Checkpoints
 from implicit_slots.training.errors import UserError
 from implicit_slots.training.run import run
 from implicit_slots.training.writer import MetricWriter, read_metrics
+
+CLEVR = pathlib.Path(__file__).parents[3] / "shared" / "data" / "clevr_blender"
 
 
 def smoke(**changes):
@@ -156,6 +159,24 @@ def test_bad_input_is_a_sentence_and_writes_nothing(changes, sentence, tmp_path)
     with pytest.raises(UserError, match=sentence):
         run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(
+    not CLEVR.is_dir(), reason=f"the rendered CLEVR images are not in {CLEVR}"
+)
+def test_real_clevr_images_train_to_a_report(tmp_path):
+    config = folder.get_config("smoke")
+    config.data.path = str(CLEVR)
+    summary = run(config, tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").exists()
+    assert -1 <= summary["validation/fg_ari"] <= 1
+
+
+def test_foreign_config_file_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a run's configuration"):
+        run(smoke(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_nothing_to_evaluate_is_a_sentence(tmp_path):
