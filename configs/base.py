@@ -6,7 +6,6 @@ and resolution that Chang et al. 2022 state.
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from implicit_slots.config import Config
 
@@ -58,8 +57,7 @@ def get_config(name: str, data: Config) -> Config:
     config.optimizer.dvae_learning_rate = 3e-4
     config.optimizer.warmup_steps = 30_000  # linear; the dVAE has none
     config.optimizer.schedule = "constant"  # or "cosine" to 0 at num_steps
-    config.optimizer.clip_max_norm = placeholder(float)  # ∞-norm; None: no clipping
-    config.optimizer.clip_max_norm = 1.0
+    config.optimizer.clip_max_norm = 1.0  # ∞-norm; inf: no clipping
 
     config.temperature = ConfigDict()  # of the Gumbel-softmax: a cosine
     config.temperature.start = 1.0
@@ -75,6 +73,7 @@ def get_config(name: str, data: Config) -> Config:
     config.checkpoint_every = 5_000
     config.keep_checkpoints = 3
     config.num_pictures = 8  # rows of the reconstruction grid
+    config.num_scored = 512  # images rendered through the slots for the summary
     return config
 
 

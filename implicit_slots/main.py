@@ -2,11 +2,15 @@
 
 import os
 import pathlib
+import re
 import shlex
 import sys
+import time
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+_BEGAN = time.perf_counter()
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, with an optional :variant.", lock_config=True
@@ -18,6 +22,7 @@ _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate"], "Train, or evaluate a trained model."
 )
 flags.mark_flag_as_required("config")
+FILE_FLAG = re.compile(r"flag --config=(?!None:)")
 
 
 def main(_: list[str]) -> None:
@@ -32,7 +37,7 @@ def main(_: list[str]) -> None:
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or os.path.join("runs", config.name))
     try:
-        run(config, workdir, mode=_MODE.value, command=_command())
+        run(config, workdir, mode=_MODE.value, command=_command(), began=_BEGAN)
     except (UserError, DataError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -58,7 +63,14 @@ def _parse(argv: list[str]) -> list[str]:
         # the last line, which alone says what is wrong.
         sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         print(f"error: {sentence}", file=sys.stderr)
-        sys.exit(1 if str(error).startswith("flag --config=configs") else 2)
+        # --config=FILE:variant is the configuration's fault, --config.key=value and the
+        # rest are flags'.
+        sys.exit(1 if FILE_FLAG.match(str(error)) else 2)
+    except ImportError as error:
+        sys.exit(
+            f"error: the configuration needs a module that is not there ({error}); "
+            "start from the project's root"
+        )
     except OSError:
         file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
         sys.exit(f"error: there is no configuration file {file}")

@@ -2,8 +2,7 @@
 
 import os
 
-# Before JAX is imported: tiny programs compile faster without optimisation, and two
-# workers on two cores need no thread pool each.
+# Before JAX is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax

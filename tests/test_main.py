@@ -28,6 +28,7 @@ def command(*arguments, **environment):
         (["--config=configs/scenes.py", "--config.batchsize=2"], 1, "batchsize"),
         (["--config=configs/nothing.py"], 1, "configs/nothing.py"),
         (["--config=configs/scenes.py:vanila"], 1, "vanila"),
+        ([f"--config={ROOT}/configs/scenes.py:vanila"], 1, "vanila"),
         (["--config=configs/scenes.py", "--config.batch_size=x"], 2, "batch_size=x"),
         (["--config=configs/scenes.py", "--mode=dream"], 2, "mode"),
         ([], 2, "--config"),
@@ -50,6 +51,18 @@ def test_bad_data_is_one_sentence_with_exit_code_1(tmp_path):
         assert result.returncode == 1, result.stderr
         assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
         assert not (tmp_path / "run").exists()
+
+
+def test_devices_must_divide_the_batch(tmp_path):
+    result = command(
+        "--config=configs/scenes.py",
+        "--config.batch_size=7",
+        f"--workdir={tmp_path / 'run'}",
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: a batch of 7 cannot be split evenly over 2")
+    assert not (tmp_path / "run").exists()
 
 
 def test_importing_the_package_imports_no_tensorflow():

@@ -78,6 +78,7 @@ class ImageFolder(DecodedSource):
         self._images = root / "images" if (root / "images").is_dir() else root
         self._masks = root / "masks"
         self._resolution = resolution
+        self._max_objects = max_objects
         self._crop = crop
 
         listed = _list_images(self._images)
@@ -111,7 +112,14 @@ class ImageFolder(DecodedSource):
             example: Example = {"image": resize_image(image, box, self._resolution)}
         if self._mask_files:
             with _opened(self._mask_files[index]) as mask:
-                example["segmentation"] = resize_mask(mask, box, self._resolution)
+                segmentation = resize_mask(mask, box, self._resolution)
+            if segmentation.max() > self._max_objects:
+                raise DataError(
+                    f"mask {self._mask_files[index]} has object {segmentation.max()}, "
+                    f"more than max_objects = {self._max_objects}; set "
+                    f"--config.data.max_objects={segmentation.max()} or more"
+                )
+            example["segmentation"] = segmentation
         if self._objects is not None:
             example["objects"] = into_crop(self._objects[index], box, self._resolution)
         return example

@@ -42,15 +42,18 @@ class Neumann:
             raise ValueError(f"terms must be at least 1, got {self.terms}")
 
     def cotangent(
-        self, transpose: Callable[[PyTree], PyTree], g: PyTree, first: PyTree
+        self,
+        transpose: Callable[[PyTree], PyTree],
+        g: PyTree,
+        first: Callable[[], PyTree],
     ) -> PyTree:
         """Returns u, the cotangent to pull back through one application of f.
 
         Args:
           transpose: w ↦ Jᵀ w at the fixed point.
           g: the cotangent of f(z*).
-          first: the cotangent that this application passes on to z*: Jᵀ g, and what
-            f's auxiliary output adds to it.
+          first: gives the cotangent that this application passes on to z*: Jᵀ g, and
+            what f's auxiliary output adds to it.
         """
         if self.terms == 1:
             return g
@@ -61,7 +64,7 @@ class Neumann:
 
         # terms − 2 turns in the loop and the last sum outside it: the loop would
         # otherwise pay for a product with J that nobody reads.
-        u, w = jax.lax.fori_loop(0, self.terms - 2, add_term, (g, first))
+        u, w = jax.lax.fori_loop(0, self.terms - 2, add_term, (g, first()))
         return jax.tree.map(jnp.add, u, w)
 
 

@@ -169,7 +169,7 @@ def _implicit_backward(f, solver, adjoint: Neumann, residuals, cotangents):
     u = adjoint.cotangent(
         transpose=lambda w: pull_back((w, no_aux))[2],
         g=g,
-        first=pull_back((g, aux_cotangent))[2],
+        first=lambda: pull_back((g, aux_cotangent))[2],
     )
     params_cotangent, x_cotangent, _ = pull_back((u, aux_cotangent))
     return params_cotangent, x_cotangent, jax.tree.map(jnp.zeros_like, z)

@@ -283,7 +283,8 @@ def smooth_positions(
     frequencies = jnp.arange(4, dtype=jnp.float32)
     cosines = jnp.cos(jnp.pi * frequencies[:, None] * centres[None, :])
     basis = jnp.einsum("ir,jc->rcij", cosines, cosines).reshape(side * side, -1)[:, 1:]
-    # On small grids the highest cosines can vanish.
-    basis = basis / jnp.maximum(basis.std(axis=0, keepdims=True), 1e-3)
+    spread = basis.std(axis=0, keepdims=True)
+    # On the smallest grids the highest cosines are constant: they tell nothing apart.
+    basis = jnp.where(spread > 1e-3, basis / jnp.maximum(spread, 1e-3), 0)
     mixture = jax.random.normal(key, (basis.shape[1], width))
     return basis @ mixture / basis.shape[1] ** 0.5

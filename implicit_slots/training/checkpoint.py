@@ -12,6 +12,20 @@ from implicit_slots.training.errors import UserError
 from implicit_slots.training.state import TrainState
 
 CONFIG_FILE = "config.json"
+CHECKPOINT_FOLDER = "checkpoints"
+
+# What a run may change when it goes on; anything else makes it another run.
+MAY_CHANGE = {
+    "num_steps",
+    "log_every",
+    "validate_every",
+    "draw_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "num_pictures",
+    "num_scored",
+    "data.cache",
+}
 
 
 class Checkpoints:
@@ -24,7 +38,7 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, *, keep: int):
         self._manager = ocp.CheckpointManager(
-            (workdir / "checkpoints").resolve(),
+            (workdir / CHECKPOINT_FOLDER).resolve(),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 create=True,
@@ -43,11 +57,22 @@ class Checkpoints:
         self._manager.save(int(state.step), args=ocp.args.StandardSave(state._asdict()))
 
     def restore(self, like: TrainState) -> TrainState:
-        """Reads the latest checkpoint into the shapes and shardings of `like`."""
+        """Reads the latest checkpoint into the shapes and shardings of `like`.
+
+        Raises:
+          UserError: if it cannot be read.
+        """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-        restored = self._manager.restore(
-            self.latest_step(), args=ocp.args.StandardRestore(abstract)
-        )
+        try:
+            restored = self._manager.restore(
+                self.latest_step(), args=ocp.args.StandardRestore(abstract)
+            )
+        except Exception as error:  # Orbax raises whatever its storage layer raises
+            raise UserError(
+                f"the checkpoint of step {self.latest_step()} in "
+                f"{self._manager.directory} cannot be read; remove that folder to "
+                f"resume from the one before ({type(error).__name__})"
+            ) from error
         return TrainState(**restored)
 
     def close(self) -> None:
@@ -55,41 +80,42 @@ class Checkpoints:
         self._manager.close()
 
 
-def check_same_model(config: Config, workdir: pathlib.Path) -> None:
-    """Refuses a workdir whose checkpoints are another model's.
+def check_same_run(config: Config, workdir: pathlib.Path) -> None:
+    """Refuses a workdir that holds another configuration's run.
 
     Raises:
       UserError: naming the first key that differs.
     """
     path = workdir / CONFIG_FILE
     if not path.exists():
+        if (workdir / CHECKPOINT_FOLDER).exists():
+            raise UserError(
+                f"{workdir} holds checkpoints but no {CONFIG_FILE} that says of what; "
+                "choose another --workdir"
+            )
         return
     try:
-        before = _identity(json.loads(path.read_text()))
-    except (ValueError, KeyError) as error:
+        before = _flat(json.loads(path.read_text()))
+    except (ValueError, AttributeError, OSError) as error:
         raise UserError(
             f"{path} is not a run's configuration; choose another --workdir"
         ) from error
-    now = _identity(json.loads(config.to_json()))
-    for key in sorted(before.keys() | now.keys()):
+    now = _flat(json.loads(config.to_json()))
+    for key in sorted((before.keys() | now.keys()) - MAY_CHANGE):
         if before.get(key) != now.get(key):
             raise UserError(
-                f"{workdir} holds another model's run: its {key} is "
-                f"{before.get(key)!r}, this configuration's is {now.get(key)!r}; "
-                "choose another --workdir or set that key back"
+                f"{workdir} holds another run: its {key} is {before.get(key)!r}, this "
+                f"configuration's is {now.get(key)!r}; choose another --workdir or set "
+                "that key back"
             )
 
 
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """The keys that decide which parameters there are and what they mean."""
-    flat = {"data.resolution": config["data"]["resolution"]}
-
-    def add(prefix: str, section: dict[str, Any]) -> None:
-        for key, value in section.items():
-            if isinstance(value, dict):
-                add(f"{prefix}.{key}", value)
-            else:
-                flat[f"{prefix}.{key}"] = value
-
-    add("model", config["model"])
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Keys with dots, as on the command line."""
+    flat = {}
+    for key, value in section.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
     return flat

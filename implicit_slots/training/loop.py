@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import pathlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -58,14 +60,19 @@ def train(run: Run, state: TrainState) -> TrainState:
     config = run.config
     start, end = int(state.step), config.num_steps
     batches = pipeline.train_batches(
-        run.train, batch_size=config.batch_size, seed=config.seed, start_step=start
+        run.train,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
     window: list[TrainMetrics] = []
     clock = _Clock(start)
     # The step gives the old state up, and the picture of what training starts from
     # can wait until after the first step.
     untrained = jax.tree.map(jnp.copy, state.params) if start == 0 else None
-    with _progress(start, end) as bar:
+    with contextlib.closing(batches), _progress(start, end) as bar:
         for step in range(start + 1, end + 1):
             batch = {"image": next(batches)["image"]}
             state, logged = run.steps.train(state, shard_batch(batch, run.mesh))
@@ -80,7 +87,7 @@ def train(run: Run, state: TrainState) -> TrainState:
                 clock.restart(step)
             if _due(step, config.log_every, end):
                 values = _mean(window)
-                values["steps_per_second"] = clock.rate(step)
+                values |= clock.rate(step)
                 run.writer.write(step, "train", values)
                 window = []
                 _say(bar, step, end, "train", values)
@@ -93,9 +100,9 @@ def train(run: Run, state: TrainState) -> TrainState:
                 with clock.paused():
                     draw(run, state.params, step)
             if _due(step, config.checkpoint_every, end):
-                run.checkpoints.save(state)
+                with clock.paused():
+                    run.checkpoints.save(state)
             bar.update()
-    batches.close()  # ends the reading threads
     return state
 
 
@@ -112,12 +119,14 @@ def validate(run: Run, state: TrainState, source: Source) -> dict[str, float]:
 def score(run: Run, state: TrainState, source: Source) -> dict[str, float]:
     """Returns the squared errors of the noise-free reconstructions.
 
-    "slot_mse" generates every token from the slots: it takes longer than `validate`.
+    "slot_mse" generates every token from the slots, which takes long: only the first
+    `config.num_scored` images count, rounded up to whole batches.
     """
+    batches = math.ceil(run.config.num_scored / run.config.batch_size)
     return _mean(
         [
             run.steps.score(state.params, batch, number)
-            for number, batch in enumerate(_evaluation(run, source))
+            for number, batch in enumerate(islice(_evaluation(run, source), batches))
         ]
     )
 
@@ -142,15 +151,20 @@ def draw(run: Run, params: PyTree, step: int) -> None:
 
 def _evaluation(run: Run, source: Source) -> Iterator[dict]:
     """Whole passes over a source, without what the metrics do not read."""
-    batches = pipeline.evaluation_batches(source, run.config.batch_size)
-    for batch in batches:
-        read = {
-            name: batch[name]
-            for name in ("image", "segmentation", "mask")
-            if name in batch
-        }
-        yield shard_batch(read, run.mesh)
-    batches.close()  # ends the reading threads
+    batches = pipeline.evaluation_batches(
+        source,
+        run.config.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with contextlib.closing(batches):
+        for batch in batches:
+            read = {
+                name: batch[name]
+                for name in ("image", "segmentation", "mask")
+                if name in batch
+            }
+            yield shard_batch(read, run.mesh)
 
 
 def _due(step: int, every: int, end: int) -> bool:
@@ -194,11 +208,11 @@ class _Clock:
         """Begins a new window after `step`."""
         self._began, self._step = time.perf_counter(), step
 
-    def rate(self, step: int) -> float:
-        """Returns steps per second of the window, and begins a new one."""
-        rate = (step - self._step) / max(time.perf_counter() - self._began, 1e-9)
+    def rate(self, step: int) -> dict[str, float]:
+        """Names the steps per second of the window, if it has any; begins a new one."""
+        steps, seconds = step - self._step, time.perf_counter() - self._began
         self.restart(step)
-        return rate
+        return {"steps_per_second": steps / seconds} if steps else {}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -40,15 +40,13 @@ def build_optimizer(
     )
 
 
-def clip_by_max_norm(limit: float | None) -> optax.GradientTransformation:
+def clip_by_max_norm(limit: float) -> optax.GradientTransformation:
     """Scales the gradient so that no entry exceeds `limit` in absolute value.
 
     The scale is limit / (norm + 1e-6) where that is below one, as PyTorch's
     `clip_grad_norm_(…, "inf")`, which official SLATE uses. Optax has no such
-    transformation. None switches it off.
+    transformation. Infinity switches it off.
     """
-    if limit is None:
-        return optax.identity()
 
     def update(updates, state, params=None):
         scale = jnp.minimum(1.0, limit / (max_norm(updates) + 1e-6))

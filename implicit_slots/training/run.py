@@ -1,24 +1,30 @@
 """One run, top to bottom: config, data, model, state, loop, report."""
 
 import json
+import math
 import os
 import pathlib
 import platform
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
+from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from implicit_slots.config import Config
 from implicit_slots.data import pipeline, sources
 from implicit_slots.models.build import build_model
+from implicit_slots.models.slate import SLATE
 from implicit_slots.training import loop
 from implicit_slots.training.checkpoint import (
+    CHECKPOINT_FOLDER,
     CONFIG_FILE,
     Checkpoints,
-    check_same_model,
+    check_same_run,
 )
 from implicit_slots.training.errors import UserError
 from implicit_slots.training.optimizer import build_optimizer
@@ -35,6 +41,21 @@ from implicit_slots.training.writer import MetricWriter
 
 MODES = ("train", "evaluate")
 SUMMARY_FILE = "summary.json"
+POSITIVE = (
+    "num_steps",
+    "log_every",
+    "validate_every",
+    "draw_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "num_pictures",
+    "num_scored",
+    "model.vocab_size",
+    "model.dvae_features",
+    "model.width",
+    "model.slot_size",
+    "model.slot_mlp_size",
+)
 
 
 def run(
@@ -43,7 +64,8 @@ def run(
     *,
     mode: str = "train",
     command: str = "",
-) -> dict[str, object]:
+    began: float | None = None,
+) -> dict[str, Any]:
     """Trains, or evaluates a trained model, and reports.
 
     Args:
@@ -51,6 +73,7 @@ def run(
       workdir: where everything is written; a run that lies there is resumed.
       mode: "train" or "evaluate".
       command: how the run was started, for the report.
+      began: when the user started it, by `time.perf_counter`; now if not given.
 
     Returns:
       What summary.json holds.
@@ -58,44 +81,59 @@ def run(
     Raises:
       UserError: what the user can put right, in one sentence; nothing was written.
     """
-    began = time.perf_counter()
+    began = time.perf_counter() if began is None else began
+    training = mode == "train"
     enable_compilation_cache()
     check(config, mode)
-    check_same_model(config, workdir)
+    check_same_run(config, workdir)
     mesh = build_mesh(config.batch_size)
-    try:
-        train, validation, test = (
-            sources.build(config.data, split) for split in sources.SPLITS
-        )
-        pipeline.TrainBatches(train, config.batch_size, config.seed)  # large enough?
-        # Scenes are rendered on first use: the first ones while the model is built.
-        # A failure here comes up again, in the loop.
-        ThreadPoolExecutor(1).submit(train.batch, np.arange(1))
-        model = build_model(
+
+    def build() -> SLATE:
+        return build_model(
             config.model, resolution=config.data.resolution, seed=config.seed
         )
-        graphdef, params = split_model(model)
-        optimizer = build_optimizer(
-            config.optimizer, params, num_steps=config.num_steps
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
+    try:
+        # Shapes alone, which takes no time: a model that cannot be built is refused
+        # before data is opened.
+        graphdef, shapes = split_model(nnx.eval_shape(build))
+        optimizer = build_optimizer(
+            config.optimizer, shapes, num_steps=config.num_steps
+        )
+        train = sources.build(config.data, "train")
+        held_out = {"validation": sources.build(config.data, "validation")}
+        if not training:
+            held_out["test"] = sources.build(config.data, "test")
+        pipeline.TrainBatches(train, config.batch_size, config.seed)  # large enough?
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(str(error)) from error
+    if training:
+        # Scenes are rendered on first use: the first ones while the model is built. A
+        # failure here comes up again, in the loop.
+        ThreadPoolExecutor(1).submit(train.batch, np.arange(1))
+    params = split_model(build())[1]
     state = replicate(initial_state(params, optimizer), mesh)
-    checkpoints = open_workdir(config, workdir, mode)
+
+    checkpoints = open_workdir(config, workdir, training)
     if checkpoints.latest_step() is not None:
         state = checkpoints.restore(state)
+        if training and int(state.step) > config.num_steps:
+            raise UserError(
+                f"{workdir} is at step {int(state.step)} already, past "
+                f"config.num_steps = {config.num_steps}"
+            )
         print(f"resumed {workdir} at step {int(state.step)}")
-    writer = MetricWriter(workdir, step=int(state.step))
+    if training:
+        write_json(workdir / CONFIG_FILE, json.loads(config.to_json()))
     this = loop.Run(
         config=config,
         workdir=workdir,
         mesh=mesh,
         steps=build_steps(graphdef, optimizer, config),
         train=train,
-        validation=validation,
+        validation=held_out["validation"],
         checkpoints=checkpoints,
-        writer=writer,
+        writer=MetricWriter(workdir, step=int(state.step) if training else None),
         began=began,
     )
     print(
@@ -104,18 +142,24 @@ def run(
         f"{jax.devices()[0].platform} device(s), workdir {workdir}",
         flush=True,
     )
+    old = read_summary(workdir)
+    unfinished = training and int(state.step) < config.num_steps
     try:
-        if mode == "train":
+        if unfinished:
             state = loop.train(this, state)
-        summary = summarise(this, state, test, mode)
+        summary = summarise(this, state, held_out)
     finally:
         checkpoints.close()
-        writer.close()
-    summary |= {
-        "command": command,
-        "wall_seconds": round(time.perf_counter() - began, 1),
-        "versions": versions(),
-    }
+        this.writer.close()
+    if unfinished or not old:
+        summary |= {
+            "command": command,
+            "wall_seconds": round(time.perf_counter() - began, 1),
+            "versions": versions(),
+        }
+    else:
+        # Scored again: how it was trained, and how long that took, stays.
+        summary = old | summary
     write_json(workdir / SUMMARY_FILE, summary)
     print(f"report: {write_report(workdir)}")
     return summary
@@ -129,17 +173,28 @@ def check(config: Config, mode: str) -> None:
     """
     if mode not in MODES:
         raise UserError(f"--mode must be one of {', '.join(MODES)}, got {mode!r}")
-    for key in (
-        "num_steps",
-        "log_every",
-        "validate_every",
-        "draw_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "num_pictures",
-    ):
-        if config[key] < 1:
-            raise UserError(f"config.{key} must be at least 1, got {config[key]}")
+    flat = {
+        **dict(config.items()),
+        **{f"model.{key}": value for key, value in config.model.items()},
+    }
+    for key in POSITIVE:
+        if flat[key] < 1:
+            raise UserError(f"config.{key} must be at least 1, got {flat[key]}")
+    if not 0 <= config.model.dropout < 1:
+        raise UserError(
+            f"config.model.dropout must be in [0, 1), got {config.model.dropout}"
+        )
+    for key in ("start", "end"):
+        if not config.temperature[key] > 0:
+            raise UserError(
+                f"config.temperature.{key} must be positive, got "
+                f"{config.temperature[key]}"
+            )
+    if not config.optimizer.clip_max_norm > 0:
+        raise UserError(
+            "config.optimizer.clip_max_norm must be positive (inf for no clipping), "
+            f"got {config.optimizer.clip_max_norm}"
+        )
     if config.checkpoint_every % config.log_every:
         # Logged values are means since the last logged step; a resumed run must find
         # that window empty to log what an uninterrupted one logs.
@@ -149,43 +204,43 @@ def check(config: Config, mode: str) -> None:
         )
 
 
-def open_workdir(config: Config, workdir: pathlib.Path, mode: str) -> Checkpoints:
-    """Creates the workdir, or finds a run in it; to train, writes its config.json.
+def open_workdir(config: Config, workdir: pathlib.Path, training: bool) -> Checkpoints:
+    """Finds a run in the workdir, or, to train, creates it.
 
     Raises:
       UserError: if the workdir cannot be written, or has nothing to evaluate.
     """
-    if mode == "evaluate" and not (workdir / "checkpoints").is_dir():
-        raise UserError(f"{workdir} has no checkpoint to evaluate; train there first")
+    nothing = UserError(f"{workdir} has no checkpoint to evaluate; train there first")
+    if not training and not (workdir / CHECKPOINT_FOLDER).is_dir():
+        raise nothing
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
-        if mode == "evaluate" and checkpoints.latest_step() is None:
-            raise UserError(
-                f"{workdir} has no checkpoint to evaluate; train there first"
-            )
-        if mode == "train":
-            write_json(workdir / CONFIG_FILE, json.loads(config.to_json()))
     except OSError as error:
         raise UserError(f"the workdir {workdir} cannot be written: {error}") from error
+    if not training and checkpoints.latest_step() is None:
+        raise nothing
     return checkpoints
 
 
 def summarise(
-    this: loop.Run, state: TrainState, test: sources.Source, mode: str
-) -> dict[str, object]:
-    """Scores the last state on held-out data, none of which chose anything."""
-    splits = {"validation": this.validation}
-    if mode == "evaluate":
-        splits["test"] = test
-    summary: dict[str, object] = {
+    this: loop.Run, state: TrainState, held_out: dict[str, sources.Source]
+) -> dict[str, Any]:
+    """Scores a state on held-out data, none of which chose anything."""
+    summary: dict[str, Any] = {
         "step": int(state.step),
         "parameters": count_parameters(state.params),
     }
-    for split, source in splits.items():
+    for split, source in held_out.items():
         values = loop.validate(this, state, source) | loop.score(this, state, source)
         summary |= {f"{split}/{name}": value for name, value in values.items()}
     return summary
+
+
+def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
+    """Returns what an earlier session left in summary.json, or nothing."""
+    path = workdir / SUMMARY_FILE
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def enable_compilation_cache() -> None:
@@ -215,8 +270,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_json(path: pathlib.Path, value: object) -> None:
-    """Writes a file whole or not at all."""
+def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    """Writes a file whole or not at all; what is not finite becomes null."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
     replacement = path.with_suffix(".tmp")
-    replacement.write_text(json.dumps(value, indent=2) + "\n")
+    replacement.write_text(json.dumps(finite, indent=2) + "\n")
     replacement.replace(path)

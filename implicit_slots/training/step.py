@@ -68,7 +68,7 @@ class Steps(NamedTuple):
       train: (state, batch) -> (state, `TrainMetrics` of the step).
       validate: (params, step, batch, number of the batch) -> metrics.
       score: (params, batch, number of the batch) -> `ReconstructionMetrics`.
-      reconstruct: (params, images) -> `Reconstruction`.
+      reconstruct: (params, images, number of the batch) -> `Reconstruction`.
     """
 
     train: Callable[..., Any]

@@ -16,15 +16,19 @@ class MetricWriter:
     """Appends to `metrics.jsonl`, and to TensorBoard's event file where it can.
 
     Lines after `step` are removed first: they were written by a run that was stopped
-    before its next checkpoint, and will be written again.
+    before its next checkpoint, and will be written again. (TensorBoard's file keeps
+    them, and shows them twice.)
 
     Args:
       workdir: the run's directory.
-      step: the step that the run starts from.
+      step: the step that the run starts from; None if it will write nothing.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, step: int):
+    def __init__(self, workdir: pathlib.Path, *, step: int | None):
         self._path = workdir / METRICS_FILE
+        self._tensorboard = None
+        if step is None:
+            return
         if self._path.exists():
             kept = [line for line in read_metrics(workdir) if line["step"] <= step]
             replacement = self._path.with_suffix(".tmp")

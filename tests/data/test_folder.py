@@ -29,7 +29,7 @@ def save(file, array, **options):
 
 def everything(path, **options):
     """All images of a folder in one split, at 8 pixels unless told."""
-    options = {"resolution": 8, "split": "train", **options}
+    options = {"resolution": 8, "split": "train", "max_objects": 255, **options}
     return ImageFolder(
         path=str(path), validation_fraction=0.0, test_fraction=0.0, **options
     )
@@ -38,6 +38,13 @@ def everything(path, **options):
 def fill(path, count, folder="images"):
     for i in range(count):
         save(path / folder / f"{i:03}.png", np.full((8, 8, 3), i, np.uint8))
+
+
+def test_more_masks_than_objects_is_a_sentence(tmp_path):
+    fill(tmp_path, 1)
+    save(tmp_path / "masks" / "000.png", np.full((8, 8), 5, np.uint8))
+    with pytest.raises(DataError, match=r"object 5, more than max_objects = 4; set"):
+        everything(tmp_path, max_objects=4)[0]
 
 
 def test_images_at_the_training_resolution_keep_their_pixels(tmp_path):

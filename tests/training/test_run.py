@@ -11,7 +11,7 @@ import pytest
 from configs import folder, scenes
 from implicit_slots.training.checkpoint import Checkpoints
 from implicit_slots.training.errors import UserError
-from implicit_slots.training.run import run
+from implicit_slots.training.run import run, write_json
 from implicit_slots.training.writer import MetricWriter, read_metrics
 
 CLEVR = pathlib.Path(__file__).parents[3] / "shared" / "data" / "clevr_blender"
@@ -127,14 +127,22 @@ def test_evaluation_scores_the_test_split_and_trains_nothing(finished, tmp_path)
     assert read_metrics(workdir) == read_metrics(finished[0])
 
 
-def test_another_models_workdir_is_refused_untouched(finished):
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model.num_slots": 4}, r"its model\.num_slots is 3, this .* is 4"),
+        ({"seed": 7}, r"its seed is 0, this .* is 7"),
+        ({"num_steps": 10}, r"at step 20 already, past config\.num_steps = 10"),
+    ],
+)
+def test_another_runs_workdir_is_refused_untouched(finished, changes, sentence):
     workdir = finished[0]
     before = {
         p: p.stat().st_mtime_ns for p in sorted(workdir.rglob("*")) if p.is_file()
     }
     config = smoke()
-    config.model.num_slots = 4
-    with pytest.raises(UserError, match=r"its model\.num_slots is 3, this .* is 4"):
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=sentence):
         run(config, workdir)
     after = {p: p.stat().st_mtime_ns for p in sorted(workdir.rglob("*")) if p.is_file()}
     assert after == before
@@ -149,6 +157,10 @@ def test_another_models_workdir_is_refused_untouched(finished):
         ({"batch_size": 65}, "fewer than one batch of 65"),
         ({"data.resolution": 18}, "image size must be divisible by 4, got 18"),
         ({"model.num_slots": 0}, "num_slots must be at least 1"),
+        ({"model.width": 0}, r"config\.model\.width must be at least 1, got 0"),
+        ({"model.dropout": 1.0}, r"dropout must be in \[0, 1\), got 1"),
+        ({"temperature.end": 0.0}, r"temperature\.end must be positive, got 0"),
+        ({"optimizer.clip_max_norm": -1.0}, "clip_max_norm must be positive"),
         ({"data.train_size": 0}, r"--config\.data\.train_size"),
         ({"optimizer.schedule": "x"}, r"optimizer\.schedule must be one of"),
     ],
@@ -172,8 +184,40 @@ def test_real_clevr_images_train_to_a_report(tmp_path):
     assert -1 <= summary["validation/fg_ari"] <= 1
 
 
+def test_running_a_finished_run_again_changes_no_number(finished, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished[0], workdir)
+    again = run(smoke(), workdir, command="another")
+    assert again == finished[1]
+    assert read_metrics(workdir) == read_metrics(finished[0])
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_damaged_checkpoint_is_a_sentence(finished, tmp_path, mode):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "20" / "default")
+    with pytest.raises(UserError, match=r"checkpoint of step 20 .* cannot be read"):
+        run(smoke(), workdir, mode=mode)
+
+
+def test_checkpoints_without_a_config_are_refused(finished, tmp_path):
+    shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
+    with pytest.raises(UserError, match=r"holds checkpoints but no config\.json"):
+        run(smoke(), tmp_path)
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    write_json(tmp_path / "a.json", {"a": float("nan"), "b": 1.0, "c": "x"})
+    assert json.loads((tmp_path / "a.json").read_text()) == {
+        "a": None,
+        "b": 1,
+        "c": "x",
+    }
+
+
 def test_foreign_config_file_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="is not a run's configuration"):
         run(smoke(), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
