@@ -4,8 +4,9 @@ Command: python -m implicit_slots.main --config=configs/folder.py \
     --config.data.path=DIR
 Data: DIR/images/ (or DIR itself) with PNG or JPEG files, optional DIR/masks/ with the
     same names and DIR/scenes.json; implicit_slots/data/README.md has the layout.
-Cost: not yet measured.
-Expected result: not yet measured.
+Cost: 600 steps on 972 CLEVR renders in 2.3 minutes on one core (two trained beside it).
+Expected result: after those 600 steps the dVAE has found objects but no colours and the
+    slots nothing yet (foreground ARI 0.07); a full run is not yet measured.
 """
 
 from configs import base, scenes

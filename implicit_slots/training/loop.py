@@ -24,7 +24,7 @@ from implicit_slots.data.sources import Source
 from implicit_slots.training.checkpoint import Checkpoints
 from implicit_slots.training.sharding import shard_batch
 from implicit_slots.training.state import TrainState
-from implicit_slots.training.step import Steps, TrainMetrics
+from implicit_slots.training.step import Steps
 from implicit_slots.training.writer import MetricWriter
 
 
@@ -67,7 +67,7 @@ def train(run: Run, state: TrainState) -> TrainState:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    window: list[TrainMetrics] = []
+    window: list[metrics.Collection] = []
     clock = _Clock(start)
     # The step gives the old state up, and the picture of what training starts from
     # can wait until after the first step.

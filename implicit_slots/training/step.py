@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from clu import metrics
-from flax import nnx, struct
+from flax import nnx
 from jaxtyping import Array, Float, Num
 
 from implicit_slots.config import Config
@@ -19,46 +19,23 @@ from implicit_slots.training.state import Purpose, TrainState, purpose_key
 Batch = dict[str, Any]
 
 
-@struct.dataclass
-class TrainMetrics(metrics.Collection):
-    """Means over the steps since the last logged one."""
-
-    loss: metrics.Average.from_output("loss")  # pyright: ignore
-    mse: metrics.Average.from_output("mse")  # pyright: ignore
-    cross_entropy: metrics.Average.from_output("cross_entropy")  # pyright: ignore
-    grad_norm_l2: metrics.Average.from_output("grad_norm_l2")  # pyright: ignore
-    grad_norm_inf: metrics.Average.from_output("grad_norm_inf")  # pyright: ignore
-    forward_residual: metrics.Average.from_output("forward_residual")  # pyright: ignore
-    temperature: metrics.LastValue.from_output("temperature")  # pyright: ignore
+def _averages(*names: str) -> dict[str, type[metrics.Metric]]:
+    return {name: metrics.Average.from_output(name) for name in names}
 
 
-@struct.dataclass
-class LossMetrics(metrics.Collection):
-    """Validation losses, each example weighed once."""
-
-    loss: metrics.Average.from_output("loss")  # pyright: ignore
-    mse: metrics.Average.from_output("mse")  # pyright: ignore
-    cross_entropy: metrics.Average.from_output("cross_entropy")  # pyright: ignore
-    forward_residual: metrics.Average.from_output("forward_residual")  # pyright: ignore
-
-
-@struct.dataclass
-class MaskedMetrics(metrics.Collection):
-    """The same for images that come with masks, and how well slots match those."""
-
-    loss: metrics.Average.from_output("loss")  # pyright: ignore
-    mse: metrics.Average.from_output("mse")  # pyright: ignore
-    cross_entropy: metrics.Average.from_output("cross_entropy")  # pyright: ignore
-    forward_residual: metrics.Average.from_output("forward_residual")  # pyright: ignore
-    fg_ari: ForegroundARI
-
-
-@struct.dataclass
-class ReconstructionMetrics(metrics.Collection):
-    """Squared error per image of what is rendered without noise."""
-
-    dvae_mse: metrics.Average.from_output("dvae_mse")  # pyright: ignore
-    slot_mse: metrics.Average.from_output("slot_mse")  # pyright: ignore
+# Means over the steps since the last logged one.
+TrainMetrics = metrics.Collection.create(
+    **_averages("loss", "mse", "cross_entropy"),
+    **_averages("grad_norm_l2", "grad_norm_inf", "forward_residual"),
+    temperature=metrics.LastValue.from_output("temperature"),
+)
+_LOSSES = _averages("loss", "mse", "cross_entropy", "forward_residual")
+# Means over held-out examples, each weighed once; masks can only be scored where the
+# images come with them.
+LossMetrics = metrics.Collection.create(**_LOSSES)
+MaskedMetrics = metrics.Collection.create(**_LOSSES, fg_ari=ForegroundARI)
+# Squared error per image of what is rendered without noise.
+ReconstructionMetrics = metrics.Collection.create(**_averages("dvae_mse", "slot_mse"))
 
 
 class Steps(NamedTuple):
@@ -137,7 +114,7 @@ def build_steps(
         key = purpose_key(seed, Purpose.PICTURE, number)
         return nnx.merge(graphdef, params).reconstruct(as_float(image), key=key)
 
-    def score(params, batch: Batch, number) -> ReconstructionMetrics:
+    def score(params, batch: Batch, number) -> metrics.Collection:
         image = as_float(batch["image"])
         rendered = reconstruct(params, image, number)
         return ReconstructionMetrics.single_from_model_output(

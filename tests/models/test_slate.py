@@ -332,6 +332,41 @@ def test_parameter_count_is_official_slates():
     assert count == encoder + decoder + slots + transformer + tokens
 
 
+def test_initial_scales_are_official_slates():
+    """Bounds of the uniform draws and spread of the normal ones, per tensor."""
+    width, blocks = 64, 3
+    config = section(
+        width=width, num_blocks=blocks, vocab_size=512, slot_size=48, dvae_features=32
+    )
+    model = build_model(config, resolution=64, seed=0)
+    p = jax.tree.map(np.asarray, split_model(model)[1])
+    gain = (3 * blocks) ** -0.5
+    block = p["decoder"]["blocks"][1]
+    xavier = np.sqrt(6 / (2 * width))
+    bounds = [
+        (block["self_attention"]["project_q"], xavier),
+        (block["self_attention"]["project_o"], gain * xavier),
+        (block["cross_attention"]["project_o"], gain * xavier),
+        (block["mlp"]["enter"], np.sqrt(6 / width)),
+        (block["mlp"]["leave"], gain * np.sqrt(6 / (5 * width))),
+        (p["encoder_mlp"]["enter"], np.sqrt(6 / width)),
+        (p["encoder_mlp"]["leave"], xavier),
+        (p["slot_attention"]["project_k"], np.sqrt(6 / (width + 48))),
+        (p["slot_projection"], np.sqrt(6 / (width + 48))),
+        (p["out"], np.sqrt(6 / (width + 512))),
+        (p["dvae"]["encoder"]["layers"][0]["convolution"], np.sqrt(6 / 48)),
+        (p["dvae"]["encoder"]["layers"][7], np.sqrt(6 / (32 + 512))),
+        (p["dvae"]["decoder"]["layers"][1]["convolution"], np.sqrt(6 / (9 * 32))),
+    ]
+    for layer, bound in bounds:
+        assert bound * 0.97 < np.abs(layer["kernel"]).max() <= bound
+        assert not np.any(layer.get("bias", 0))
+    assert p["embedding"]["embedding"].std() == pytest.approx(1, rel=0.02)
+    # A normal of σ = 1 cut at ±2 has a standard deviation of 0.88.
+    assert p["positions"].std() == pytest.approx(0.88, rel=0.02)
+    assert np.abs(p["positions"]).max() <= 2
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
