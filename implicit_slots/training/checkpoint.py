@@ -110,7 +110,7 @@ def check_same_run(config: Config, workdir: pathlib.Path) -> None:
             )
 
 
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(section: Any, prefix: str = "") -> dict[str, Any]:
     """Keys with dots, as on the command line."""
     flat = {}
     for key, value in section.items():

@@ -217,7 +217,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
 
 
 def test_foreign_config_file_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text("[]")
+    (tmp_path / "config.json").write_text("not JSON")
     with pytest.raises(UserError, match="is not a run's configuration"):
         run(smoke(), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
