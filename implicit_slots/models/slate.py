@@ -181,7 +181,7 @@ class SLATE(nnx.Module):
         log_probs = self.dvae.encode(image)
         relaxed = gumbel_softmax(log_probs, temperature, key_relaxed, hard=self.hard)
         reconstruction = self.dvae.decode(relaxed)
-        mse = jnp.sum((image - reconstruction) ** 2, axis=(1, 2, 3))
+        mse = squared_error(image, reconstruction)
 
         # A second, independent sample; the transformer never trains the dVAE.
         targets = sample_tokens(jax.lax.stop_gradient(log_probs), key_hard)
@@ -267,6 +267,14 @@ class SLATE(nnx.Module):
 def with_bos(ids: Int[Array, "batch tokens"]) -> Int[Array, "batch longer"]:
     """Shifts image token ids by one and puts BOS before them."""
     return jnp.pad(ids + 1, ((0, 0), (1, 0)), constant_values=BOS)
+
+
+def squared_error(
+    image: Float[Array, "batch height width 3"],
+    other: Float[Array, "batch height width 3"],
+) -> Float[Array, " batch"]:
+    """Returns the squared error per image, summed over pixels and channels."""
+    return jnp.sum((image - other) ** 2, axis=(1, 2, 3))
 
 
 def smooth_positions(

@@ -63,15 +63,16 @@ class Checkpoints:
           UserError: if it cannot be read.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        step = self.latest_step()
         try:
             restored = self._manager.restore(
-                self.latest_step(), args=ocp.args.StandardRestore(abstract)
+                step, args=ocp.args.StandardRestore(abstract)
             )
         except Exception as error:  # Orbax raises whatever its storage layer raises
             raise UserError(
-                f"the checkpoint of step {self.latest_step()} in "
-                f"{self._manager.directory} cannot be read; remove that folder to "
-                f"resume from the one before ({type(error).__name__})"
+                f"the checkpoint of step {step} in {self._manager.directory} cannot be "
+                f"read; remove {self._manager.directory / str(step)} to resume from "
+                f"the one before ({type(error).__name__})"
             ) from error
         return TrainState(**restored)
 

@@ -105,7 +105,7 @@ def run(
         if not training:
             held_out["test"] = sources.build(config.data, "test")
         pipeline.TrainBatches(train, config.batch_size, config.seed)  # large enough?
-    except (ValueError, ZeroDivisionError) as error:
+    except ValueError as error:
         raise UserError(str(error)) from error
     if training:
         # Scenes are rendered on first use: the first ones while the model is built. A

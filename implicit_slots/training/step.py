@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Num
 
 from implicit_slots.config import Config
 from implicit_slots.evaluation.segmentation import ForegroundARI
-from implicit_slots.models.slate import Reconstruction
+from implicit_slots.models.slate import Reconstruction, squared_error
 from implicit_slots.training.optimizer import max_norm, temperature
 from implicit_slots.training.state import Purpose, TrainState, purpose_key
 
@@ -139,11 +139,3 @@ def as_float(
     if image.dtype == jnp.uint8:
         return image.astype(jnp.float32) / 255
     return image
-
-
-def squared_error(
-    image: Float[Array, "batch height width 3"],
-    other: Float[Array, "batch height width 3"],
-) -> Float[Array, " batch"]:
-    """Returns the squared error per image, summed over pixels and channels."""
-    return jnp.sum((image - other) ** 2, axis=(1, 2, 3))
