@@ -3,16 +3,48 @@
 Knows nothing of slots: it stands on JAX alone.
 """
 
-from implicit_slots.fixed_point.adjoints import Adjoint, Neumann, Unrolled
+from implicit_slots.fixed_point.adjoints import (
+    Adaptive,
+    Adjoint,
+    BackwardStats,
+    Implicit,
+    Neumann,
+    Phantom,
+    Truncated,
+    Unrolled,
+    backward_probe,
+)
 from implicit_slots.fixed_point.api import Solution, Stats, fixed_point
-from implicit_slots.fixed_point.solvers import Picard
+from implicit_slots.fixed_point.iteration import Solver
+from implicit_slots.fixed_point.linear import GMRES, BiCGSTAB, Dense
+from implicit_slots.fixed_point.regularisation import (
+    correction_loss,
+    corrections,
+    jacobian_norm,
+)
+from implicit_slots.fixed_point.solvers import Anderson, Broyden, Picard
 
 __all__ = [
+    "GMRES",
+    "Adaptive",
     "Adjoint",
+    "Anderson",
+    "BackwardStats",
+    "BiCGSTAB",
+    "Broyden",
+    "Dense",
+    "Implicit",
     "Neumann",
+    "Phantom",
     "Picard",
     "Solution",
+    "Solver",
     "Stats",
+    "Truncated",
     "Unrolled",
+    "backward_probe",
+    "correction_loss",
+    "corrections",
     "fixed_point",
+    "jacobian_norm",
 ]

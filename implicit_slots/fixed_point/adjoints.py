@@ -1,18 +1,53 @@
 """Backward passes: how a cotangent of z* reaches the parameters and the inputs."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, Float
+
+from implicit_slots.fixed_point import vectors
+from implicit_slots.fixed_point.iteration import Solver
+from implicit_slots.fixed_point.linear import (
+    Affine,
+    LinearSolver,
+    Vector,
+    solve_by,
+)
+
+
+class BackwardStats(NamedTuple):
+    """What the backward solve did, one entry per example.
+
+    Numbers, not flags, because they travel as the cotangent of a probe.
+
+    Attributes:
+      steps: products with J; of `Adaptive`, the terms summed.
+      residual: ‖g + Jᵀu − u‖ / ‖g‖ of the linear system u = g + Jᵀu; of `Adaptive`,
+        the estimated relative error of u. Before any fallback.
+      failed: 1 where the example fell back to one term, 0 elsewhere.
+    """
+
+    steps: Float[Array, " batch"]
+    residual: Float[Array, " batch"]
+    failed: Float[Array, " batch"]
+
+
+def backward_probe(batch: int) -> BackwardStats:
+    """Returns a probe: give it to `fixed_point`, and its gradient is the statistics.
+
+    A backward pass has no output but cotangents, so what it has to say is the
+    cotangent of an argument made for that. It does not depend on the loss.
+    """
+    return BackwardStats(*(jnp.zeros(batch, jnp.float32) for _ in range(3)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unrolled:
     """Differentiates through every iteration: the usual, not implicit, gradient.
 
-    Memory grows with the number of iterations.
+    Memory grows with the number of iterations. With `Picard` or `Anderson`.
 
     Attributes:
       remat: recompute each step in the backward pass instead of storing its
@@ -20,6 +55,32 @@ class Unrolled:
     """
 
     remat: bool = False
+    measures: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truncated:
+    """Differentiates through `steps` more applications of f to the detached solution.
+
+    z ← z + damping·(f(z) − z). Undamped it equals `Neumann(terms=steps)` where the
+    solver has converged, and differs elsewhere, because every application has its own
+    Jacobian. Damped it is the unrolled phantom gradient of Geng et al. 2021. Memory
+    grows with `steps`, not with the solver's.
+
+    Attributes:
+      steps: applications that are differentiated.
+      damping: step length in (0, 1].
+      remat: see `Unrolled`.
+    """
+
+    steps: int
+    damping: float = 1.0
+    remat: bool = False
+    measures: ClassVar[bool] = False
+
+    def __post_init__(self):
+        _check_positive("steps", self.steps)
+        _check_damping(self.damping)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,36 +97,187 @@ class Neumann:
     """
 
     terms: int = 1
+    measures: ClassVar[bool] = False
 
     def __post_init__(self):
-        if self.terms < 1:
-            raise ValueError(f"terms must be at least 1, got {self.terms}")
+        _check_positive("terms", self.terms)
 
-    def cotangent(
-        self,
-        transpose: Callable[[PyTree], PyTree],
-        g: PyTree,
-        first: Callable[[], PyTree],
-    ) -> PyTree:
-        """Returns u, the cotangent to pull back through one application of f.
-
-        Args:
-          transpose: w ↦ Jᵀ w at the fixed point.
-          g: the cotangent of f(z*).
-          first: gives the cotangent that this application passes on to z*: Jᵀ g, and
-            what f's auxiliary output adds to it.
-        """
-        if self.terms == 1:
-            return g
-
-        def add_term(_, carry):
-            u, w = carry
-            return jax.tree.map(jnp.add, u, w), transpose(w)
-
-        # terms − 2 turns in the loop and the last sum outside it: the loop would
-        # otherwise pay for a product with J that nobody reads.
-        u, w = jax.lax.fori_loop(0, self.terms - 2, add_term, (g, first()))
-        return jax.tree.map(jnp.add, u, w)
+    def cotangent(self, phi: Affine, g: Vector) -> Vector:
+        """Returns u, the cotangent to pull back through one application of f."""
+        return _repeat(phi.apply, g, self.terms - 1)
 
 
-Adjoint = Unrolled | Neumann
+@dataclass(frozen=True, kw_only=True)
+class Phantom:
+    """Damped Neumann series, uᵀ = λ Σ_{i<steps} gᵀ (λJ + (1−λ))ⁱ (Geng et al. 2021).
+
+    Damping λ moves every eigenvalue of J towards one, so the series converges
+    wherever the real parts are below one and λ is small enough; it then needs more
+    steps. One stored linearisation serves all of them. `damping=1` is `Neumann`.
+
+    Attributes:
+      steps: terms of the series.
+      damping: λ in (0, 1].
+    """
+
+    steps: int
+    damping: float = 0.5
+    measures: ClassVar[bool] = False
+
+    def __post_init__(self):
+        _check_positive("steps", self.steps)
+        _check_damping(self.damping)
+
+    def cotangent(self, phi: Affine, g: Vector) -> Vector:
+        """Returns u, the cotangent to pull back through one application of f."""
+
+        def step(u):
+            return u + self.damping * (phi.apply(u) - u)
+
+        return _repeat(step, self.damping * g, self.steps - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptive:
+    """As many terms of the Neumann series as each example needs.
+
+    A term is ratio q times the one before, so what is still missing is about
+    q / (1 − q) times the last; the sum ends where that is below `rtol` of ‖u‖. As q
+    the larger of the last two ratios plus their difference is taken: they grow towards
+    ρ(J), and swing where J has complex pairs. It is an estimate, not a bound.
+
+    Where `max_terms` come first the partial sum with the smallest next term is kept.
+    That is the one-term gradient, counted as failed, where the series grows from its
+    start.
+
+    Attributes:
+      max_terms: the most terms, at least 2.
+      rtol: wanted relative error of u.
+    """
+
+    max_terms: int
+    rtol: float = 1e-2
+    measures: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if self.max_terms < 2:
+            raise ValueError(f"max_terms must be at least 2, got {self.max_terms}")
+        if not self.rtol > 0:
+            raise ValueError(f"rtol must be positive, got {self.rtol}")
+
+    def cotangent(self, phi: Affine, g: Vector) -> tuple[Vector, BackwardStats]:
+        """Returns u, the cotangent to pull back, and how it was found."""
+        size = vectors.norm(g)
+        nothing = jnp.zeros_like(size)
+        start = _Series(
+            u=g,
+            best=g,
+            best_terms=nothing + 1,
+            least=nothing + jnp.inf,
+            term=size,
+            ratio=nothing,
+            error=nothing + jnp.inf,
+            terms=nothing + 1,
+            active=jnp.ones(len(g), bool),
+        )
+        end = jax.lax.while_loop(
+            lambda state: (
+                jnp.any(state.active) & (jnp.max(state.terms) < self.max_terms)
+            ),
+            lambda state: self._add_term(state, phi),
+            start,
+        )
+        met = end.error <= self.rtol
+        failed = ~met & (end.best_terms == 1)
+        u = vectors.select(met, end.u, end.best)
+        terms = jnp.where(met, end.terms, end.best_terms)
+        return u, _stats(terms, end.error, failed)
+
+    def _add_term(self, old: "_Series", phi: Affine) -> "_Series":
+        u = phi.apply(old.u)
+        term = vectors.norm(u - old.u)
+        ratio = vectors.relative(term, old.term)
+        worst = jnp.maximum(ratio, old.ratio) + jnp.abs(ratio - old.ratio)
+        missing = jnp.where(
+            worst < 1, term * worst / jnp.where(worst < 1, 1 - worst, 1), jnp.inf
+        )
+        error = jnp.where(term > 0, vectors.relative(missing, vectors.norm(u)), 0)
+        # The new term is the residual of the sum before it.
+        better = term < old.least
+        new = _Series(
+            u=u,
+            best=vectors.select(better, old.u, old.best),
+            best_terms=jnp.where(better, old.terms, old.best_terms),
+            least=jnp.where(better, term, old.least),
+            term=term,
+            ratio=ratio,
+            error=error,
+            terms=old.terms + 1,
+            active=old.active & ~(error <= self.rtol) & jnp.isfinite(term),
+        )
+        return vectors.select(old.active, new, old)
+
+
+class _Series(NamedTuple):
+    u: Vector
+    best: Vector
+    best_terms: Float[Array, " batch"]
+    least: Float[Array, " batch"]
+    term: Float[Array, " batch"]
+    ratio: Float[Array, " batch"]
+    error: Float[Array, " batch"]
+    terms: Float[Array, " batch"]
+    active: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implicit:
+    """Solves the linear system u = g + Jᵀu of the implicit function theorem.
+
+    With tolerances, an example whose solve does not meet them falls back to the
+    one-term gradient u = g and is counted. A solver without tolerances spends its
+    budget, as the paper's Broyden with its seven steps, and its result is taken if it
+    is finite.
+
+    Attributes:
+      solver: GMRES, BiCGSTAB, Dense (exact), Anderson, Broyden or Picard.
+    """
+
+    solver: LinearSolver
+    measures: ClassVar[bool] = True
+
+    def cotangent(self, phi: Affine, g: Vector) -> tuple[Vector, BackwardStats]:
+        """Returns u, the cotangent to pull back, and how it was found."""
+        if isinstance(self.solver, Solver):
+            solved = solve_by(self.solver, phi, g)
+        else:
+            solved = self.solver.solve(phi, g)
+        good = jnp.isfinite(solved.residual)
+        if getattr(self.solver, "rtol", 0) > 0 or getattr(self.solver, "atol", 0) > 0:
+            good &= solved.converged
+        u = vectors.select(good, solved.u, g)
+        return u, _stats(solved.steps, solved.residual, ~good)
+
+
+def _stats(steps, residual, failed) -> BackwardStats:
+    return BackwardStats(
+        *(value.astype(jnp.float32) for value in (steps, residual, failed))
+    )
+
+
+def _repeat(step, u: Vector, times: int) -> Vector:
+    return jax.lax.fori_loop(0, times, lambda _, u: step(u), u) if times else u
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _check_damping(damping: float) -> None:
+    if not 0 < damping <= 1:
+        raise ValueError(f"damping must be in (0, 1], got {damping}")
+
+
+Linearised = Neumann | Phantom | Adaptive | Implicit
+Adjoint = Unrolled | Truncated | Linearised

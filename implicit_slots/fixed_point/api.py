@@ -1,6 +1,7 @@
 """`fixed_point`: solve z = f(params, x, z), differentiate as the adjoint says."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,22 +9,40 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from implicit_slots.fixed_point.adjoints import Adjoint, Neumann, Unrolled
-from implicit_slots.fixed_point.solvers import Picard, batch_size, residual_norms
+from implicit_slots.fixed_point import vectors
+from implicit_slots.fixed_point.adjoints import (
+    Adaptive,
+    Adjoint,
+    BackwardStats,
+    Implicit,
+    Linearised,
+    Truncated,
+    Unrolled,
+)
+from implicit_slots.fixed_point.iteration import Solved, Solver
+from implicit_slots.fixed_point.linear import Affine
+from implicit_slots.fixed_point.solvers import Broyden
 
 
 class Stats(NamedTuple):
     """What the forward solve did, one entry per example. Carries no gradient.
 
     Attributes:
-      steps: steps taken by the solver, without the adjoint's one application more.
+      steps: evaluations of f by the solver, without the adjoint's own.
       residual: ‖f(z) − z‖ / ‖f(z)‖ of the last application made, over all leaves.
       converged: whether that application met the solver's tolerances.
+      stagnated: the solver gave up because the residual no longer fell.
+      diverged: f returned something that is not finite.
+      trace: residual of each of the solver's evaluations, NaN after an example
+        stopped; None unless the solver has `trace=True`.
     """
 
     steps: Int[Array, " batch"]
     residual: Float[Array, " batch"]
     converged: Bool[Array, " batch"]
+    stagnated: Bool[Array, " batch"]
+    diverged: Bool[Array, " batch"]
+    trace: Float[Array, "batch max_steps"] | None
 
 
 class Solution(NamedTuple):
@@ -46,47 +65,61 @@ def fixed_point(
     x: PyTree,
     z0: PyTree,
     *,
-    solver: Picard,
+    solver: Solver,
     adjoint: Adjoint,
     has_aux: bool = False,
+    probe: BackwardStats | None = None,
 ) -> Solution:
     """Solves z = f(params, x, z) from `z0`, differentiably.
 
     With an implicit adjoint the solver's result z_T is a constant, f is applied to it
     once more and `value` is f(params, x, z_T): the paper's one extra line. The
     gradient with respect to `z0` is then exactly zero, by the implicit function
-    theorem: z* does not depend on where the iteration began. `Unrolled`
-    differentiates the solver's applications themselves and returns z_T, so for equal
-    `max_steps` it applies f once less.
+    theorem: z* does not depend on where the iteration began. `Truncated` applies f
+    `steps` times more. `Unrolled` differentiates the solver's applications themselves
+    and returns z_T, so for equal `max_steps` it applies f once less.
 
     Args:
       f: (params, x, z) -> z, or -> (z, aux) with `has_aux`. It must return z in the
         shapes and dtypes it got, treat the examples of the batch independently, and
-        close over no traced value.
+        close over no traced value. It must be hashable, as functions are: a new
+        function object is compiled anew.
       params: pytree that is shared by the batch.
       x: pytree of inputs.
-      z0: pytree to start from; each leaf has a leading batch axis.
+      z0: pytree of floating-point arrays to start from; each leaf has a leading batch
+        axis. A good guess, such as an earlier solution, saves steps.
       solver: how to iterate.
       adjoint: how to differentiate.
       has_aux: whether f returns an auxiliary output. Losses may depend on it.
+      probe: from `backward_probe(batch)`, with `Implicit` and `Adaptive`: its gradient
+        is what the backward solve did.
 
     Returns:
       The fixed point, the auxiliary output of the last application, the statistics.
 
     Raises:
       ValueError: at trace time, if f changes the structure, a shape or a dtype of z,
-        or a leaf of z0 lacks the batch axis.
+        a leaf of z0 lacks the batch axis or is no floating-point array, the solver
+        cannot be unrolled, or the adjoint solves nothing that a probe could tell of.
     """
-    if not has_aux:
-        value, _, stats = _solve(
-            _WithoutAux(f), solver, adjoint, params, x, _checked(f, params, x, z0)
+    if isinstance(adjoint, Unrolled) and isinstance(solver, Broyden):
+        raise ValueError(
+            "Broyden cannot be unrolled: its updates are not meant to be "
+            "differentiated. Take an implicit adjoint, or Picard or Anderson"
         )
-        return Solution(value, None, stats)
-    z0 = _checked(lambda *args: f(*args)[0], params, x, z0)
-    return Solution(*_solve(f, solver, adjoint, params, x, z0))
+    if probe is not None and not adjoint.measures:
+        raise ValueError(
+            f"{type(adjoint).__name__} solves no linear system, so there is nothing "
+            "to probe: leave probe=None, or take Implicit or Adaptive"
+        )
+    z0 = jax.tree.map(jnp.asarray, z0)
+    f = f if has_aux else _WithoutAux(f)
+    _check(f, params, x, z0)
+    return Solution(*_solve(f, solver, adjoint, params, x, z0, probe))
 
 
-class _WithoutAux(NamedTuple):
+@dataclass(frozen=True)
+class _WithoutAux:
     """Gives f an empty auxiliary output; hashes and compares as f does."""
 
     f: Callable
@@ -95,10 +128,15 @@ class _WithoutAux(NamedTuple):
         return self.f(params, x, z), None
 
 
-def _checked(f: Callable, params: PyTree, x: PyTree, z0: PyTree) -> PyTree:
-    z0 = jax.tree.map(jnp.asarray, z0)
-    batch_size(z0)
-    got = jax.eval_shape(f, params, x, z0)
+def _check(f: Callable, params: PyTree, x: PyTree, z0: PyTree) -> None:
+    vectors.batch_size(z0)
+    leaves = jax.tree.leaves(z0)
+    if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
+        raise ValueError(
+            "every leaf of z0 must be a floating-point array, got dtypes "
+            f"{[str(leaf.dtype) for leaf in leaves]}"
+        )
+    got, _ = jax.eval_shape(f, params, x, z0)
     want = jax.eval_shape(lambda z: z, z0)
     # Compared by shape and dtype alone: weak types and shardings may differ.
     described = [
@@ -112,67 +150,118 @@ def _checked(f: Callable, params: PyTree, x: PyTree, z0: PyTree) -> PyTree:
         raise ValueError(
             f"f must return z as it got it: z0 is {want}, but f returned {got}"
         )
-    return z0
 
 
+# Compiled here, so that also a call outside of jit compiles once and not every time.
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _solve(
-    f, solver: Picard, adjoint: Adjoint, params, x, z0
+    f, solver: Solver, adjoint: Adjoint, params, x, z0, probe
 ) -> tuple[Any, Any, Stats]:
     if isinstance(adjoint, Unrolled):
         return _unrolled(f, solver, adjoint, params, x, z0)
-    return _implicit(f, solver, adjoint, params, x, z0)
+    if isinstance(adjoint, Truncated):
+        return _truncated(f, solver, adjoint, params, x, z0)
+    return _implicit(f, solver, adjoint, params, x, z0, probe)
 
 
-def _statistics(solver: Picard, steps, z, fz) -> Stats:
+def _statistics(solver: Solver, solved: Solved, z, fz) -> Stats:
+    """Completes the solver's own with the residual of the last application."""
     z, fz = jax.lax.stop_gradient((z, fz))
-    error, size = residual_norms(z, fz)
-    residual = error / (size + jnp.finfo(size.dtype).tiny)
-    return Stats(steps, residual, solver.met(error, size))
+    error, size = vectors.residual_norms(z, fz)
+    return Stats(
+        steps=solved.steps,
+        residual=vectors.relative(error, size),
+        converged=solver.met(error, size) | solved.converged,
+        stagnated=solved.stagnated,
+        diverged=solved.diverged | ~jnp.isfinite(error) | ~jnp.isfinite(size),
+        trace=solved.trace,
+    )
 
 
-def _unrolled(f, solver: Picard, adjoint: Unrolled, params, x, z0):
-    def step(iterate):
-        fz, aux = f(params, x, iterate.z)
-        following = solver.step(iterate, fz)
-        return following, aux, _statistics(solver, following.steps, iterate.z, fz)
+def _unrolled(f, solver: Solver, adjoint: Unrolled, params, x, z0):
+    def step(state):
+        fz, aux = f(params, x, state.z)
+        following = solver.step(state, fz)
+        return following, aux, fz
 
     if adjoint.remat:
         step = jax.checkpoint(step)
     # The last application stands outside the scan: it alone keeps its auxiliary
     # output.
-    iterate, _ = jax.lax.scan(
-        lambda iterate, _: (step(iterate)[0], None),
+    state, _ = jax.lax.scan(
+        lambda state, _: (step(state)[0], None),
         solver.init(z0),
         length=solver.max_steps - 1,
     )
-    iterate, aux, stats = step(iterate)
-    return iterate.z, aux, stats
+    last, aux, fz = step(state)
+    return last.z, aux, _statistics(solver, solver.finish(last), state.z, fz)
+
+
+def _truncated(f, solver: Solver, adjoint: Truncated, params, x, z0):
+    constant = jax.lax.stop_gradient((params, x, z0))
+    solved = solver.solve(lambda z: f(*constant[:2], z)[0], constant[2])
+
+    def step(z):
+        fz, aux = f(params, x, z)
+        if adjoint.damping == 1:
+            return fz, aux, fz
+        moved = jax.tree.map(lambda a, b: a + adjoint.damping * (b - a), z, fz)
+        return moved, aux, fz
+
+    if adjoint.remat:
+        step = jax.checkpoint(step)
+    z, _ = jax.lax.scan(
+        lambda z, _: (step(z)[0], None), solved.z, length=adjoint.steps - 1
+    )
+    value, aux, fz = step(z)
+    return value, aux, _statistics(solver, solved, z, fz)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _implicit(f, solver: Picard, adjoint: Neumann, params, x, z0) -> Any:
-    return _implicit_forward(f, solver, adjoint, params, x, z0)[0]
+def _implicit(f, solver: Solver, adjoint: Linearised, params, x, z0, probe) -> Any:
+    return _implicit_forward(f, solver, adjoint, params, x, z0, probe)[0]
 
 
-def _implicit_forward(f, solver, adjoint, params, x, z0):
-    z, steps, _ = solver.solve(lambda z: f(params, x, z)[0], z0)
+def _implicit_forward(f, solver, adjoint, params, x, z0, probe):
+    solved = solver.solve(lambda z: f(params, x, z)[0], z0)
     # The linearisation at z_T is all that the backward pass needs: memory is that of
     # one application, however many the solver made.
-    (value, aux), pull_back = jax.vjp(f, params, x, z)
-    return (value, aux, _statistics(solver, steps, z, value)), (pull_back, z)
+    (value, aux), pull_back = jax.vjp(f, params, x, solved.z)
+    stats = _statistics(solver, solved, solved.z, value)
+    return (value, aux, stats), (pull_back, solved.z, probe)
 
 
-def _implicit_backward(f, solver, adjoint: Neumann, residuals, cotangents):
-    pull_back, z = residuals
+def _implicit_backward(f, solver, adjoint: Linearised, residuals, cotangents):
+    pull_back, z, probe = residuals
     g, aux_cotangent, _ = cotangents
     no_aux = jax.tree.map(_zeros_like, aux_cotangent)
-    u = adjoint.cotangent(
-        transpose=lambda w: pull_back((w, no_aux))[2],
-        g=g,
-        first=lambda: pull_back((g, aux_cotangent))[2],
+    # All arithmetic on cotangents is done on vectors in float32 or wider.
+    start, unravel = vectors.ravel(g)
+
+    def pulled(u, aux):
+        return vectors.ravel(pull_back((unravel(u), aux))[2])[0]
+
+    def right():
+        if not jax.tree.leaves(aux_cotangent):
+            return start
+        return start + pulled(jnp.zeros_like(start), aux_cotangent)
+
+    phi = Affine(
+        apply=lambda u: start + pulled(u, aux_cotangent),
+        transpose=lambda w: pulled(w, no_aux),
+        right=right,
     )
-    params_cotangent, x_cotangent, _ = pull_back((u, aux_cotangent))
-    return params_cotangent, x_cotangent, jax.tree.map(jnp.zeros_like, z)
+    if isinstance(adjoint, Implicit | Adaptive):
+        u, stats = adjoint.cotangent(phi, start)
+    else:
+        u, stats = adjoint.cotangent(phi, start), None
+    params_cotangent, x_cotangent, _ = pull_back((unravel(u), aux_cotangent))
+    return (
+        params_cotangent,
+        x_cotangent,
+        jax.tree.map(jnp.zeros_like, z),
+        None if probe is None else stats,
+    )
 
 
 def _zeros_like(cotangent):

@@ -1,144 +1,203 @@
-"""Forward solvers for z = f(z), batched, with per-example stopping."""
+"""Forward solvers for z = f(z): how the next z is proposed. See iteration.py."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
-
-class Iterate(NamedTuple):
-    """Where a solver stands, per example."""
-
-    z: PyTree
-    steps: Int[Array, " batch"]
-    active: Bool[Array, " batch"]
+from implicit_slots.fixed_point import vectors
+from implicit_slots.fixed_point.iteration import Solver
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picard:
+class Picard(Solver):
     """Fixed-point iteration z ← z + damping · (f(z) − z).
 
-    An example stops, and is frozen from then on, once
-    ‖f(z) − z‖ ≤ atol + rtol · ‖f(z)‖ over all its leaves. With both tolerances at
-    zero exactly `max_steps` steps are taken and no residual is computed.
+    With both tolerances at zero it makes exactly `max_steps` steps, measures nothing
+    and returns the last iterate, as the paper's slot attention does. With a tolerance
+    it stops and returns the best of the iterates that f was evaluated at.
+    """
+
+    @property
+    def stops(self) -> bool:
+        """Only with a tolerance."""
+        return self.rtol > 0 or self.atol > 0
+
+    def start(self, z: PyTree) -> None:
+        """No memory."""
+
+    def propose(self, z: PyTree, fz: PyTree, memory: None) -> tuple[PyTree, None]:
+        """Returns f(z), damped."""
+        if self.damping == 1:
+            return fz, None
+        return jax.tree.map(lambda old, new: old + self.damping * (new - old), z, fz), (
+            None
+        )
+
+
+class AndersonMemory(NamedTuple):
+    """The last iterate and residual, and the differences before them."""
+
+    z: Float[Array, "batch dim"]
+    residual: Float[Array, "batch dim"]
+    z_steps: Float[Array, "batch depth dim"]
+    residual_steps: Float[Array, "batch depth dim"]
+    taken: Int[Array, ""]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anderson(Solver):
+    """Anderson acceleration, type II (Anderson 1965; Walker and Ni 2011).
+
+    With g = f(z) − z and the last `depth` differences Δz, Δg as columns,
+    w = argmin ‖g − Δg·w‖² + ridge·‖w‖² and
+    z ← z + damping·g − (Δz + damping·Δg)·w. Columns of Δg are first scaled to unit
+    length: residuals fall by orders of magnitude, and one ridge must suit the oldest
+    and the newest. Repeated or vanishing columns are harmless for the same ridge. On
+    an affine f it spans what GMRES spans.
 
     Attributes:
-      max_steps: the most applications of f.
-      rtol: relative tolerance.
-      atol: absolute tolerance.
-      damping: step length in (0, 1]; 1 is the plain iteration.
+      depth: how many differences are kept; not above `max_steps`.
+      ridge: of the least-squares problem, relative to its unit columns.
     """
 
-    max_steps: int
-    rtol: float = 0.0
-    atol: float = 0.0
-    damping: float = 1.0
+    depth: int = 5
+    ridge: float = 1e-6
 
     def __post_init__(self):
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
-        if self.rtol < 0 or self.atol < 0:
+        super().__post_init__()
+        if not 1 <= self.depth <= self.max_steps:
             raise ValueError(
-                f"tolerances must not be negative, got rtol={self.rtol}, "
-                f"atol={self.atol}"
+                f"depth must be from 1 to max_steps ({self.max_steps}), got "
+                f"{self.depth}"
             )
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"damping must be in (0, 1], got {self.damping}")
+        if not self.ridge > 0:
+            raise ValueError(f"ridge must be positive, got {self.ridge}")
 
-    def init(self, z0: PyTree) -> Iterate:
-        """Returns the iterate that stands at `z0`, every example active."""
-        batch = batch_size(z0)
-        return Iterate(z0, jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool))
+    def start(self, z: PyTree) -> AndersonMemory:
+        """Returns an empty history."""
+        flat, _ = vectors.ravel(z)
+        history = jnp.zeros((len(flat), self.depth, flat.shape[1]), flat.dtype)
+        nothing = jnp.zeros_like(flat)
+        return AndersonMemory(nothing, nothing, history, history, jnp.int32(0))
 
-    def step(self, iterate: Iterate, fz: PyTree) -> Iterate:
-        """Moves the active examples from z to f(z), damped."""
-        z, steps, active = iterate
-        moved = fz
-        if self.damping != 1:
-            moved = jax.tree.map(
-                lambda old, new: old + self.damping * (new - old), z, fz
-            )
-        if self.rtol == self.atol == 0:
-            return Iterate(moved, steps + 1, active)
-        moved = jax.tree.map(
-            lambda old, new: jnp.where(_per_example(active, new), new, old), z, moved
+    def propose(
+        self, z: PyTree, fz: PyTree, memory: AndersonMemory
+    ) -> tuple[PyTree, AndersonMemory]:
+        """Returns the mixture of the history that makes the residual least."""
+        flat, unravel = vectors.ravel(z)
+        residual = vectors.ravel(fz)[0] - flat
+        first = memory.taken == 0
+        slot = (memory.taken - 1) % self.depth
+
+        def remember(history, new, old):
+            column = jnp.where(first, jnp.zeros_like(new), new - old)
+            return vectors.put(history, slot, column)
+
+        z_steps = remember(memory.z_steps, flat, memory.z)
+        residual_steps = remember(memory.residual_steps, residual, memory.residual)
+        weights = self._weights(residual_steps, residual)
+        moved = (
+            flat
+            + self.damping * residual
+            - vectors.combine(weights, z_steps + self.damping * residual_steps)
         )
-        error, size = residual_norms(z, fz)
-        active_steps = steps + active.astype(steps.dtype)
-        return Iterate(moved, active_steps, active & ~self.met(error, size))
-
-    def met(
-        self, error: Float[Array, " batch"], size: Float[Array, " batch"]
-    ) -> Bool[Array, " batch"]:
-        """Whether ‖f(z) − z‖ = `error` meets the tolerances at ‖f(z)‖ = `size`.
-
-        Never where either is not finite: infinity is not below infinity.
-        """
-        return (error <= self.atol + self.rtol * size) & jnp.isfinite(size)
-
-    def solve(self, f: Callable[[PyTree], PyTree], z0: PyTree) -> Iterate:
-        """Iterates f from `z0` until every example stopped or `max_steps` is reached.
-
-        Not differentiable in reverse: the adjoints see to that.
-        """
-
-        def step(iterate: Iterate) -> Iterate:
-            return self.step(iterate, f(iterate.z))
-
-        if self.rtol == self.atol == 0:
-            return jax.lax.fori_loop(
-                0, self.max_steps, lambda _, iterate: step(iterate), self.init(z0)
-            )
-        return jax.lax.while_loop(
-            # The active examples all stand at the same, largest step count.
-            lambda iterate: (
-                jnp.any(iterate.active) & (jnp.max(iterate.steps) < self.max_steps)
-            ),
-            step,
-            self.init(z0),
+        following = AndersonMemory(
+            flat, residual, z_steps, residual_steps, memory.taken + 1
         )
+        return _finite_or(unravel(moved), fz), following
 
-
-def batch_size(z: PyTree) -> int:
-    """Returns the length of the leading axis that all leaves of `z` share."""
-    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(z)}
-    if len(sizes) != 1 or () in sizes:
-        raise ValueError(
-            "every leaf of z0 needs the same leading batch axis, got shapes "
-            f"{[jnp.shape(leaf) for leaf in jax.tree.leaves(z)]}"
+    def _weights(self, columns: jax.Array, residual: jax.Array) -> jax.Array:
+        gram = jnp.einsum(
+            "bmn,bkn->bmk", columns, columns, precision=jax.lax.Precision.HIGHEST
         )
-    return sizes.pop()[0]
+        squares = jnp.diagonal(gram, axis1=1, axis2=2)
+        # A column of zeros gets the weight zero.
+        scale = jnp.where(
+            squares > 0, 1 / jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0
+        )
+        unit = gram * scale[:, :, None] * scale[:, None, :]
+        unit += self.ridge * jnp.eye(self.depth, dtype=unit.dtype)[None]
+        right = scale * vectors.coefficients(columns, residual)
+        return scale * jnp.linalg.solve(unit, right[..., None])[..., 0]
 
 
-def residual_norms(
-    z: PyTree, fz: PyTree
-) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
-    """Returns ‖f(z) − z‖ and ‖f(z)‖ per example, over all leaves.
+class BroydenMemory(NamedTuple):
+    """The last iterate and residual; the inverse is −1 + Σ left ⊗ right."""
 
-    Half-precision leaves are accumulated in float32.
+    z: Float[Array, "batch dim"]
+    residual: Float[Array, "batch dim"]
+    left: Float[Array, "batch memory dim"]
+    right: Float[Array, "batch memory dim"]
+    taken: Int[Array, ""]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broyden(Solver):
+    """Broyden's good method on g(z) = f(z) − z, limited memory (Broyden 1965).
+
+    The inverse Jacobian of g is −1 plus one rank-one update per step; so the first
+    step is z ← f(z), and every step costs one evaluation of f, without a line search.
+    Bai et al. 2019 solve deep-equilibrium models with it. An update whose denominator
+    vanishes is left out.
+
+    Attributes:
+      memory: how many updates are kept at most; then it begins anew.
     """
-    z, fz = _widened(z), _widened(fz)
-    return _norm(jax.tree.map(jnp.subtract, fz, z)), _norm(fz)
+
+    memory: int = 10
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.memory < 1:
+            raise ValueError(f"memory must be at least 1, got {self.memory}")
+
+    def start(self, z: PyTree) -> BroydenMemory:
+        """Returns the inverse −1."""
+        flat, _ = vectors.ravel(z)
+        # The last step's update is never read.
+        count = min(self.memory, max(self.max_steps - 1, 1))
+        updates = jnp.zeros((len(flat), count, flat.shape[1]), flat.dtype)
+        nothing = jnp.zeros_like(flat)
+        return BroydenMemory(nothing, nothing, updates, updates, jnp.int32(0))
+
+    def propose(
+        self, z: PyTree, fz: PyTree, memory: BroydenMemory
+    ) -> tuple[PyTree, BroydenMemory]:
+        """Returns the quasi-Newton step."""
+        flat, unravel = vectors.ravel(z)
+        residual = vectors.ravel(fz)[0] - flat
+        slot = (memory.taken - 1) % memory.left.shape[1]
+        # A full memory begins anew. Dropping the oldest update instead leaves later
+        # ones that were built on it: on affine maps it then stalled near 1e-5 where
+        # this goes on to rounding.
+        left = jnp.where(slot == 0, 0, memory.left)
+        right = jnp.where(slot == 0, 0, memory.right)
+
+        def times(vector):  # inverse · vector
+            return vectors.combine(vectors.coefficients(right, vector), left) - vector
+
+        step, change = flat - memory.z, residual - memory.residual
+        # stepᵀ · inverse
+        row = vectors.combine(vectors.coefficients(left, step), right) - step
+        slope = vectors.dot(row, change)
+        scale = jnp.sqrt(vectors.dot(row, row) * vectors.dot(change, change))
+        usable = jnp.abs(slope) > jnp.finfo(slope.dtype).eps * scale
+        usable &= memory.taken > 0
+        column = (step - times(change)) / jnp.where(usable, slope, 1)[:, None]
+
+        def update(rows, new):
+            new = jnp.where(usable[:, None], new, jnp.zeros_like(new))
+            return vectors.put(rows, slot, new)
+
+        left, right = update(left, column), update(right, row)
+        moved = flat - self.damping * times(residual)
+        following = BroydenMemory(flat, residual, left, right, memory.taken + 1)
+        return _finite_or(unravel(moved), fz), following
 
 
-def _widened(z: PyTree) -> PyTree:
-    """Brings all leaves to one dtype, float32 or wider."""
-    leaves = jax.tree.leaves(z)
-    double = any(jnp.result_type(leaf) == jnp.float64 for leaf in leaves)
-    dtype = jnp.float64 if double else jnp.float32
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), z)
-
-
-def _norm(z: PyTree) -> jax.Array:
-    squares = [
-        jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim)))
-        for leaf in jax.tree.leaves(z)
-    ]
-    return jnp.sqrt(sum(squares[1:], squares[0]))
-
-
-def _per_example(flag: jax.Array, leaf: jax.Array) -> jax.Array:
-    return flag.reshape(flag.shape + (1,) * (leaf.ndim - 1))
+def _finite_or(z: PyTree, fallback: PyTree) -> PyTree:
+    """Takes the plain step where extrapolation overflowed."""
+    return vectors.select(jnp.isfinite(vectors.norm(z)), z, fallback)

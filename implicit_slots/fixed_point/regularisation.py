@@ -1,0 +1,119 @@
+"""What a loss can add so that the fixed point stays easy to find."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PyTree
+
+from implicit_slots.fixed_point import vectors
+from implicit_slots.fixed_point.adjoints import Adjoint
+from implicit_slots.fixed_point.api import Solution, fixed_point
+from implicit_slots.fixed_point.iteration import Solver
+
+
+def jacobian_norm(
+    f: Callable[[PyTree, PyTree, PyTree], PyTree],
+    params: PyTree,
+    x: PyTree,
+    z: PyTree,
+    key: Key[Array, ""],
+    *,
+    samples: int = 1,
+) -> Float[Array, " batch"]:
+    """Hutchinson's estimate of ‖J‖²_F, J = ∂f/∂z at z, per example.
+
+    The mean of ‖εᵀJ‖² over standard normal ε: unbiased, one product with J per sample.
+    Added to the loss it keeps J small and the solver quick (Bai et al. 2021, arXiv
+    2106.14342, who divide by the number of entries of z and weigh by 0.1 to 1, on a
+    share of the steps). Differentiable with respect to everything; they hold z
+    constant: pass `jax.lax.stop_gradient(solution.value)`.
+
+    Args:
+      f: (params, x, z) -> z, without auxiliary output.
+      params: pytree that is shared by the batch.
+      x: pytree of inputs.
+      z: where J is taken, each leaf with a leading batch axis.
+      key: of the random directions.
+      samples: how many directions are averaged; the standard deviation falls like
+        1/√samples.
+
+    Raises:
+      ValueError: if `samples` is below one.
+    """
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    fz, transpose = jax.vjp(lambda z: f(params, x, z), z)
+    flat, unravel = vectors.ravel(fz)
+
+    def square(key):
+        direction = jax.random.normal(key, flat.shape, flat.dtype)
+        product, _ = vectors.ravel(transpose(unravel(direction))[0])
+        return vectors.dot(product, product)
+
+    return jnp.mean(jax.lax.map(square, jax.random.split(key, samples)), axis=0)
+
+
+def corrections(
+    f: Callable[[PyTree, PyTree, PyTree], Any],
+    params: PyTree,
+    x: PyTree,
+    z0: PyTree,
+    *,
+    solver: Solver,
+    adjoint: Adjoint,
+    count: int,
+    has_aux: bool = False,
+) -> list[Solution]:
+    """Solves in `count` stages, each from where the one before ended.
+
+    Every stage is a `fixed_point` of its own, with its own gradient and no gradient
+    between them. A loss on each value pulls the whole path towards the target, not its
+    end alone: the fixed-point correction of Bai et al. 2022 (arXiv 2204.08442), which
+    makes few steps suffice. `correction_loss` weighs them. The stages together take
+    `count` times the solver's steps; the last value is the best.
+
+    Args:
+      f: as in `fixed_point`.
+      params: as in `fixed_point`.
+      x: as in `fixed_point`.
+      z0: as in `fixed_point`.
+      solver: of each stage.
+      adjoint: of each stage.
+      count: how many stages.
+      has_aux: as in `fixed_point`.
+
+    Raises:
+      ValueError: if `count` is below one, and what `fixed_point` raises.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    solutions = []
+    for _ in range(count):
+        solution = fixed_point(
+            f, params, x, z0, solver=solver, adjoint=adjoint, has_aux=has_aux
+        )
+        solutions.append(solution)
+        z0 = jax.lax.stop_gradient(solution.value)
+    return solutions
+
+
+def correction_loss(losses: Sequence[jax.Array], *, decay: float = 0.8) -> jax.Array:
+    """Returns Σ decay^(n−1−i) · lossᵢ: the last stage counts whole, earlier ones less.
+
+    Args:
+      losses: one for each stage, of one shape.
+      decay: weight of a stage relative to the next, in [0, 1]; 0 counts the last alone.
+
+    Raises:
+      ValueError: if there is no loss, or the decay is out of range.
+    """
+    if not losses:
+        raise ValueError("losses must hold at least one stage's loss")
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay must be in [0, 1], got {decay}")
+    total = losses[0]
+    for loss in losses[1:]:
+        total = decay * total + loss
+    return total

@@ -1,0 +1,134 @@
+"""A batch of pytrees as a batch of vectors: one vector per example, over all leaves."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def batch_size(z: PyTree) -> int:
+    """Returns the length of the leading axis that all leaves of `z` share."""
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(z)}
+    if len(sizes) != 1 or () in sizes:
+        raise ValueError(
+            "every leaf of z0 needs the same leading batch axis, got shapes "
+            f"{[jnp.shape(leaf) for leaf in jax.tree.leaves(z)]}"
+        )
+    return sizes.pop()[0]
+
+
+def working_dtype(z: PyTree) -> jnp.dtype:
+    """Returns float64 if any leaf has it, else float32: never half precision."""
+    double = any(jnp.result_type(leaf) == jnp.float64 for leaf in jax.tree.leaves(z))
+    return jnp.dtype(jnp.float64 if double else jnp.float32)
+
+
+def widen(z: PyTree) -> PyTree:
+    """Brings all leaves to the working dtype."""
+    dtype = working_dtype(z)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), z)
+
+
+def narrow(z: PyTree, like: PyTree) -> PyTree:
+    """Brings each leaf to the dtype of its twin in `like`."""
+    return jax.tree.map(lambda leaf, twin: leaf.astype(twin.dtype), z, like)
+
+
+def ravel(
+    z: PyTree,
+) -> tuple[Float[Array, "batch dim"], Callable[[Float[Array, "batch dim"]], PyTree]]:
+    """Returns one vector per example, in the working dtype, and the way back."""
+    leaves, structure = jax.tree.flatten(z)
+    dtype = working_dtype(z)
+    batch = batch_size(z)
+    flat = [leaf.reshape(batch, -1).astype(dtype) for leaf in leaves]
+    ends = [0]
+    for part in flat:
+        ends.append(ends[-1] + part.shape[1])
+    like = [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+    def unravel(vector: Float[Array, "batch dim"]) -> PyTree:
+        return jax.tree.unflatten(
+            structure,
+            [
+                vector[:, begin:end].reshape(shape).astype(dtype)
+                for begin, end, (shape, dtype) in zip(
+                    ends[:-1], ends[1:], like, strict=True
+                )
+            ],
+        )
+
+    return jnp.concatenate(flat, axis=1), unravel
+
+
+def norm(z: PyTree) -> Float[Array, " batch"]:
+    """Returns the 2-norm of each example, over all leaves."""
+    squares = [
+        jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim)))
+        for leaf in jax.tree.leaves(widen(z))
+    ]
+    return jnp.sqrt(sum(squares[1:], squares[0]))
+
+
+def residual_norms(
+    z: PyTree, fz: PyTree
+) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
+    """Returns ‖f(z) − z‖ and ‖f(z)‖ per example, over all leaves.
+
+    Half-precision leaves are accumulated in float32.
+    """
+    z, fz = widen(z), widen(fz)
+    return norm(jax.tree.map(jnp.subtract, fz, z)), norm(fz)
+
+
+def relative(
+    error: Float[Array, " batch"], size: Float[Array, " batch"]
+) -> Float[Array, " batch"]:
+    """Returns `error` / `size`, zero where both are zero."""
+    return error / (size + jnp.finfo(size.dtype).tiny)
+
+
+def select(flag: Bool[Array, " batch"], new: PyTree, old: PyTree) -> PyTree:
+    """Takes the examples of `new` where the flag is set, of `old` elsewhere."""
+
+    def pick(a, b):
+        return jnp.where(flag.reshape(flag.shape + (1,) * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(pick, new, old)
+
+
+def dot(
+    a: Float[Array, "batch dim"], b: Float[Array, "batch dim"]
+) -> Float[Array, " batch"]:
+    """Returns the inner product of each example's two vectors."""
+    return jnp.einsum("bn,bn->b", a, b, precision=_HIGHEST)
+
+
+def coefficients(
+    rows: Float[Array, "batch count dim"], a: Float[Array, "batch dim"]
+) -> Float[Array, "batch count"]:
+    """Returns the inner products of each example's rows with its vector."""
+    return jnp.einsum("bmn,bn->bm", rows, a, precision=_HIGHEST)
+
+
+def combine(
+    weights: Float[Array, "batch count"], rows: Float[Array, "batch count dim"]
+) -> Float[Array, "batch dim"]:
+    """Returns the weighted sum of each example's rows."""
+    return jnp.einsum("bm,bmn->bn", weights, rows, precision=_HIGHEST)
+
+
+def put(
+    rows: Float[Array, "batch count *dim"], index: jax.typing.ArrayLike, row: Array
+) -> Float[Array, "batch count *dim"]:
+    """Replaces each example's row number `index`.
+
+    By selection and not by `.at[].set`, whose scatter has no sharding rule under
+    explicit sharding. The rows are read whole anyway wherever this is used.
+    """
+    number = jnp.arange(rows.shape[1], dtype=jnp.int32)
+    here = (number == index).reshape((1, -1) + (1,) * (rows.ndim - 2))
+    return jnp.where(here, row[:, None], rows)

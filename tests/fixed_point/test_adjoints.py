@@ -1,0 +1,505 @@
+"""Every backward pass against dense linear algebra in float64, and its laws."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixed_points import (
+    BATCH,
+    DIM,
+    SPECTRA,
+    affine,
+    assert_equal,
+    exact_gradient,
+    gradients,
+    problem,
+    slot_attention,
+    solution,
+    tanh,
+)
+from reference import DIFFERENCES, FLOAT64, central_difference, relative_error
+
+from implicit_slots.fixed_point import (
+    GMRES,
+    Adaptive,
+    Anderson,
+    BiCGSTAB,
+    Broyden,
+    Dense,
+    Implicit,
+    Neumann,
+    Phantom,
+    Picard,
+    Truncated,
+    Unrolled,
+    backward_probe,
+    fixed_point,
+)
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+
+PICARD = Picard(max_steps=2500)
+FORWARD = {
+    "picard": PICARD,
+    "damped": Picard(max_steps=6000, rtol=1e-13, damping=0.7),
+    "anderson": Anderson(max_steps=400, rtol=1e-13, depth=3),
+    "broyden": Broyden(max_steps=400, rtol=1e-13, memory=5),
+}
+SOLVES = {
+    "gmres": Implicit(solver=GMRES(max_steps=30, rtol=1e-12)),
+    "bicgstab": Implicit(solver=BiCGSTAB(max_steps=60, rtol=1e-10)),
+    "dense": Implicit(solver=Dense(block=4)),
+    "anderson": Implicit(solver=Anderson(max_steps=400, rtol=1e-12, depth=3)),
+    "broyden": Implicit(solver=Broyden(max_steps=400, rtol=1e-12)),
+    "picard": Implicit(solver=Picard(max_steps=4000, rtol=1e-12)),
+    "adaptive": Adaptive(max_terms=4000, rtol=1e-9),
+}
+EXACT = SOLVES | {
+    "neumann": Neumann(terms=2500),
+    "phantom": Phantom(steps=5000, damping=0.7),
+    "truncated": Truncated(steps=2500),
+    "truncated damped": Truncated(steps=4500, damping=0.7),
+    "unrolled": Unrolled(),
+}
+ONE_TERM = Neumann(terms=1)
+
+
+def each(table):
+    return pytest.mark.parametrize("name", table)
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@each(EXACT)
+@pytest.mark.parametrize(
+    ("f", "spectrum"), [*((affine, s) for s in SPECTRA), (tanh, "non-normal")]
+)
+def test_exact_adjoints_equal_the_dense_solve(name, f, spectrum):
+    data = problem(spectrum)
+    (*got, z0_cotangent), _ = gradients(f, *data, solver=PICARD, adjoint=EXACT[name])
+    assert_equal(tuple(got), exact_gradient(f, *data), DIFFERENCES)
+    if name != "unrolled":
+        assert not np.any(z0_cotangent)
+
+
+@each(EXACT)
+@pytest.mark.parametrize("forward", ["damped", "anderson", "broyden"])
+def test_exact_adjoints_follow_every_solver(name, forward):
+    if name == "unrolled" and forward == "broyden":
+        pytest.skip("refused: see test_misuse")
+    data = problem()
+    solver = FORWARD[forward]
+    if name == "unrolled":
+        solver = replace(solver, max_steps=100)
+    got, found = gradients(tanh, *data, solver=solver, adjoint=EXACT[name])
+    assert_equal(got[:2], exact_gradient(tanh, *data), DIFFERENCES)
+    assert np.all(found.stats.converged)
+
+
+@each(SOLVES)
+def test_gradients_at_a_repelling_fixed_point(name):
+    # ρ(J) = 1.5: series diverge, linear solves do not.
+    params, x, g = problem("complex", radius=1.5)
+    adjoint = SOLVES[name]
+    if name == "anderson":
+        adjoint = Implicit(solver=Anderson(max_steps=60, rtol=1e-12, depth=DIM))
+    solver = Broyden(max_steps=60, rtol=1e-13, memory=60)
+    (*got, _), _ = gradients(affine, params, x, g, solver=solver, adjoint=adjoint)
+    if name in ("picard", "adaptive"):
+        # They say so, and fall back to one term.
+        one, _ = gradients(affine, params, x, g, solver=solver, adjoint=ONE_TERM)
+        assert_equal(tuple(got), one[:2], FLOAT64)
+        probe = probed(affine, params, x, g, solver, adjoint)
+        assert np.all(probe.failed == 1)
+    else:
+        assert_equal(tuple(got), exact_gradient(affine, params, x, g), DIFFERENCES)
+
+
+def probed(f, params, x, g, solver, adjoint):
+    """The backward statistics."""
+
+    def loss(probe):
+        found = fixed_point(
+            f, params, x, np.zeros_like(g), solver=solver, adjoint=adjoint, probe=probe
+        )
+        return jnp.sum(found.value * g)
+
+    return jax.jit(jax.grad(loss))(backward_probe(len(g)))
+
+
+def test_oracle_equals_central_differences():
+    params, x, g = problem()
+    direction = np.random.default_rng(1).normal(size=(DIM, DIM))
+
+    def loss(a):
+        return np.sum(g * solution(tanh, {**params, "a": a}, x))
+
+    want = central_difference(loss, params["a"], direction)
+    got = exact_gradient(tanh, params, x, g)[0]["a"]
+    assert abs(np.sum(got * direction) - want) < DIFFERENCES * abs(want)
+
+
+@pytest.fixture(scope="module")
+def slots():
+    """A slot attention step, its exact gradient along a direction by differences."""
+    with jax.enable_x64(True):
+        f, params, x, z0 = slot_attention()
+        solve = Picard(max_steps=500)
+        rng = np.random.default_rng(3)
+        g = jnp.asarray(rng.normal(size=z0.shape))
+        direction = jax.tree.map(
+            lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), (params, x)
+        )
+
+        @jax.jit
+        def loss(step):
+            moved, x_moved = jax.tree.map(
+                lambda a, b: a + step * b, (params, x), direction
+            )
+            return jnp.sum(g * solve.solve(lambda z: f(moved, x_moved, z), z0).z)
+
+        slope = central_difference(lambda step: float(loss(step)), 0.0, 1.0)
+        return f, params, x, z0, g, direction, slope
+
+
+@each(EXACT)
+def test_exact_adjoints_on_slot_attention_equal_central_differences(name, slots):
+    f, params, x, z0, g, direction, slope = slots
+    adjoint = EXACT[name]
+    for field in ("terms", "steps"):
+        if hasattr(adjoint, field):
+            adjoint = replace(adjoint, **{field: 500})
+    (*got, z0_cotangent), found = gradients(
+        f, params, x, g, solver=Picard(max_steps=500), adjoint=adjoint, z0=z0
+    )
+    assert np.all(found.stats.residual < 1e-12)
+    parts = jax.tree.map(lambda a, b: jnp.sum(a * b), tuple(got), direction)
+    along = float(sum(jax.tree.leaves(parts)))
+    assert abs(along - slope) < DIFFERENCES * abs(slope)
+    assert name == "unrolled" or not np.any(z0_cotangent)
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 8])
+def test_neumann_sums_as_many_powers_of_the_jacobian(terms):
+    params, x, g = problem("non-normal")
+    series = sum(g @ np.linalg.matrix_power(params["a"].T, i) for i in range(terms))
+    got, _ = gradients(
+        affine, params, x, g, solver=PICARD, adjoint=Neumann(terms=terms)
+    )
+    assert relative_error(got[1], series @ params["b"].T) < FLOAT64
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_phantom_sums_the_damped_series(steps):
+    params, x, g = problem("non-normal")
+    damped = 0.3 * params["a"].T + 0.7 * np.eye(DIM)
+    series = 0.3 * sum(g @ np.linalg.matrix_power(damped, i) for i in range(steps))
+    adjoint = Phantom(steps=steps, damping=0.3)
+    got, _ = gradients(affine, params, x, g, solver=PICARD, adjoint=adjoint)
+    assert relative_error(got[1], series @ params["b"].T) < FLOAT64
+
+
+def test_undamped_phantom_is_neumann():
+    data = problem()
+    phantom, neumann = (
+        gradients(tanh, *data, solver=Picard(max_steps=3), adjoint=adjoint)[0]
+        for adjoint in (Phantom(steps=4, damping=1.0), Neumann(terms=4))
+    )
+    assert_equal(phantom, neumann, FLOAT64)
+
+
+@pytest.mark.parametrize("adjoint", [Truncated, Phantom])
+def test_damped_series_and_damped_steps_agree_at_the_solution(adjoint):
+    # Geng et al. 2021: the Neumann and the unrolled phantom gradient.
+    data = problem()
+    got, want = (
+        gradients(affine, *data, solver=PICARD, adjoint=kind(steps=5, damping=0.4))[0]
+        for kind in (adjoint, Truncated)
+    )
+    assert_equal(got[:2], want[:2], FLOAT64)
+
+
+def test_neumann_error_decays_with_the_spectral_radius():
+    radius = 0.8
+    data = problem("real", radius=radius)
+    _, want = exact_gradient(affine, *data)
+    errors = [
+        relative_error(
+            gradients(affine, *data, solver=PICARD, adjoint=Neumann(terms=k))[0][1],
+            want,
+        )
+        for k in (20, 21)
+    ]
+    assert errors[1] / errors[0] == pytest.approx(radius, rel=0.02)
+
+
+def test_one_term_is_one_application_to_the_detached_iterate():
+    params, x, g = problem()
+    z0 = np.ones((BATCH, DIM))
+
+    def paper(params, x):
+        z = z0
+        for _ in range(4):
+            z = tanh(params, x, z)
+        return jnp.sum(g * tanh(params, x, jax.lax.stop_gradient(z)))
+
+    want = jax.jit(jax.grad(paper, argnums=(0, 1)))(params, x)
+    for adjoint in (ONE_TERM, Truncated(steps=1)):
+        got, _ = gradients(
+            tanh, params, x, g, solver=Picard(max_steps=4), adjoint=adjoint, z0=z0
+        )
+        assert_equal(got[:2], want, tolerance=1e-15)
+
+
+@pytest.mark.parametrize("terms", [2, 5])
+def test_truncated_is_neumann_at_the_solution_alone(terms):
+    data = problem()
+
+    def both(solver):
+        return [
+            gradients(tanh, *data, solver=solver, adjoint=adjoint)[0][:2]
+            for adjoint in (Truncated(steps=terms), Neumann(terms=terms))
+        ]
+
+    converged = both(PICARD)
+    assert_equal(converged[0], converged[1], FLOAT64)
+    early = both(Picard(max_steps=1))
+    assert relative_error(early[0][1], early[1][1]) > 1e-3
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_unrolled_differentiates_the_iterations(remat):
+    params, x, g = problem()
+    z0 = np.ones((BATCH, DIM))
+
+    def loop(params, x, z):
+        for _ in range(3):
+            z = z + 0.7 * (tanh(params, x, z) - z)
+        return jnp.sum(g * z)
+
+    want = jax.jit(jax.grad(loop, argnums=(0, 1, 2)))(params, x, z0)
+    solver = Picard(max_steps=3, damping=0.7)
+    got, _ = gradients(
+        tanh, params, x, g, solver=solver, adjoint=Unrolled(remat=remat), z0=z0
+    )
+    assert_equal(got, want, FLOAT64)
+    truncated = Truncated(steps=3, damping=0.7, remat=remat)
+    later, found = gradients(
+        tanh, params, x, g, solver=Picard(max_steps=2), adjoint=truncated, z0=z0
+    )
+    for _ in range(2):
+        z0 = tanh(params, x, z0)
+    want = jax.jit(jax.grad(loop, argnums=(0, 1)))(params, x, z0)
+    assert_equal(later[:2], want, FLOAT64)
+    assert np.all(found.stats.steps == 2)
+
+
+def test_unrolled_anderson_equals_central_differences():
+    params, x, g = problem("non-normal")
+    # Three steps from a point that is no solution: the mixing weights matter.
+    solver = Anderson(max_steps=4, depth=2)
+    direction = np.random.default_rng(1).normal(size=(DIM, DIM))
+
+    @jax.jit
+    def loss(a):
+        changed = {**params, "a": a}
+        z0 = np.zeros((BATCH, DIM))
+        found = fixed_point(tanh, changed, x, z0, solver=solver, adjoint=Unrolled())
+        return jnp.sum(g * found.value)
+
+    want = central_difference(loss, params["a"], direction)
+    got = jax.grad(loss)(params["a"])
+    assert abs(np.sum(got * direction) - want) < DIFFERENCES * abs(want)
+
+
+@each(SOLVES)
+def test_probe_says_what_the_backward_solve_did(name):
+    params, x, g = problem()
+    adjoint = SOLVES[name]
+    stats = probed(affine, params, x, g, PICARD, adjoint)
+    assert all(leaf.shape == (BATCH,) for leaf in stats)
+    assert not np.any(stats.failed) and np.all(stats.residual < 1e-8)
+    # No more products than the method needs: dimension, twice that, an eigenbasis.
+    least, most = {
+        "gmres": (DIM, DIM),
+        "bicgstab": (6, 2 * DIM + 8),
+        "dense": (DIM, DIM),
+        "anderson": (DIM, 60),
+        "broyden": (DIM, 60),
+        "picard": (20, 80),
+        "adaptive": (20, 80),
+    }[name]
+    assert np.all((least <= stats.steps) & (stats.steps <= most)), stats.steps
+
+
+def test_probe_does_not_depend_on_the_loss_scale_nor_change_it():
+    params, x, g = problem()
+    adjoint = Implicit(solver=GMRES(max_steps=3, rtol=0.0))
+    small, large = (
+        probed(affine, params, x, scale * g, PICARD, adjoint) for scale in (1e-3, 1e3)
+    )
+    assert relative_error(small.residual, large.residual) < 1e-5
+    plain, _ = gradients(affine, params, x, g, solver=PICARD, adjoint=adjoint)
+    with_probe, _ = gradients(
+        affine, params, x, g, solver=PICARD, adjoint=adjoint, probe=backward_probe(3)
+    )
+    assert_equal(with_probe, plain, FLOAT64)
+
+
+def test_probe_residual_is_that_of_the_linear_system():
+    params, x, g = problem("non-normal")
+    adjoint = Implicit(solver=GMRES(max_steps=3, rtol=0.0))
+    got, _ = gradients(affine, params, x, g, solver=PICARD, adjoint=adjoint)
+    # The cotangent u, from x's: b has full row rank on a part only, so ask for u.
+    params = {**params, "b": np.eye(DIM)}
+    right = x @ problem("non-normal").params["b"]
+    (_, u, _), _ = gradients(affine, params, right, g, solver=PICARD, adjoint=adjoint)
+    phi = g + u @ params["a"].T
+    want = np.linalg.norm(phi - u, axis=1) / np.linalg.norm(g, axis=1)
+    stats = probed(affine, params, right, g, PICARD, adjoint)
+    assert relative_error(stats.residual, want) < 1e-5
+    assert relative_error(got[1], u @ problem("non-normal").params["b"].T) < FLOAT64
+    # The residual is least over the Krylov space: a dense least-squares solve.
+    for i in range(BATCH):
+        system = np.eye(DIM) - params["a"]
+        krylov = [params["a"] @ g[i]]
+        for _ in range(2):
+            krylov.append(params["a"] @ krylov[-1])
+        basis = np.linalg.qr(np.array(krylov).T)[0]
+        weights = np.linalg.lstsq(system @ basis, krylov[0], rcond=None)[0]
+        assert relative_error(u[i], g[i] + basis @ weights) < FLOAT64
+
+
+FAILING = {
+    "gmres": GMRES(max_steps=2, rtol=1e-10),
+    "bicgstab": BiCGSTAB(max_steps=2, rtol=1e-10),
+    "anderson": Anderson(max_steps=2, depth=1, rtol=1e-10),
+    "broyden": Broyden(max_steps=2, rtol=1e-10),
+    "picard": Picard(max_steps=2, rtol=1e-10),
+}
+
+
+@each(FAILING)
+def test_failed_solve_falls_back_to_one_term_for_its_example_alone(name):
+    params, x, g = problem()
+    # The second example's map is constant: u = g solves it at once.
+    x = {"x": x, "scale": np.array([[1.0], [0.0], [1.0]])}
+
+    def f(params, x, z):
+        return x["scale"] * (z @ params["a"]) + x["x"] @ params["b"]
+
+    adjoint = Implicit(solver=FAILING[name])
+    stats = probed(f, params, x, g, PICARD, adjoint)
+    assert stats.failed.tolist() == [1, 0, 1]
+    got, _ = gradients(f, params, x, g, solver=PICARD, adjoint=adjoint)
+    want, _ = gradients(f, params, x, g, solver=PICARD, adjoint=ONE_TERM)
+    assert_equal(got, want, FLOAT64)
+
+
+def test_singular_system_falls_back_to_one_term():
+    # J has the eigenvalue one: there is no implicit gradient.
+    params = {"a": np.diag([1.0, 0.5, 0.2, 0.1, 0.0, -0.3]), "b": np.zeros((2, DIM))}
+    _, x, g = problem()
+    for name in ("gmres", "bicgstab", "anderson", "broyden"):
+        adjoint = SOLVES[name]
+        stats = probed(affine, params, x, g, Picard(max_steps=3), adjoint)
+        assert np.all(stats.failed == 1), name
+        got, _ = gradients(
+            affine, params, x, g, solver=Picard(max_steps=3), adjoint=adjoint
+        )
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(got))
+
+
+@pytest.mark.parametrize("name", ["anderson", "broyden"])
+def test_budget_without_tolerance_is_used_not_dropped(name):
+    # The paper's Broyden backward pass: seven steps, whatever the residual.
+    params, x, g = problem(radius=0.9)
+    solver = {
+        "anderson": Anderson(max_steps=7, depth=5),
+        "broyden": Broyden(max_steps=7),
+    }[name]
+    stats = probed(affine, params, x, g, PICARD, Implicit(solver=solver))
+    assert not np.any(stats.failed) and np.all(stats.steps == 7)
+    got, _ = gradients(
+        affine, params, x, g, solver=PICARD, adjoint=Implicit(solver=solver)
+    )
+    one, _ = gradients(affine, params, x, g, solver=PICARD, adjoint=ONE_TERM)
+    want = exact_gradient(affine, params, x, g)[1]
+    assert relative_error(got[1], want) < 0.1 * relative_error(one[1], want)
+
+
+@pytest.mark.parametrize("spectrum", ["real", "complex", "non-normal"])
+@pytest.mark.parametrize("budget", [1e-1, 1e-2, 1e-4])
+def test_adaptive_keeps_its_budget(spectrum, budget):
+    data = problem(spectrum, radius=0.8)
+    # x has the cotangent u itself.
+    data.params["b"] = np.eye(DIM)
+    x = np.random.default_rng(5).normal(size=(BATCH, DIM))
+    adjoint = Adaptive(max_terms=500, rtol=budget)
+    (_, got, _), _ = gradients(
+        affine, data.params, x, data.g, solver=PICARD, adjoint=adjoint
+    )
+    want = np.linalg.solve(np.eye(DIM) - data.params["a"], data.g.T).T
+    error = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+    stats = probed(affine, data.params, x, data.g, PICARD, adjoint)
+    assert np.all(stats.residual <= budget) and not np.any(stats.failed)
+    assert np.all(error <= budget)
+
+
+def test_adaptive_takes_as_many_terms_as_each_example_needs():
+    params, x, g = problem("real", radius=1.0)
+    radius = np.array([[0.1], [0.5], [0.9]])
+
+    def f(params, x, z):
+        return x["scale"] * (z @ params["a"]) + x["x"] @ params["b"]
+
+    x = {"x": x, "scale": radius}
+    adjoint = Adaptive(max_terms=200, rtol=1e-3)
+    stats = probed(f, params, x, g, PICARD, adjoint)
+    terms = stats.steps.astype(int)
+    assert terms[0] < terms[1] < terms[2] < 200
+    got, _ = gradients(f, params, x, g, solver=PICARD, adjoint=adjoint)
+    for i in range(BATCH):
+        series, _ = gradients(
+            f, params, x, g, solver=PICARD, adjoint=Neumann(terms=int(terms[i]))
+        )
+        assert relative_error(got[1]["x"][i], series[1]["x"][i]) < FLOAT64
+
+
+def test_adaptive_at_its_maximum_keeps_the_partial_sum():
+    data = problem("real", radius=0.9)
+    adjoint = Adaptive(max_terms=6, rtol=1e-6)
+    stats = probed(affine, *data, PICARD, adjoint)
+    # Its last sum's next term was never computed, so the one before is known best.
+    assert np.all(stats.steps == 5) and not np.any(stats.failed)
+    assert np.all(stats.residual > 1e-6)
+    got, _ = gradients(affine, *data, solver=PICARD, adjoint=adjoint)
+    want, _ = gradients(affine, *data, solver=PICARD, adjoint=Neumann(terms=5))
+    assert_equal(got, want, FLOAT64)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Neumann(terms=0), "terms must be at least 1, got 0"),
+        (lambda: Truncated(steps=0), "steps must be at least 1, got 0"),
+        (lambda: Truncated(steps=1, damping=2.0), r"damping must be in \(0, 1\]"),
+        (lambda: Phantom(steps=0), "steps must be at least 1, got 0"),
+        (lambda: Phantom(steps=1, damping=0.0), r"damping must be in \(0, 1\]"),
+        (lambda: Adaptive(max_terms=1), "max_terms must be at least 2, got 1"),
+        (lambda: Adaptive(max_terms=9, rtol=0.0), "rtol must be positive"),
+        (lambda: GMRES(max_steps=0), "max_steps must be at least 1, got 0"),
+        (lambda: GMRES(max_steps=1, rtol=-1.0), "must not be negative"),
+        (lambda: BiCGSTAB(max_steps=1), "max_steps must be at least 2, got 1"),
+        (lambda: Dense(block=0), "block must be at least 1, got 0"),
+    ],
+)
+def test_misuse_of_a_constructor(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()

@@ -1,0 +1,167 @@
+"""Jacobian penalty and correction losses against their definitions."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixed_points import BATCH, DIM, affine, assert_equal, problem, solution, tanh
+from reference import DIFFERENCES, FLOAT64, central_difference, relative_error
+
+from implicit_slots.fixed_point import (
+    Anderson,
+    Neumann,
+    Picard,
+    correction_loss,
+    corrections,
+    fixed_point,
+    jacobian_norm,
+)
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def test_jacobian_norm_is_an_unbiased_estimate_of_the_frobenius_norm():
+    params, x, _ = problem("non-normal")
+    z = solution(tanh, params, x)
+    got = jax.jit(
+        lambda z: jacobian_norm(tanh, params, x, z, jax.random.key(0), samples=40_000)
+    )(z)
+    for i in range(BATCH):
+        jacobian = (1 - z[i] ** 2)[:, None] * params["a"].T
+        # The variance of εᵀAε, A = JJᵀ, is 2‖A‖²_F.
+        spread = np.sqrt(2 / 40_000) * np.linalg.norm(jacobian @ jacobian.T)
+        assert abs(got[i] - np.linalg.norm(jacobian) ** 2) < 4 * spread
+
+
+def test_one_sample_of_an_isometry_is_exact_but_for_chi_squared():
+    # ‖εᵀQ‖ = ‖ε‖: the estimate is the squared length of the direction that was drawn.
+    q = np.linalg.qr(problem().params["a"])[0]
+    key = jax.random.key(3)
+    z = jnp.zeros((BATCH, DIM))
+    got = jacobian_norm(lambda p, x, z: z @ p, q, None, z, key)
+    drawn = jax.random.normal(jax.random.split(key, 1)[0], (BATCH, DIM), jnp.float64)
+    assert relative_error(got, (drawn**2).sum(axis=1)) < FLOAT64
+
+
+def test_penalty_has_the_gradient_of_its_definition():
+    params, x, _ = problem()
+    z = solution(tanh, params, x)
+    key = jax.random.key(1)
+    direction = np.random.default_rng(0).normal(size=(DIM, DIM))
+
+    @jax.jit
+    def penalty(a):
+        return jnp.sum(jacobian_norm(tanh, {**params, "a": a}, x, z, key, samples=3))
+
+    want = central_difference(penalty, params["a"], direction)
+    got = np.sum(jax.grad(penalty)(params["a"]) * direction)
+    assert abs(got - want) < DIFFERENCES * abs(want)
+
+
+def test_a_smaller_jacobian_is_what_the_penalty_trains():
+    params, x, _ = problem("complex", radius=0.95)
+    radii = []
+    penalty = jax.jit(
+        jax.grad(
+            lambda a, key: jnp.mean(
+                jacobian_norm(
+                    affine, {**params, "a": a}, x, jnp.zeros((BATCH, DIM)), key
+                )
+            )
+        )
+    )
+    a = params["a"]
+    for step in range(30):
+        radii.append(np.abs(np.linalg.eigvals(a)).max())
+        a = a - 0.02 * penalty(a, jax.random.key(step))
+    assert radii[-1] < 0.5 * radii[0]
+
+
+@pytest.mark.parametrize(
+    "solver", [Picard(max_steps=3), Anderson(max_steps=3, depth=2)]
+)
+def test_stages_are_warm_started_solves_without_gradient_between(solver):
+    params, x, g = problem()
+    z0 = jnp.zeros((BATCH, DIM))
+    options = {"solver": solver, "adjoint": Neumann()}
+
+    def ours(params):
+        stages = corrections(tanh, params, x, z0, count=3, **options)
+        return correction_loss([jnp.sum(s.value * g) for s in stages], decay=0.5)
+
+    def by_hand(params):
+        first = fixed_point(tanh, params, x, z0, **options).value
+        second = fixed_point(
+            tanh, params, x, jax.lax.stop_gradient(first), **options
+        ).value
+        third = fixed_point(
+            tanh, params, x, jax.lax.stop_gradient(second), **options
+        ).value
+        return jnp.sum(g * (0.25 * first + 0.5 * second + third))
+
+    got, want = (jax.jit(jax.value_and_grad(loss))(params) for loss in (ours, by_hand))
+    assert_equal(got, want, FLOAT64)
+
+
+def test_stages_come_nearer_and_keep_aux():
+    params, x, _ = problem()
+
+    def f(params, x, z):
+        return tanh(params, x, z), z
+
+    stages = corrections(
+        f,
+        params,
+        x,
+        jnp.zeros((BATCH, DIM)),
+        solver=Picard(max_steps=4),
+        adjoint=Neumann(),
+        count=4,
+        has_aux=True,
+    )
+    want = solution(tanh, params, x)
+    errors = [relative_error(stage.value, want) for stage in stages]
+    # 4 + 1 applications a stage, each worth a factor of 0.6 or better.
+    assert all(b < 0.6**3 * a for a, b in itertools.pairwise(errors))
+    assert relative_error(stages[0].aux, want) > errors[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (
+            lambda: jacobian_norm(
+                affine, *problem()[:2], None, jax.random.key(0), samples=0
+            ),
+            "samples must be at least 1, got 0",
+        ),
+        (
+            lambda: corrections(
+                affine,
+                None,
+                None,
+                None,
+                solver=Picard(max_steps=1),
+                adjoint=Neumann(),
+                count=0,
+            ),
+            "count must be at least 1, got 0",
+        ),
+        (lambda: correction_loss([]), "at least one stage's loss"),
+        (
+            lambda: correction_loss([jnp.ones(2)], decay=1.5),
+            r"decay must be in \[0, 1\]",
+        ),
+    ],
+)
+def test_misuse_is_a_sentence(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
