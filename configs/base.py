@@ -41,16 +41,8 @@ def get_config(name: str, data: Config) -> Config:
     config.model.straight_through = False  # trains the initial slots' parameters
     config.model.initial_positions = "normal"  # or "smooth": neighbours alike
     config.model.position_scale = 1.0  # of the initial position embedding
-    config.model.solver = ConfigDict()
-    config.model.solver.name = "picard"
-    config.model.solver.max_steps = 7
-    config.model.solver.rtol = 0.0
-    config.model.solver.atol = 0.0
-    config.model.solver.damping = 1.0
-    config.model.adjoint = ConfigDict()
-    config.model.adjoint.name = "neumann"  # or "unrolled"
-    config.model.adjoint.terms = 1  # neumann: how many powers of J
-    config.model.adjoint.remat = False  # unrolled: recompute instead of storing
+    config.model.solver = solver("picard", max_steps=7)
+    config.model.adjoint = adjoint()
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 3e-4  # peak, of everything but the dVAE
@@ -66,6 +58,12 @@ def get_config(name: str, data: Config) -> Config:
 
     config.data = data
 
+    config.diagnostics = ConfigDict()  # of the slots' fixed point, on held-out images
+    config.diagnostics.every = 0  # in steps; 0: never
+    config.diagnostics.num_examples = 8
+    config.diagnostics.krylov = 40  # products with J for the spectral radius
+    config.diagnostics.powers = 20  # products before those
+
     # In steps. Logged training values are means since the last logged step.
     config.log_every = 100
     config.validate_every = 5_000
@@ -75,6 +73,44 @@ def get_config(name: str, data: Config) -> Config:
     config.num_pictures = 8  # rows of the reconstruction grid
     config.num_scored = 512  # images rendered through the slots for the summary
     return config
+
+
+def solver(name: str, *, max_steps: int, rtol: float = 0.0) -> Config:
+    """Section of a solver: forward, or of the backward pass's linear system.
+
+    Args:
+      name: "picard", "anderson" or "broyden"; backward also "gmres", "bicgstab" or
+        "dense".
+      max_steps: the most evaluations of f, backward of products with J.
+      rtol: relative tolerance.
+    """
+    section: Config = ConfigDict()
+    section.name = name
+    section.max_steps = max_steps
+    section.rtol = rtol
+    section.atol = 0.0
+    section.damping = 1.0  # picard, anderson, broyden: step length
+    section.patience = 20  # the same: steps without progress before an example stops
+    section.depth = 5  # anderson: how many differences are kept
+    section.ridge = 1e-6  # anderson: of its least-squares problem
+    section.memory = 10  # broyden: how many updates are kept
+    return section
+
+
+def adjoint() -> Config:
+    """Section of the backward pass."""
+    section: Config = ConfigDict()
+    # Or "unrolled", "truncated", "phantom", "adaptive", "implicit".
+    section.name = "neumann"
+    section.terms = 1  # neumann: how many powers of J
+    section.steps = 1  # truncated, phantom: applications or terms
+    section.damping = 1.0  # truncated, phantom: step length
+    section.max_terms = 20  # adaptive
+    section.rtol = 1e-2  # adaptive: wanted relative error of the cotangent
+    section.remat = False  # unrolled, truncated: recompute instead of storing
+    # Implicit: how uᵀ = uᵀJ + gᵀ is solved.
+    section.solver = solver("gmres", max_steps=20, rtol=1e-4)
+    return section
 
 
 def scenes() -> Config:
@@ -126,8 +162,8 @@ def set_variant(config: Config, variant: str | None) -> Config:
     Args:
       config: the configuration of the file.
       variant: what follows the colon in --config=FILE:variant. "implicit" (the
-        default), "vanilla" (back-propagation through the iterations) or "smoke"
-        (seconds: a test that everything works, not a model).
+        default), "vanilla" (back-propagation through the iterations), the paper's "ib",
+        "bb" and "bn", or "smoke" (seconds: a test that everything works, not a model).
 
     Raises:
       ValueError: if there is no such variant.
@@ -136,14 +172,26 @@ def set_variant(config: Config, variant: str | None) -> Config:
         return config
     if variant == "vanilla":
         config.model.adjoint.name = "unrolled"
+    elif variant in ("ib", "bb", "bn"):
+        set_broyden(config, forward=variant[0] == "b", backward=variant[1] == "b")
     elif variant == "smoke":
         set_smoke(config)
     else:
         raise ValueError(
-            f"variant must be one of implicit, vanilla, smoke, got {variant!r}"
+            "variant must be one of implicit, vanilla, ib, bb, bn, smoke, got "
+            f"{variant!r}"
         )
     config.name = f"{config.name}-{variant}"
     return config
+
+
+def set_broyden(config: Config, *, forward: bool, backward: bool) -> None:
+    """Takes Broyden's method where the paper's Fig. 3b does, capped at seven steps."""
+    if forward:
+        config.model.solver.name = "broyden"
+    if backward:
+        config.model.adjoint.name = "implicit"
+        config.model.adjoint.solver = solver("broyden", max_steps=7)
 
 
 def set_smoke(config: Config) -> None:

@@ -14,7 +14,7 @@ from implicit_slots.fixed_point.adjoints import (
     Unrolled,
     backward_probe,
 )
-from implicit_slots.fixed_point.api import Solution, Stats, fixed_point
+from implicit_slots.fixed_point.api import Solution, Stats, check_pair, fixed_point
 from implicit_slots.fixed_point.iteration import Solver
 from implicit_slots.fixed_point.linear import GMRES, BiCGSTAB, Dense
 from implicit_slots.fixed_point.regularisation import (
@@ -43,6 +43,7 @@ __all__ = [
     "Truncated",
     "Unrolled",
     "backward_probe",
+    "check_pair",
     "correction_loss",
     "corrections",
     "fixed_point",

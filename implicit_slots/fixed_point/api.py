@@ -102,11 +102,7 @@ def fixed_point(
         a leaf of z0 lacks the batch axis or is no floating-point array, the solver
         cannot be unrolled, or the adjoint solves nothing that a probe could tell of.
     """
-    if isinstance(adjoint, Unrolled) and isinstance(solver, Broyden):
-        raise ValueError(
-            "Broyden cannot be unrolled: its updates are not meant to be "
-            "differentiated. Take an implicit adjoint, or Picard or Anderson"
-        )
+    check_pair(solver, adjoint)
     if probe is not None and not adjoint.measures:
         raise ValueError(
             f"{type(adjoint).__name__} solves no linear system, so there is nothing "
@@ -116,6 +112,19 @@ def fixed_point(
     f = f if has_aux else _WithoutAux(f)
     _check(f, params, x, z0)
     return Solution(*_solve(f, solver, adjoint, params, x, z0, probe))
+
+
+def check_pair(solver: Solver, adjoint: Adjoint) -> None:
+    """Refuses a solver that the adjoint cannot differentiate.
+
+    Raises:
+      ValueError: for Broyden with `Unrolled`.
+    """
+    if isinstance(adjoint, Unrolled) and isinstance(solver, Broyden):
+        raise ValueError(
+            "Broyden cannot be unrolled: its updates are not meant to be "
+            "differentiated. Take an implicit adjoint, or Picard or Anderson"
+        )
 
 
 @dataclass(frozen=True)

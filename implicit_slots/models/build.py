@@ -5,13 +5,46 @@ from typing import Any
 from flax import nnx
 
 from implicit_slots.config import Config
-from implicit_slots.fixed_point import Adjoint, Neumann, Picard, Unrolled
+from implicit_slots.fixed_point import (
+    GMRES,
+    Adaptive,
+    Adjoint,
+    Anderson,
+    BiCGSTAB,
+    Broyden,
+    Dense,
+    Implicit,
+    Neumann,
+    Phantom,
+    Picard,
+    Solver,
+    Truncated,
+    Unrolled,
+)
 from implicit_slots.models.slate import SLATE
 
 MODELS = {"slate": SLATE}
-SOLVERS = {"picard": Picard}
-# Which keys of the section each backward pass reads.
-ADJOINTS = {"neumann": (Neumann, ("terms",)), "unrolled": (Unrolled, ("remat",))}
+
+# Which keys of its section each solver and each backward pass reads.
+_EVERY_SOLVER = ("max_steps", "rtol", "atol", "damping", "patience")
+SOLVERS = {
+    "picard": (Picard, _EVERY_SOLVER),
+    "anderson": (Anderson, (*_EVERY_SOLVER, "depth", "ridge")),
+    "broyden": (Broyden, (*_EVERY_SOLVER, "memory")),
+}
+LINEAR_SOLVERS = SOLVERS | {
+    "gmres": (GMRES, ("max_steps", "rtol", "atol")),
+    "bicgstab": (BiCGSTAB, ("max_steps", "rtol", "atol")),
+    "dense": (Dense, ()),
+}
+ADJOINTS = {
+    "unrolled": (Unrolled, ("remat",)),
+    "truncated": (Truncated, ("steps", "damping", "remat")),
+    "neumann": (Neumann, ("terms",)),
+    "phantom": (Phantom, ("steps", "damping")),
+    "adaptive": (Adaptive, ("max_terms", "rtol")),
+    "implicit": (Implicit, ("solver",)),
+}
 
 
 def build_model(config: Config, *, resolution: int, seed: int) -> SLATE:
@@ -39,16 +72,28 @@ def build_model(config: Config, *, resolution: int, seed: int) -> SLATE:
     )
 
 
-def build_solver(section: dict[str, Any]) -> Picard:
-    """Builds a forward solver from {name, …its fields}."""
-    fields = dict(section)
-    return _pick(SOLVERS, "model.solver.name", fields.pop("name"))(**fields)
+def build_solver(section: dict[str, Any]) -> Solver:
+    """Builds a forward solver from {name, …}, reading the keys that it knows."""
+    return _build(SOLVERS, "model.solver", section)
 
 
 def build_adjoint(section: dict[str, Any]) -> Adjoint:
-    """Builds a backward pass from {name, …}, reading the keys that it knows."""
-    adjoint, keys = _pick(ADJOINTS, "model.adjoint.name", section["name"])
-    return adjoint(**{key: section[key] for key in keys})
+    """Builds a backward pass from {name, …}, reading the keys that it knows.
+
+    The section's own `solver`, of the linear system, is built for `implicit` alone.
+    """
+    if section["name"] == "implicit":
+        solver = _build(LINEAR_SOLVERS, "model.adjoint.solver", section["solver"])
+        section = section | {"solver": solver}
+    return _build(ADJOINTS, "model.adjoint", section)
+
+
+def _build(table: dict[str, Any], where: str, section: dict[str, Any]) -> Any:
+    kind, keys = _pick(table, f"{where}.name", section["name"])
+    try:
+        return kind(**{key: section[key] for key in keys})
+    except ValueError as error:
+        raise ValueError(f"config.{where}: {error}") from error
 
 
 def _pick(table: dict[str, Any], what: str, name: str) -> Any:

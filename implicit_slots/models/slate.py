@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from implicit_slots.fixed_point import Adjoint, Picard, Stats
+from implicit_slots.fixed_point import Adjoint, BackwardStats, Solver, Stats
 from implicit_slots.models import layers
 from implicit_slots.models.dvae import (
     DVAE,
@@ -19,7 +19,7 @@ from implicit_slots.models.dvae import (
     gumbel_softmax,
     sample_tokens,
 )
-from implicit_slots.models.slot_attention import SlotAttention, SlotsOutput
+from implicit_slots.models.slot_attention import Problem, SlotAttention, SlotsOutput
 from implicit_slots.models.transformer import TransformerDecoder
 
 # The token that begins every sequence; image tokens are shifted by one.
@@ -107,7 +107,7 @@ class SLATE(nnx.Module):
         straight_through: bool,
         initial_positions: str,
         position_scale: float,
-        solver: Picard,
+        solver: Solver,
         adjoint: Adjoint,
         rngs: nnx.Rngs,
     ):
@@ -166,6 +166,7 @@ class SLATE(nnx.Module):
         temperature: Float[Array, ""] | float,
         key: Key[Array, ""],
         deterministic: bool = False,
+        probe: BackwardStats | None = None,
     ) -> SlateOutput:
         """Returns the losses of a batch of images in [0, 1].
 
@@ -174,6 +175,7 @@ class SLATE(nnx.Module):
           temperature: of the Gumbel-softmax.
           key: for Gumbel noise, initial slots and dropout.
           deterministic: no dropout; the other noise stays.
+          probe: see `SlotAttention`.
         """
         key_relaxed, key_hard, key_slots, key_embed, key_decoder = jax.random.split(
             key, 5
@@ -191,7 +193,7 @@ class SLATE(nnx.Module):
             self.dropout,
             None if deterministic else key_embed,
         )
-        slots = self.attend(embedded[:, 1:], key_slots)
+        slots = self.attend(embedded[:, 1:], key_slots, probe=probe)
         logits = self.decode(
             embedded[:, :-1], slots.slots, key=None if deterministic else key_decoder
         )
@@ -210,13 +212,33 @@ class SLATE(nnx.Module):
         return self.embedding(tokens) + self.positions[None, : tokens.shape[1]]
 
     def attend(
-        self, embedded: Float[Array, "batch tokens dim"], key: Key[Array, ""]
+        self,
+        embedded: Float[Array, "batch tokens dim"],
+        key: Key[Array, ""],
+        *,
+        probe: BackwardStats | None = None,
     ) -> SlotsOutput:
         """Returns the slots of embedded image tokens (without BOS)."""
         inputs = self.encoder_mlp(self.encoder_norm(embedded))
-        return self.slot_attention(
-            inputs, self.slot_attention.initial(len(inputs), key)
-        )
+        slots = self.slot_attention.initial(len(inputs), key)
+        return self.slot_attention(inputs, slots, probe=probe)
+
+    def backward_probe(self, batch: int) -> BackwardStats | None:
+        """See `SlotAttention`."""
+        return self.slot_attention.backward_probe(batch)
+
+    def slot_problem(
+        self, image: Float[Array, "batch height width 3"], key: Key[Array, ""]
+    ) -> Problem:
+        """Returns the fixed-point problem that images in [0, 1] pose slot attention.
+
+        From their most probable tokens, without dropout; the key draws initial slots.
+        """
+        ids = self.dvae.encode(image).argmax(axis=-1)
+        embedded = self.embed(with_bos(ids.reshape(len(image), -1)))[:, 1:]
+        inputs = self.encoder_mlp(self.encoder_norm(embedded))
+        slots = self.slot_attention.initial(len(image), key)
+        return self.slot_attention.problem(inputs, slots)
 
     def decode(
         self,

@@ -4,15 +4,24 @@ Locatello et al. 2020 (arXiv 2006.15055), with heads as in official SLATE;
 differentiated as in Chang, Griffiths, Levine 2022 (arXiv 2207.00787).
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
 
-from implicit_slots.fixed_point import Adjoint, Picard, Stats, Unrolled, fixed_point
+from implicit_slots.fixed_point import (
+    Adjoint,
+    BackwardStats,
+    Solver,
+    Stats,
+    Unrolled,
+    backward_probe,
+    check_pair,
+    fixed_point,
+)
 from implicit_slots.models import layers
 
 
@@ -74,16 +83,36 @@ class StepFunction:
 
     It compares by the module's structure and holds no array, so nothing traced is
     closed over.
+
+    Attributes:
+      graphdef: of the step.
+      attention: return (slots, attention), not the slots alone.
     """
 
     graphdef: nnx.GraphDef
+    attention: bool = True
 
-    def __call__(
-        self, params: PyTree, x: PyTree, slots: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, params: PyTree, x: PyTree, slots: jax.Array) -> Any:
         """Applies the step with `params` to the keys and values in `x`."""
         keys, values = x
-        return nnx.merge(self.graphdef, params)(keys, values, slots)
+        slots, attention = nnx.merge(self.graphdef, params)(keys, values, slots)
+        return (slots, attention) if self.attention else slots
+
+
+class Problem(NamedTuple):
+    """A fixed-point problem as the solver core takes it: z = f(params, x, z) from z0.
+
+    Attributes:
+      f: the step, without the attention.
+      params: of the step.
+      x: keys and values.
+      z0: initial slots.
+    """
+
+    f: StepFunction
+    params: PyTree
+    x: PyTree
+    z0: Float[Array, "batch slots dim"]
 
 
 class SlotsOutput(NamedTuple):
@@ -131,7 +160,7 @@ class SlotAttention(nnx.Module):
         epsilon: float,
         initial_slots: str,
         straight_through: bool,
-        solver: Picard,
+        solver: Solver,
         adjoint: Adjoint,
         rngs: nnx.Rngs,
     ):
@@ -142,6 +171,7 @@ class SlotAttention(nnx.Module):
                 f"slot_size must be a multiple of the slot heads, got {slot_size} "
                 f"and {num_heads}"
             )
+        check_pair(solver, adjoint)
         implicit = not isinstance(adjoint, Unrolled)
         if initial_slots == "learned" and implicit and not straight_through:
             raise ValueError(
@@ -190,25 +220,50 @@ class SlotAttention(nnx.Module):
         self,
         inputs: Float[Array, "batch inputs features"],
         slots: Float[Array, "batch slots dim"],
+        *,
+        probe: BackwardStats | None = None,
     ) -> SlotsOutput:
-        """Iterates from the given initial slots, usually `self.initial(...)`."""
-        inputs = self.norm_inputs(inputs)
-        keys = self._split_heads(self.project_k(inputs) * self.head_scale)
-        values = self._split_heads(self.project_v(inputs))
-        graphdef, params = nnx.split(self.step)
+        """Iterates from the given initial slots, usually `self.initial(...)`.
+
+        Args:
+          inputs: what is attended to.
+          slots: where the iteration starts.
+          probe: from `self.backward_probe`; its gradient is what the backward solve
+            did.
+        """
+        problem = self.problem(inputs, slots)
         solution = fixed_point(
-            StepFunction(graphdef),
-            params,
-            (keys, values),
-            slots,
+            replace(problem.f, attention=True),
+            problem.params,
+            problem.x,
+            problem.z0,
             solver=self.solver,
             adjoint=self.adjoint,
             has_aux=True,
+            probe=probe,
         )
         value = solution.value
         if self.straight_through:
             value = value + (slots - jax.lax.stop_gradient(slots))
         return SlotsOutput(value, solution.aux, solution.stats)
+
+    def problem(
+        self,
+        inputs: Float[Array, "batch inputs features"],
+        slots: Float[Array, "batch slots dim"],
+    ) -> Problem:
+        """Returns what is solved: for the solver core's diagnostics, or your own."""
+        inputs = self.norm_inputs(inputs)
+        keys = self._split_heads(self.project_k(inputs) * self.head_scale)
+        values = self._split_heads(self.project_v(inputs))
+        graphdef, params = nnx.split(self.step)
+        return Problem(
+            StepFunction(graphdef, attention=False), params, (keys, values), slots
+        )
+
+    def backward_probe(self, batch: int) -> BackwardStats | None:
+        """Returns a probe for this adjoint; None if it solves no linear system."""
+        return backward_probe(batch) if self.adjoint.measures else None
 
     def _split_heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.num_heads, -1)

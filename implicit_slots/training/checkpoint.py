@@ -24,6 +24,10 @@ MAY_CHANGE = {
     "keep_checkpoints",
     "num_pictures",
     "num_scored",
+    "diagnostics.every",
+    "diagnostics.num_examples",
+    "diagnostics.krylov",
+    "diagnostics.powers",
     "data.cache",
 }
 

@@ -96,6 +96,11 @@ def train(run: Run, state: TrainState) -> TrainState:
                     values = validate(run, state, run.validation)
                     run.writer.write(step, "validation", values)
                     _say(bar, step, end, "validation", values)
+            every = config.diagnostics.every
+            if every and _due(step, every, end):
+                with clock.paused():
+                    values = diagnose(run, state.params)
+                    run.writer.write(step, "validation", values)
             if _due(step, config.draw_every, end):
                 with clock.paused():
                     draw(run, state.params, step)
@@ -129,6 +134,14 @@ def score(run: Run, state: TrainState, source: Source) -> dict[str, float]:
             for number, batch in enumerate(islice(_evaluation(run, source), batches))
         ]
     )
+
+
+def diagnose(run: Run, params: PyTree) -> dict[str, float]:
+    """Returns what the slots' fixed points of the first held-out images are like."""
+    count = min(run.config.diagnostics.num_examples, len(run.validation))
+    image = run.validation.batch(np.arange(count))["image"]
+    values = jax.device_get(run.steps.diagnose(params, image))
+    return {name: float(value) for name, value in values.items()}
 
 
 def draw(run: Run, params: PyTree, step: int) -> None:

@@ -55,7 +55,10 @@ POSITIVE = (
     "model.width",
     "model.slot_size",
     "model.slot_mlp_size",
+    "diagnostics.num_examples",
+    "diagnostics.krylov",
 )
+NOT_NEGATIVE = ("diagnostics.every", "diagnostics.powers")
 
 
 def run(
@@ -176,10 +179,14 @@ def check(config: Config, mode: str) -> None:
     flat = {
         **dict(config.items()),
         **{f"model.{key}": value for key, value in config.model.items()},
+        **{f"diagnostics.{key}": value for key, value in config.diagnostics.items()},
     }
     for key in POSITIVE:
         if flat[key] < 1:
             raise UserError(f"config.{key} must be at least 1, got {flat[key]}")
+    for key in NOT_NEGATIVE:
+        if flat[key] < 0:
+            raise UserError(f"config.{key} must not be negative, got {flat[key]}")
     if not 0 <= config.model.dropout < 1:
         raise UserError(
             f"config.model.dropout must be in [0, 1), got {config.model.dropout}"

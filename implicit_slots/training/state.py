@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     TRAIN = 0
     VALIDATE = 1
     PICTURE = 2
+    DIAGNOSE = 3
 
 
 def purpose_key(

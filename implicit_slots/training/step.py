@@ -1,5 +1,6 @@
 """The training step and the evaluation steps: pure functions, no input or output."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Num
 
 from implicit_slots.config import Config
 from implicit_slots.evaluation.segmentation import ForegroundARI
+from implicit_slots.fixed_point import diagnostics, fixed_point
 from implicit_slots.models.slate import Reconstruction, squared_error
 from implicit_slots.training.optimizer import max_norm, temperature
 from implicit_slots.training.state import Purpose, TrainState, purpose_key
@@ -23,12 +25,14 @@ def _averages(*names: str) -> dict[str, type[metrics.Metric]]:
     return {name: metrics.Average.from_output(name) for name in names}
 
 
-# Means over the steps since the last logged one.
-TrainMetrics = metrics.Collection.create(
-    **_averages("loss", "mse", "cross_entropy"),
-    **_averages("grad_norm_l2", "grad_norm_inf", "forward_residual"),
-    temperature=metrics.LastValue.from_output("temperature"),
-)
+@functools.cache
+def _train_metrics(names: tuple[str, ...]) -> type[metrics.Collection]:
+    """Means over the steps since the last logged one."""
+    return metrics.Collection.create(
+        **_averages(*names), temperature=metrics.LastValue.from_output("temperature")
+    )
+
+
 _LOSSES = _averages("loss", "mse", "cross_entropy", "forward_residual")
 # Means over held-out examples, each weighed once; masks can only be scored where the
 # images come with them.
@@ -42,16 +46,18 @@ class Steps(NamedTuple):
     """The compiled functions of a run.
 
     Attributes:
-      train: (state, batch) -> (state, `TrainMetrics` of the step).
+      train: (state, batch) -> (state, metrics of the step).
       validate: (params, step, batch, number of the batch) -> metrics.
       score: (params, batch, number of the batch) -> `ReconstructionMetrics`.
       reconstruct: (params, images, number of the batch) -> `Reconstruction`.
+      diagnose: (params, images) -> what the slots' fixed points are like.
     """
 
     train: Callable[..., Any]
     validate: Callable[..., Any]
     score: Callable[..., Any]
     reconstruct: Callable[..., Any]
+    diagnose: Callable[..., Any]
 
 
 def build_steps(
@@ -70,26 +76,44 @@ def build_steps(
         key = purpose_key(seed, Purpose.TRAIN, state.step)
         tau = temperature(config.temperature, state.step)
 
-        def loss_of(params):
+        def loss_of(params, probe):
             model = nnx.merge(graphdef, params)
-            output = model(as_float(batch["image"]), temperature=tau, key=key)
+            output = model(
+                as_float(batch["image"]), temperature=tau, key=key, probe=probe
+            )
             losses = {name: loss.mean() for name, loss in output.losses.items()}
             return sum(losses.values()), (losses, output.stats)
 
-        (loss, (losses, stats)), gradient = jax.value_and_grad(loss_of, has_aux=True)(
-            state.params
-        )
+        # The probe's gradient is what the backward solve did, if there is one.
+        model = nnx.merge(graphdef, state.params)
+        probe = model.backward_probe(len(batch["image"]))
+        (loss, (losses, stats)), (gradient, backward) = jax.value_and_grad(
+            loss_of, argnums=(0, 1), has_aux=True
+        )(state.params, probe)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        logged = TrainMetrics.single_from_model_output(
-            loss=loss,
+        logged = {
+            "loss": loss,
             **losses,
-            grad_norm_l2=optax.tree.norm(gradient),
-            grad_norm_inf=max_norm(gradient),
-            forward_residual=stats.residual.mean(),
-            temperature=tau,
+            "grad_norm_l2": optax.tree.norm(gradient),
+            "grad_norm_inf": max_norm(gradient),
+            "forward_residual": stats.residual.mean(),
+        }
+        if model.slot_attention.solver.stops:
+            logged |= {
+                f"forward_{name}": getattr(stats, name).astype(jnp.float32).mean()
+                for name in ("steps", "converged", "stagnated", "diverged")
+            }
+        if backward is not None:
+            logged |= {
+                f"backward_{name}": value.mean()
+                for name, value in backward._asdict().items()
+            }
+        collection = _train_metrics(tuple(logged))
+        return (
+            TrainState(state.step + 1, params, opt_state),
+            collection.single_from_model_output(**logged, temperature=tau),
         )
-        return TrainState(state.step + 1, params, opt_state), logged
 
     def validate(params, step, batch: Batch, number):
         model = nnx.merge(graphdef, params)
@@ -123,12 +147,39 @@ def build_steps(
             mask=batch["mask"],
         )
 
+    def diagnose(params, image) -> dict[str, jax.Array]:
+        model = nnx.merge(graphdef, params)
+        key_slots, key_radius, key_norm = jax.random.split(
+            purpose_key(seed, Purpose.DIAGNOSE, 0), 3
+        )
+        problem = model.slot_problem(as_float(image), key_slots)
+        f, step_params, x, _ = problem
+        slots = model.slot_attention
+        found = fixed_point(*problem, solver=slots.solver, adjoint=slots.adjoint)
+        radius = diagnostics.spectral_radius(
+            f,
+            step_params,
+            x,
+            found.value,
+            key_radius,
+            krylov=config.diagnostics.krylov,
+            powers=config.diagnostics.powers,
+        )
+        norm = diagnostics.spectral_norm(f, step_params, x, found.value, key_norm)
+        return {
+            "spectral_radius": radius.mean(),
+            "spectral_radius_max": radius.max(),
+            "spectral_norm": norm.mean(),
+            "diagnosed_residual": found.stats.residual.mean(),
+        }
+
     return Steps(
         # The old state is given up for the new one: half the memory.
         train=jax.jit(train, donate_argnums=0),
         validate=jax.jit(validate),
         score=jax.jit(score),
         reconstruct=jax.jit(reconstruct),
+        diagnose=jax.jit(diagnose),
     )
 
 

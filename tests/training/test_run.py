@@ -112,6 +112,28 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(finished, tmp_path):
         assert resumed[key] == finished[1][key]
 
 
+def test_diagnostics_and_backward_solve_are_logged(tmp_path):
+    config = smoke(num_steps=10, log_every=5, checkpoint_every=10)
+    config.model.solver.update(name="anderson", max_steps=12, rtol=1e-3)
+    config.model.adjoint.name = "implicit"
+    config.model.adjoint.solver.max_steps = 48  # three slots of 16: always enough
+    config.diagnostics.update(every=5, num_examples=3)
+    run(config, tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
+    for line in (line for line in lines if line["split"] == "train"):
+        assert 1 <= line["forward_steps"] <= 12
+        assert 0 <= line["forward_converged"] <= 1 and line["forward_diverged"] == 0
+        assert 1 <= line["backward_steps"] <= 48
+        assert line["backward_failed"] == 0 and line["backward_residual"] < 1e-4
+    diagnosed = [line for line in lines if "spectral_radius" in line]
+    assert [line["step"] for line in diagnosed] == [5, 10]
+    for line in diagnosed:
+        assert 0 < line["spectral_radius"] <= line["spectral_radius_max"]
+        # No eigenvalue of one image's J is above its largest singular value.
+        assert line["spectral_radius"] <= 1.001 * line["spectral_norm"]
+        assert 0 <= line["diagnosed_residual"] < 1
+
+
 def test_another_seed_is_another_run(finished, tmp_path):
     summary = run(smoke(seed=1), tmp_path / "other")
     assert summary["validation/loss"] != finished[1]["validation/loss"]
@@ -161,6 +183,9 @@ def test_another_runs_workdir_is_refused_untouched(finished, changes, sentence):
         ({"model.dropout": 1.0}, r"dropout must be in \[0, 1\), got 1"),
         ({"temperature.end": 0.0}, r"temperature\.end must be positive, got 0"),
         ({"optimizer.clip_max_norm": -1.0}, "clip_max_norm must be positive"),
+        ({"diagnostics.every": -1}, r"diagnostics\.every must not be negative"),
+        ({"diagnostics.krylov": 0}, r"diagnostics\.krylov must be at least 1, got 0"),
+        ({"model.adjoint.terms": 0}, "model.adjoint: terms must be at least 1, got 0"),
         ({"data.train_size": 0}, r"--config\.data\.train_size"),
         ({"optimizer.schedule": "x"}, r"optimizer\.schedule must be one of"),
     ],
