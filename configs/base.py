@@ -75,7 +75,9 @@ def get_config(name: str, data: Config) -> Config:
     return config
 
 
-def solver(name: str, *, max_steps: int, rtol: float = 0.0) -> Config:
+def solver(
+    name: str, *, max_steps: int, rtol: float = 0.0, restart: bool = True
+) -> Config:
     """Section of a solver: forward, or of the backward pass's linear system.
 
     Args:
@@ -83,6 +85,7 @@ def solver(name: str, *, max_steps: int, rtol: float = 0.0) -> Config:
         "dense".
       max_steps: the most evaluations of f, backward of products with J.
       rtol: relative tolerance.
+      restart: whether Anderson's method forgets where the residual has grown.
     """
     section: Config = ConfigDict()
     section.name = name
@@ -93,6 +96,7 @@ def solver(name: str, *, max_steps: int, rtol: float = 0.0) -> Config:
     section.patience = 20  # the same: steps without progress before an example stops
     section.depth = 5  # anderson: how many differences are kept
     section.ridge = 1e-6  # anderson: of its least-squares problem
+    section.restart = restart  # anderson: forget them where the residual has grown
     section.memory = 10  # broyden: how many updates are kept
     return section
 
@@ -109,7 +113,7 @@ def adjoint() -> Config:
     section.rtol = 1e-2  # adaptive: wanted relative error of the cotangent
     section.remat = False  # unrolled, truncated: recompute instead of storing
     # Implicit: how uᵀ = uᵀJ + gᵀ is solved.
-    section.solver = solver("gmres", max_steps=20, rtol=1e-4)
+    section.solver = solver("gmres", max_steps=20, rtol=1e-4, restart=False)
     return section
 
 

@@ -45,7 +45,7 @@ class LinearSolved(NamedTuple):
       u: the solution.
       steps: products with J that it took, without one to begin and one to measure.
       residual: ‖φ(u) − u‖ / ‖φ(0)‖, measured, not what a recurrence says.
-      converged: whether that meets the tolerances.
+      converged: whether that meets the tolerances, but for a factor of two.
     """
 
     u: Vector
@@ -375,11 +375,15 @@ def solve_by(solver: Solver, phi: Affine, g: Vector) -> LinearSolved:
 
 def _measured(phi: Affine, u: Vector, steps, size, met) -> LinearSolved:
     image = phi.apply(u)
-    # The rounding error of the difference counts: the endless u of a singular system
-    # swallows g, and would seem to solve it.
+    error = vectors.norm(image - u)
+    # The rounding error of the difference has to meet the tolerances too: the endless
+    # u of a singular system swallows g, and would seem to solve it.
     rounding = jnp.finfo(u.dtype).eps * vectors.norm(image)
-    error = vectors.norm(image - u) + rounding
-    return LinearSolved(u, steps, vectors.relative(error, size), met(error, size))
+    # Twice the tolerance: what a solver stopped at is not to the last bit what is
+    # measured afterwards.
+    converged = met(error / 2, size) & met(rounding, size)
+    residual = vectors.relative(jnp.maximum(error, rounding), size)
+    return LinearSolved(u, steps, residual, converged)
 
 
 def _divide(vector: Vector, length: Float[Array, " batch"]) -> Vector:

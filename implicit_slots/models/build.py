@@ -29,7 +29,7 @@ MODELS = {"slate": SLATE}
 _EVERY_SOLVER = ("max_steps", "rtol", "atol", "damping", "patience")
 SOLVERS = {
     "picard": (Picard, _EVERY_SOLVER),
-    "anderson": (Anderson, (*_EVERY_SOLVER, "depth", "ridge")),
+    "anderson": (Anderson, (*_EVERY_SOLVER, "depth", "ridge", "restart")),
     "broyden": (Broyden, (*_EVERY_SOLVER, "memory")),
 }
 LINEAR_SOLVERS = SOLVERS | {

@@ -108,7 +108,9 @@ def test_gradients_at_a_repelling_fixed_point(name):
     params, x, g = problem("complex", radius=1.5)
     adjoint = SOLVES[name]
     if name == "anderson":
-        adjoint = Implicit(solver=Anderson(max_steps=60, rtol=1e-12, depth=DIM))
+        adjoint = Implicit(
+            solver=Anderson(max_steps=60, rtol=1e-12, depth=DIM, restart=False)
+        )
     solver = Broyden(max_steps=60, rtol=1e-13, memory=60)
     (*got, _), _ = gradients(affine, params, x, g, solver=solver, adjoint=adjoint)
     if name in ("picard", "adaptive"):

@@ -1,5 +1,7 @@
 """Forward solvers against linear algebra, NumPy twins and their own laws."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,7 +87,9 @@ def test_accelerated_solvers_find_a_repelling_fixed_point(name):
     # ρ(J) = 1.5: the plain iteration runs away.
     params, x, _ = problem("complex", radius=1.5)
     solver = {
-        "anderson": Anderson(max_steps=60, rtol=1e-12, depth=DIM, ridge=1e-12),
+        "anderson": Anderson(
+            max_steps=60, rtol=1e-12, depth=DIM, ridge=1e-12, restart=False
+        ),
         "broyden": Broyden(max_steps=60, rtol=1e-12, memory=60),
     }[name]
     found = solve(solver, affine, params, x)
@@ -122,15 +126,18 @@ def test_plain_picard_is_the_iteration_itself():
     assert np.all(found.stats.steps == 4) and not np.any(found.stats.converged)
 
 
-def numpy_anderson(f, z, steps, depth):
+def numpy_anderson(f, z, steps, depth, restart):
     """Walker and Ni's type II by a least-squares solve; the iterates of one example."""
-    iterates, residuals = [], []
-    for _ in range(steps):
+    iterates, residuals, begin = [], [], 0
+    for step in range(steps):
         iterates.append(z)
         residuals.append(f(z) - z)
         g = residuals[-1]
-        dz = np.diff(iterates[-depth - 1 :], axis=0).T
-        dg = np.diff(residuals[-depth - 1 :], axis=0).T
+        if restart and step and np.linalg.norm(g) > np.linalg.norm(residuals[-2]):
+            begin = step
+        kept = slice(max(begin, step - depth), None)
+        dz = np.diff(iterates[kept], axis=0).T
+        dg = np.diff(residuals[kept], axis=0).T
         z = z + g
         if dg.size:
             z = z - (dz + dg) @ np.linalg.lstsq(dg, g, rcond=None)[0]
@@ -151,12 +158,14 @@ def numpy_broyden(f, z, steps):
     return iterates
 
 
-@pytest.mark.parametrize("name", ["anderson", "broyden"])
+@pytest.mark.parametrize("name", ["anderson", "anderson restarted", "broyden"])
 def test_iterates_equal_numpy(name):
-    params, x, _ = problem("non-normal", radius=0.9)
-    steps = 6
+    params, x, _ = problem("non-normal", radius=1.2)
+    steps = 9
+    anderson = Anderson(max_steps=steps, depth=2, ridge=1e-15, trace=True)
     solver = {
-        "anderson": Anderson(max_steps=steps, depth=2, ridge=1e-15, trace=True),
+        "anderson": replace(anderson, restart=False),
+        "anderson restarted": anderson,
         "broyden": Broyden(max_steps=steps, trace=True),
     }[name]
     trace = solve(solver, tanh, params, x).stats.trace
@@ -165,13 +174,16 @@ def test_iterates_equal_numpy(name):
         def f(z, i=i):
             return np.tanh(z @ params["a"] + x[i] @ params["b"])
 
-        iterates = (
-            numpy_anderson(f, np.zeros(DIM), steps, depth=2)
-            if name == "anderson"
-            else numpy_broyden(f, np.zeros(DIM), steps)
-        )
+        if isinstance(solver, Anderson):
+            iterates = numpy_anderson(
+                f, np.zeros(DIM), steps, depth=2, restart=solver.restart
+            )
+        else:
+            iterates = numpy_broyden(f, np.zeros(DIM), steps)
         want = [np.linalg.norm(f(z) - z) / np.linalg.norm(f(z)) for z in iterates]
         assert relative_error(trace[i], want) < 1e-6  # the ridge, amplified
+    if name == "anderson restarted":
+        assert np.any(np.diff(trace) > 0)  # or it never restarted
 
 
 def test_anderson_spans_what_gmres_spans():
@@ -180,7 +192,7 @@ def test_anderson_spans_what_gmres_spans():
     params, x, _ = problem("complex", radius=0.9)
     for steps in (2, 3, 4):
         # Converges nowhere; the last evaluation is at the iterate that is meant.
-        solver = Anderson(max_steps=steps + 1, depth=steps, ridge=1e-14)
+        solver = Anderson(max_steps=steps + 1, depth=steps, ridge=1e-14, restart=False)
         state = solver.init(np.zeros((BATCH, DIM)))
         for _ in range(steps):
             state = solver.step(state, affine(params, x, state.z))
