@@ -1,5 +1,6 @@
 """One run, top to bottom: config, data, model, state, loop, report."""
 
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from ml_collections import ConfigDict
 
 from implicit_slots.config import Config
 from implicit_slots.data import pipeline, sources
@@ -166,6 +168,32 @@ def run(
     write_json(workdir / SUMMARY_FILE, summary)
     print(f"report: {write_report(workdir)}")
     return summary
+
+
+def load(workdir: pathlib.Path) -> tuple[Config, SLATE]:
+    """Returns the configuration and the trained model of a run, for a study.
+
+    Args:
+      workdir: of a run that has a checkpoint; nothing in it is changed.
+
+    Raises:
+      UserError: if there is no such run, or it cannot be read.
+    """
+    path = workdir / CONFIG_FILE
+    if not path.exists() or not (workdir / CHECKPOINT_FOLDER).is_dir():
+        raise UserError(f"{workdir} holds no run; train one there first")
+    config: Config = ConfigDict(json.loads(path.read_text()))
+    model = build_model(
+        config.model, resolution=config.data.resolution, seed=config.seed
+    )
+    _, params = split_model(model)
+    optimizer = build_optimizer(config.optimizer, params, num_steps=config.num_steps)
+    with contextlib.closing(Checkpoints(workdir, keep=1)) as checkpoints:
+        if checkpoints.latest_step() is None:
+            raise UserError(f"{workdir} holds no checkpoint; train there first")
+        state = checkpoints.restore(initial_state(params, optimizer))
+    nnx.update(model, state.params)
+    return config, model
 
 
 def check(config: Config, mode: str) -> None:
