@@ -35,7 +35,12 @@ def test_solver_comparison(workdir, tmp_path, capsys):
         assert len(numbers["spectra"][model]["spectral_radius"]) == 3
         for curve in numbers["forward"][model].values():
             assert len(curve) == 9 and curve == sorted(curve, reverse=True)
-        errors = numbers["backward"][model]
+    for setting in (
+        "untrained, 7 iterations",
+        "trained, 7 iterations",
+        "trained, 9 iterations",
+    ):
+        errors = numbers["backward"][setting]
         # Judged against itself, by another path.
         assert max(errors["Dense"]["relative_error"]) < 1e-3
         assert len(errors["Dense"]["steps"]) == 2

@@ -152,14 +152,18 @@ class GradientError(NamedTuple):
     Attributes:
       cotangent_cosine: of the cotangents that reach f's output, u.
       cotangent_ratio: ‖u‖ over the exact one's.
+      cotangent_error: ‖u − exact‖ / ‖exact‖.
       params_cosine: of the parameter gradients.
       params_ratio: of their norms.
+      params_error: their relative error.
     """
 
     cotangent_cosine: Float[Array, " batch"]
     cotangent_ratio: Float[Array, " batch"]
+    cotangent_error: Float[Array, " batch"]
     params_cosine: Float[Array, " batch"]
     params_ratio: Float[Array, " batch"]
+    params_error: Float[Array, " batch"]
 
 
 def gradient_error(
@@ -202,10 +206,8 @@ def gradient_error(
         pairs = zip(ours, theirs, strict=True)
         return [_compare(got, want) for got, want in pairs]
 
-    (params_cosine, params_ratio), (cosine, ratio) = jax.lax.map(
-        compare, jnp.arange(batch)
-    )
-    return GradientError(cosine, ratio, params_cosine, params_ratio)
+    of_params, of_cotangent = jax.lax.map(compare, jnp.arange(batch))
+    return GradientError(*of_cotangent, *of_params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,8 +230,8 @@ def _pull_backs(f, params, x, z0, solver, adjoint):
     return jax.vjp(value, params, jax.tree.map(jnp.zeros_like, z0))[1]
 
 
-def _compare(got: PyTree, want: PyTree) -> tuple[jax.Array, jax.Array]:
-    """Cosine, and ratio of norms, over all leaves."""
+def _compare(got: PyTree, want: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cosine, ratio of norms, relative error, over all leaves."""
 
     def inner(a, b):
         a, b = vectors.widen(a), vectors.widen(b)
@@ -238,7 +240,9 @@ def _compare(got: PyTree, want: PyTree) -> tuple[jax.Array, jax.Array]:
     ours, theirs = jnp.sqrt(inner(got, got)), jnp.sqrt(inner(want, want))
     tiny = jnp.finfo(ours.dtype).tiny
     cosine = inner(got, want) / (ours * theirs + tiny)
-    return cosine, ours / (theirs + tiny)
+    apart = jax.tree.map(jnp.subtract, got, want)
+    error = jnp.sqrt(inner(apart, apart)) / (theirs + tiny)
+    return cosine, ours / (theirs + tiny), error
 
 
 def _hessenberg(

@@ -209,20 +209,26 @@ def test_gradient_error_is_what_its_definition_says(adjoint):
             (
                 a @ b / np.linalg.norm(a) / np.linalg.norm(b),
                 np.linalg.norm(a) / np.linalg.norm(b),
+                np.linalg.norm(a - b) / np.linalg.norm(b),
             )
             for a, b in pairs
         ]
         got = [
-            (error.params_cosine[i], error.params_ratio[i]),
-            (error.cotangent_cosine[i], error.cotangent_ratio[i]),
+            (error.params_cosine[i], error.params_ratio[i], error.params_error[i]),
+            (
+                error.cotangent_cosine[i],
+                error.cotangent_ratio[i],
+                error.cotangent_error[i],
+            ),
         ]
         assert relative_error(got, wanted) < FLOAT64
 
 
 def test_exact_adjoint_has_no_gradient_error_and_one_term_has():
     exact = error_of(Unrolled())[-1]
-    for value in exact:
-        np.testing.assert_allclose(value, 1, rtol=1e-6)
+    for name, value in exact._asdict().items():
+        want = 0 if name.endswith("error") else 1
+        np.testing.assert_allclose(value, want, atol=1e-6)
     one = error_of(Neumann())[-1]
     assert np.all(one.cotangent_cosine < 0.999) and np.all(one.cotangent_cosine > 0)
 
