@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from implicit_slots.fixed_point import vectors
-from implicit_slots.fixed_point.iteration import Solver
+from implicit_slots.fixed_point.iteration import Solver, check_count
 from implicit_slots.fixed_point.linear import (
     Affine,
     LinearSolver,
     Vector,
+    normalised,
     solve_by,
 )
 
@@ -38,7 +39,12 @@ def backward_probe(batch: int) -> BackwardStats:
     """Returns a probe: give it to `fixed_point`, and its gradient is the statistics.
 
     A backward pass has no output but cotangents, so what it has to say is the
-    cotangent of an argument made for that. It does not depend on the loss.
+    cotangent of an argument made for that. It does not depend on the size of the loss,
+    and is zero if the loss does not depend on the value. Take one probe for each call:
+    a probe that is used twice gets the sum.
+
+    Args:
+      batch: how many examples there are.
     """
     return BackwardStats(*(jnp.zeros(batch, jnp.float32) for _ in range(3)))
 
@@ -47,7 +53,10 @@ def backward_probe(batch: int) -> BackwardStats:
 class Unrolled:
     """Differentiates through every iteration: the usual, not implicit, gradient.
 
-    Memory grows with the number of iterations. With `Picard` or `Anderson`.
+    Memory grows with the number of iterations. With `Picard` or `Anderson`. An example
+    whose f(z) is not finite makes the gradient of shared parameters NaN, as ever where
+    0 · ∞ is differentiated; the implicit adjoints differentiate at the best iterate
+    alone and are spared.
 
     Attributes:
       remat: recompute each step in the backward pass instead of storing its
@@ -64,8 +73,9 @@ class Truncated:
 
     z ← z + damping·(f(z) − z). Undamped it equals `Neumann(terms=steps)` where the
     solver has converged, and differs elsewhere, because every application has its own
-    Jacobian. Damped it is the unrolled phantom gradient of Geng et al. 2021. Memory
-    grows with `steps`, not with the solver's.
+    Jacobian. The solution is a constant, also to second derivatives. Damped it is the
+    unrolled phantom gradient of Geng et al. 2021. Memory grows with `steps`, not with
+    the solver's.
 
     Attributes:
       steps: applications that are differentiated.
@@ -79,7 +89,7 @@ class Truncated:
     measures: ClassVar[bool] = False
 
     def __post_init__(self):
-        _check_positive("steps", self.steps)
+        check_count("steps", self.steps)
         _check_damping(self.damping)
 
 
@@ -100,11 +110,11 @@ class Neumann:
     measures: ClassVar[bool] = False
 
     def __post_init__(self):
-        _check_positive("terms", self.terms)
+        check_count("terms", self.terms)
 
-    def cotangent(self, phi: Affine, g: Vector) -> Vector:
+    def cotangent(self, phi: Affine, g: Vector) -> tuple[Vector, None]:
         """Returns u, the cotangent to pull back through one application of f."""
-        return _repeat(phi.apply, g, self.terms - 1)
+        return _repeat(phi.apply, g, self.terms - 1), None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,16 +135,16 @@ class Phantom:
     measures: ClassVar[bool] = False
 
     def __post_init__(self):
-        _check_positive("steps", self.steps)
+        check_count("steps", self.steps)
         _check_damping(self.damping)
 
-    def cotangent(self, phi: Affine, g: Vector) -> Vector:
+    def cotangent(self, phi: Affine, g: Vector) -> tuple[Vector, None]:
         """Returns u, the cotangent to pull back through one application of f."""
 
         def step(u):
             return u + self.damping * (phi.apply(u) - u)
 
-        return _repeat(step, self.damping * g, self.steps - 1)
+        return _repeat(step, self.damping * g, self.steps - 1), None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,13 +170,13 @@ class Adaptive:
     measures: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.max_terms < 2:
-            raise ValueError(f"max_terms must be at least 2, got {self.max_terms}")
+        check_count("max_terms", self.max_terms, 2)
         if not self.rtol > 0:
             raise ValueError(f"rtol must be positive, got {self.rtol}")
 
     def cotangent(self, phi: Affine, g: Vector) -> tuple[Vector, BackwardStats]:
         """Returns u, the cotangent to pull back, and how it was found."""
+        phi, g, scale = normalised(phi, g)
         size = vectors.norm(g)
         nothing = jnp.zeros_like(size)
         start = _Series(
@@ -189,7 +199,7 @@ class Adaptive:
         )
         met = end.error <= self.rtol
         failed = ~met & (end.best_terms == 1)
-        u = vectors.select(met, end.u, end.best)
+        u = scale * vectors.select(met, end.u, end.best)
         terms = jnp.where(met, end.terms, end.best_terms)
         return u, _stats(terms, end.error, failed)
 
@@ -201,7 +211,8 @@ class Adaptive:
         missing = jnp.where(
             worst < 1, term * worst / jnp.where(worst < 1, 1 - worst, 1), jnp.inf
         )
-        error = jnp.where(term > 0, vectors.relative(missing, vectors.norm(u)), 0)
+        # Not for a term that is NaN: then so is the error, and nothing is met.
+        error = jnp.where(term == 0, 0, vectors.relative(missing, vectors.norm(u)))
         # The new term is the residual of the sum before it.
         better = term < old.least
         new = _Series(
@@ -235,7 +246,8 @@ class Implicit:
     """Solves the linear system u = g + Jᵀu of the implicit function theorem.
 
     With tolerances, an example whose solve does not meet them falls back to the
-    one-term gradient u = g and is counted. A solver without tolerances spends its
+    one-term gradient u = g and is counted; a residual that rounding alone explains
+    counts as met. A solver without tolerances spends its
     budget, as the paper's Broyden with its seven steps, and its result is taken if it
     is finite.
 
@@ -246,16 +258,24 @@ class Implicit:
     solver: LinearSolver
     measures: ClassVar[bool] = True
 
+    def __post_init__(self):
+        if not isinstance(self.solver, LinearSolver):
+            raise ValueError(
+                "Implicit's solver must be GMRES(…), BiCGSTAB(…), Dense(), "
+                f"Anderson(…), Broyden(…) or Picard(…), got {self.solver!r}"
+            )
+
     def cotangent(self, phi: Affine, g: Vector) -> tuple[Vector, BackwardStats]:
         """Returns u, the cotangent to pull back, and how it was found."""
+        phi, unit, scale = normalised(phi, g)
         if isinstance(self.solver, Solver):
-            solved = solve_by(self.solver, phi, g)
+            solved = solve_by(self.solver, phi, unit)
         else:
-            solved = self.solver.solve(phi, g)
+            solved = self.solver.solve(phi, unit)
         good = jnp.isfinite(solved.residual)
         if getattr(self.solver, "rtol", 0) > 0 or getattr(self.solver, "atol", 0) > 0:
             good &= solved.converged
-        u = vectors.select(good, solved.u, g)
+        u = vectors.select(good, scale * solved.u, g)
         return u, _stats(solved.steps, solved.residual, ~good)
 
 
@@ -267,11 +287,6 @@ def _stats(steps, residual, failed) -> BackwardStats:
 
 def _repeat(step, u: Vector, times: int) -> Vector:
     return jax.lax.fori_loop(0, times, lambda _, u: step(u), u) if times else u
-
-
-def _check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _check_damping(damping: float) -> None:

@@ -11,10 +11,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from implicit_slots.fixed_point import vectors
 from implicit_slots.fixed_point.adjoints import (
-    Adaptive,
     Adjoint,
     BackwardStats,
-    Implicit,
     Linearised,
     Truncated,
     Unrolled,
@@ -30,7 +28,8 @@ class Stats(NamedTuple):
     Attributes:
       steps: evaluations of f by the solver, without the adjoint's own.
       residual: ‖f(z) − z‖ / ‖f(z)‖ of the last application made, over all leaves.
-      converged: whether that application met the solver's tolerances.
+      converged: whether that application met the solver's tolerances; with an
+        implicit adjoint, whether the solver's result does.
       stagnated: the solver gave up because the residual no longer fell.
       diverged: f returned something that is not finite.
       trace: residual of each of the solver's evaluations, NaN after an example
@@ -83,7 +82,8 @@ def fixed_point(
       f: (params, x, z) -> z, or -> (z, aux) with `has_aux`. It must return z in the
         shapes and dtypes it got, treat the examples of the batch independently, and
         close over no traced value. It must be hashable, as functions are: a new
-        function object is compiled anew.
+        function object is compiled anew, and what an old one closes over stays as it
+        was at its first use. Whatever changes belongs into `params` or `x`.
       params: pytree that is shared by the batch.
       x: pytree of inputs.
       z0: pytree of floating-point arrays to start from; each leaf has a leading batch
@@ -101,6 +101,7 @@ def fixed_point(
       ValueError: at trace time, if f changes the structure, a shape or a dtype of z,
         a leaf of z0 lacks the batch axis or is no floating-point array, the solver
         cannot be unrolled, or the adjoint solves nothing that a probe could tell of.
+      TypeError: if anything but `Unrolled` and `Truncated` is differentiated twice.
     """
     check_pair(solver, adjoint)
     if probe is not None and not adjoint.measures:
@@ -114,12 +115,21 @@ def fixed_point(
     return Solution(*_solve(f, solver, adjoint, params, x, z0, probe))
 
 
-def check_pair(solver: Solver, adjoint: Adjoint) -> None:
-    """Refuses a solver that the adjoint cannot differentiate.
+def check_pair(solver: Any, adjoint: Any) -> None:
+    """Refuses what is no solver or no adjoint, and pairs that do not go together.
 
     Raises:
-      ValueError: for Broyden with `Unrolled`.
+      ValueError: for these, and for Broyden with `Unrolled`.
     """
+    if not isinstance(solver, Solver):
+        raise ValueError(
+            f"solver must be Picard(…), Anderson(…) or Broyden(…), got {solver!r}"
+        )
+    if not isinstance(adjoint, Adjoint):
+        raise ValueError(
+            "adjoint must be Unrolled(), Truncated(…), Neumann(…), Phantom(…), "
+            f"Adaptive(…) or Implicit(solver=…), got {adjoint!r}"
+        )
     if isinstance(adjoint, Unrolled) and isinstance(solver, Broyden):
         raise ValueError(
             "Broyden cannot be unrolled: its updates are not meant to be "
@@ -145,7 +155,10 @@ def _check(f: Callable, params: PyTree, x: PyTree, z0: PyTree) -> None:
             "every leaf of z0 must be a floating-point array, got dtypes "
             f"{[str(leaf.dtype) for leaf in leaves]}"
         )
-    got, _ = jax.eval_shape(f, params, x, z0)
+    returned = jax.eval_shape(f, params, x, z0)
+    if not (isinstance(returned, tuple) and len(returned) == 2):
+        raise ValueError(f"with has_aux f must return (z, aux), it returned {returned}")
+    got, _ = returned
     want = jax.eval_shape(lambda z: z, z0)
     # Compared by shape and dtype alone: weak types and shardings may differ.
     described = [
@@ -174,13 +187,13 @@ def _solve(
 
 
 def _statistics(solver: Solver, solved: Solved, z, fz) -> Stats:
-    """Completes the solver's own with the residual of the last application."""
+    """Completes the solver's own with the residual of the last application, at `z`."""
     z, fz = jax.lax.stop_gradient((z, fz))
     error, size = vectors.residual_norms(z, fz)
     return Stats(
         steps=solved.steps,
         residual=vectors.relative(error, size),
-        converged=solver.met(error, size) | solved.converged,
+        converged=solver.met(error, size),
         stagnated=solved.stagnated,
         diverged=solved.diverged | ~jnp.isfinite(error) | ~jnp.isfinite(size),
         trace=solved.trace,
@@ -232,11 +245,14 @@ def _implicit(f, solver: Solver, adjoint: Linearised, params, x, z0, probe) -> A
 
 
 def _implicit_forward(f, solver, adjoint, params, x, z0, probe):
-    solved = solver.solve(lambda z: f(params, x, z)[0], z0)
+    constant = _differentiated_once((params, x, z0))
+    solved = solver.solve(lambda z: f(*constant[:2], z)[0], constant[2])
     # The linearisation at z_T is all that the backward pass needs: memory is that of
     # one application, however many the solver made.
     (value, aux), pull_back = jax.vjp(f, params, x, solved.z)
     stats = _statistics(solver, solved, solved.z, value)
+    # It is the solver's own result that this application was made at.
+    stats = stats._replace(converged=stats.converged | solved.converged)
     return (value, aux, stats), (pull_back, solved.z, probe)
 
 
@@ -259,17 +275,29 @@ def _implicit_backward(f, solver, adjoint: Linearised, residuals, cotangents):
         apply=lambda u: start + pulled(u, aux_cotangent),
         transpose=lambda w: pulled(w, no_aux),
         right=right,
+        eps=max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(g)),
     )
-    if isinstance(adjoint, Implicit | Adaptive):
-        u, stats = adjoint.cotangent(phi, start)
-    else:
-        u, stats = adjoint.cotangent(phi, start), None
+    u, stats = adjoint.cotangent(phi, start)
     params_cotangent, x_cotangent, _ = pull_back((unravel(u), aux_cotangent))
     return (
         params_cotangent,
         x_cotangent,
         jax.tree.map(jnp.zeros_like, z),
         None if probe is None else stats,
+    )
+
+
+@jax.custom_jvp
+def _differentiated_once(tree: PyTree) -> PyTree:
+    """Lets no second derivative through: it would miss how z_T moves."""
+    return tree
+
+
+@_differentiated_once.defjvp
+def _refuse_second_derivatives(primals, tangents):
+    raise TypeError(
+        "this adjoint has first derivatives only: the second would miss how the "
+        "solution moves. Take adjoint=Unrolled()"
     )
 
 

@@ -78,12 +78,7 @@ def spectral_radius(
     Raises:
       ValueError: if `krylov` is below one or `powers` negative.
     """
-    flat, unravel = vectors.ravel(z)
-
-    def product(v):
-        _, tangent = jax.jvp(lambda z: f(params, x, z), (z,), (unravel(v),))
-        return vectors.ravel(tangent)[0]
-
+    flat, product = _jacobian_product(f, params, x, z)
     return _matrix_radius(_hessenberg(product, flat, key, krylov, powers))
 
 
@@ -137,12 +132,7 @@ def dense_jacobian(
       z: where J is taken.
       block: how many columns are made at a time.
     """
-    flat, unravel = vectors.ravel(z)
-
-    def product(v):
-        _, tangent = jax.jvp(lambda z: f(params, x, z), (z,), (unravel(v),))
-        return vectors.ravel(tangent)[0]
-
+    flat, product = _jacobian_product(f, params, x, z)
     return dense_matrix(product, flat, block)
 
 
@@ -243,6 +233,17 @@ def _compare(got: PyTree, want: PyTree) -> tuple[jax.Array, jax.Array, jax.Array
     apart = jax.tree.map(jnp.subtract, got, want)
     error = jnp.sqrt(inner(apart, apart)) / (theirs + tiny)
     return cosine, ours / (theirs + tiny), error
+
+
+def _jacobian_product(f: Map, params: PyTree, x: PyTree, z: PyTree):
+    """Returns z as vectors, and v ↦ J v on vectors like them."""
+    flat, unravel = vectors.ravel(z)
+
+    def product(v):
+        _, tangent = jax.jvp(lambda z: f(params, x, z), (z,), (unravel(v),))
+        return vectors.ravel(tangent)[0]
+
+    return flat, product
 
 
 def _hessenberg(

@@ -19,9 +19,9 @@ class Record(NamedTuple):
     """What a solver that measures has seen so far, per example.
 
     Attributes:
-      best: the evaluated z with the least relative residual.
-      residual: its relative residual; infinite before the first evaluation.
-      mark: the residual that the next one must beat to count as progress.
+      best: the evaluated z that is nearest to the tolerances.
+      least: how near: see `Solver`; infinite before the first evaluation.
+      mark: what the next one must beat to count as progress.
       age: evaluations since the last progress.
       converged: the tolerances were met.
       diverged: f returned something that is not finite.
@@ -30,7 +30,7 @@ class Record(NamedTuple):
     """
 
     best: PyTree
-    residual: Float[Array, " batch"]
+    least: Float[Array, " batch"]
     mark: Float[Array, " batch"]
     age: Int[Array, " batch"]
     converged: Bool[Array, " batch"]
@@ -84,7 +84,9 @@ class Solver(abc.ABC):
     One step is one evaluation of f. An example stops, and is frozen from then on,
     once ‖f(z) − z‖ ≤ atol + rtol · ‖f(z)‖ over all its leaves, once the residual has
     not fallen by a thousandth for `patience` steps, or once f(z) is not finite. The
-    best evaluated iterate is what it gets, so more steps never give a worse residual.
+    best evaluated iterate is what it gets, so more steps never give a worse residual:
+    ‖f(z) − z‖ / ‖f(z)‖, and where atol is set ‖f(z) − z‖ / (atol + rtol · ‖f(z)‖).
+    `Unrolled` alone differentiates, and returns, the last iterate.
 
     Attributes:
       max_steps: the most evaluations of f.
@@ -103,11 +105,8 @@ class Solver(abc.ABC):
     trace: bool = False
 
     def __post_init__(self):
-        for name in ("max_steps", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}"
-                )
+        check_count("max_steps", self.max_steps)
+        check_count("patience", self.patience)
         check_tolerances(self.rtol, self.atol)
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must be in (0, 1], got {self.damping}")
@@ -135,7 +134,7 @@ class Solver(abc.ABC):
             endless = jnp.full(batch, jnp.inf, dtype)
             record = Record(
                 best=z0,
-                residual=endless,
+                least=endless,
                 mark=endless,
                 age=steps,
                 converged=~active,
@@ -170,8 +169,11 @@ class Solver(abc.ABC):
         error, size = vectors.residual_norms(z, fz)
         size = size if old.size is None else old.size
         residual = vectors.relative(error, size)
-        better = active & (residual < old.residual)  # never where it is NaN
-        least = jnp.where(better, residual, old.residual)
+        # Best is judged as the tolerances judge, or a small ‖f(z) − z‖ would not count
+        # beside a large z.
+        near = error / (self.atol + self.rtol * size) if self.atol > 0 else residual
+        better = active & (near < old.least)  # never where it is NaN
+        least = jnp.where(better, near, old.least)
         progress = least < (1 - _PROGRESS) * old.mark
         age = jnp.where(active, jnp.where(progress, 0, old.age + 1), old.age)
         trace = old.trace
@@ -181,7 +183,7 @@ class Solver(abc.ABC):
             trace = vectors.put(trace, jnp.max(state.steps), column)
         return Record(
             best=vectors.select(better, z, old.best),
-            residual=least,
+            least=least,
             mark=jnp.where(progress, least, old.mark),
             age=age.astype(old.age.dtype),
             converged=old.converged | (active & self.met(error, size)),
@@ -245,10 +247,21 @@ class Solver(abc.ABC):
             converged=record.converged,
             stagnated=~record.converged
             & ~record.diverged
-            & (record.age >= self.patience),
+            & (record.age >= self.patience)
+            & self.stops,
             diverged=record.diverged,
             trace=record.trace,
         )
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Refuses what is no whole number, or too small.
+
+    Raises:
+      ValueError: naming it.
+    """
+    if value != int(value) or value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def check_tolerances(rtol: float, atol: float) -> None:
@@ -257,7 +270,7 @@ def check_tolerances(rtol: float, atol: float) -> None:
     Raises:
       ValueError: naming them.
     """
-    if rtol < 0 or atol < 0:
+    if not (rtol >= 0 and atol >= 0):  # NaN is refused too
         raise ValueError(
             f"tolerances must not be negative, got rtol={rtol}, atol={atol}"
         )

@@ -19,9 +19,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from implicit_slots.fixed_point import vectors
-from implicit_slots.fixed_point.iteration import Solver, check_tolerances
+from implicit_slots.fixed_point.iteration import (
+    Solver,
+    check_count,
+    check_tolerances,
+)
 
 Vector = Float[Array, "batch dim"]
+
+# A residual of so many roundings of φ(u) is as good as none.
+_ROUNDINGS = 4
+# A rounding of u may be this share of the right-hand side, and no more.
+_SWALLOWED = 1e-2
 
 
 class Affine(NamedTuple):
@@ -31,11 +40,13 @@ class Affine(NamedTuple):
       apply: u ↦ φ(u).
       transpose: w ↦ Jᵀw, its linear part.
       right: φ(0); a function, because not everyone needs it.
+      eps: rounding of one product with Jᵀ: that of z's coarsest dtype.
     """
 
     apply: Callable[[Vector], Vector]
     transpose: Callable[[Vector], Vector]
     right: Callable[[], Vector]
+    eps: float
 
 
 class LinearSolved(NamedTuple):
@@ -44,8 +55,10 @@ class LinearSolved(NamedTuple):
     Attributes:
       u: the solution.
       steps: products with J that it took, without one to begin and one to measure.
-      residual: ‖φ(u) − u‖ / ‖φ(0)‖, measured, not what a recurrence says.
-      converged: whether that meets the tolerances, but for a factor of two.
+      residual: ‖φ(u) − u‖ / ‖φ(0)‖, measured, not what a recurrence says, and at
+        least what rounding lets be measured.
+      converged: whether that meets the tolerances, but for a factor of two and for
+        rounding.
     """
 
     u: Vector
@@ -69,10 +82,7 @@ class _Krylov:
     atol: float = 0.0
 
     def __post_init__(self):
-        if self.max_steps < self._least:
-            raise ValueError(
-                f"max_steps must be at least {self._least}, got {self.max_steps}"
-            )
+        check_count("max_steps", self.max_steps, self._least)
         check_tolerances(self.rtol, self.atol)
 
     _least = 1
@@ -333,8 +343,7 @@ class Dense:
     block: int = 64
 
     def __post_init__(self):
-        if self.block < 1:
-            raise ValueError(f"block must be at least 1, got {self.block}")
+        check_count("block", self.block)
 
     def solve(self, phi: Affine, g: Vector) -> LinearSolved:
         """Solves from u = g, whose residual is the right-hand side."""
@@ -366,6 +375,28 @@ def dense_matrix(
     return columns.transpose(1, 2, 0)
 
 
+def normalised(
+    phi: Affine, g: Vector
+) -> tuple[Affine, Vector, Float[Array, "batch 1"]]:
+    """Brings each example's system to size one, so that no square under- or overflows.
+
+    Returns:
+      The map, its start, and what to multiply the solution with, [batch, 1].
+    """
+    right = phi.right()
+    scale = jnp.maximum(jnp.abs(right).max(axis=1), jnp.abs(g).max(axis=1))[:, None]
+    scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
+    # The barrier keeps XLA from squaring before it divides, as it else does.
+    right, start = jax.lax.optimization_barrier((right / scale, g / scale))
+    unit = Affine(
+        apply=lambda u: right + phi.transpose(u),
+        transpose=phi.transpose,
+        right=lambda: right,
+        eps=phi.eps,
+    )
+    return unit, start, scale
+
+
 def solve_by(solver: Solver, phi: Affine, g: Vector) -> LinearSolved:
     """Solves u = φ(u) with one of the forward solvers, from u = g."""
     size = vectors.norm(phi.right())
@@ -375,13 +406,13 @@ def solve_by(solver: Solver, phi: Affine, g: Vector) -> LinearSolved:
 
 def _measured(phi: Affine, u: Vector, steps, size, met) -> LinearSolved:
     image = phi.apply(u)
-    error = vectors.norm(image - u)
-    # The rounding error of the difference has to meet the tolerances too: the endless
-    # u of a singular system swallows g, and would seem to solve it.
-    rounding = jnp.finfo(u.dtype).eps * vectors.norm(image)
+    error, length = vectors.norm(image - u), vectors.norm(image)
+    rounding = phi.eps * length
     # Twice the tolerance: what a solver stopped at is not to the last bit what is
-    # measured afterwards.
-    converged = met(error / 2, size) & met(rounding, size)
+    # measured afterwards. And no tolerance asks for more than rounding allows.
+    converged = met(error / 2, size) | (error <= _ROUNDINGS * rounding)
+    # The endless u of a singular system swallows g, and would seem to solve it.
+    converged &= jnp.finfo(u.dtype).eps * length <= _SWALLOWED * size
     residual = vectors.relative(jnp.maximum(error, rounding), size)
     return LinearSolved(u, steps, residual, converged)
 

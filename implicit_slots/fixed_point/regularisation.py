@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from implicit_slots.fixed_point import vectors
 from implicit_slots.fixed_point.adjoints import Adjoint
 from implicit_slots.fixed_point.api import Solution, fixed_point
-from implicit_slots.fixed_point.iteration import Solver
+from implicit_slots.fixed_point.iteration import Solver, check_count
 
 
 def jacobian_norm(
@@ -42,8 +42,7 @@ def jacobian_norm(
     Raises:
       ValueError: if `samples` is below one.
     """
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+    check_count("samples", samples)
     fz, transpose = jax.vjp(lambda z: f(params, x, z), z)
     flat, unravel = vectors.ravel(fz)
 
@@ -87,8 +86,7 @@ def corrections(
     Raises:
       ValueError: if `count` is below one, and what `fixed_point` raises.
     """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+    check_count("count", count)
     solutions = []
     for _ in range(count):
         solution = fixed_point(
@@ -109,7 +107,7 @@ def correction_loss(losses: Sequence[jax.Array], *, decay: float = 0.8) -> jax.A
     Raises:
       ValueError: if there is no loss, or the decay is out of range.
     """
-    if not losses:
+    if len(losses) == 0:
         raise ValueError("losses must hold at least one stage's loss")
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must be in [0, 1], got {decay}")

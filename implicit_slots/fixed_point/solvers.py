@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from implicit_slots.fixed_point import vectors
-from implicit_slots.fixed_point.iteration import Solver
+from implicit_slots.fixed_point.iteration import Solver, check_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +164,7 @@ class Broyden(Solver):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.memory < 1:
-            raise ValueError(f"memory must be at least 1, got {self.memory}")
+        check_count("memory", self.memory)
 
     def start(self, z: PyTree) -> BroydenMemory:
         """Returns the inverse −1."""
@@ -196,7 +195,7 @@ class Broyden(Solver):
         # stepᵀ · inverse
         row = vectors.combine(vectors.coefficients(left, step), right) - step
         slope = vectors.dot(row, change)
-        scale = jnp.sqrt(vectors.dot(row, row) * vectors.dot(change, change))
+        scale = vectors.norm(row) * vectors.norm(change)
         usable = jnp.abs(slope) > jnp.finfo(slope.dtype).eps * scale
         usable &= memory.taken > 0
         column = (step - times(change)) / jnp.where(usable, slope, 1)[:, None]

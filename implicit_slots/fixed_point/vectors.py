@@ -17,7 +17,10 @@ def batch_size(z: PyTree) -> int:
             "every leaf of z0 needs the same leading batch axis, got shapes "
             f"{[jnp.shape(leaf) for leaf in jax.tree.leaves(z)]}"
         )
-    return sizes.pop()[0]
+    (size,) = sizes.pop()
+    if size == 0:
+        raise ValueError("z0 must hold at least one example, its batch axis is empty")
+    return size
 
 
 def working_dtype(z: PyTree) -> jnp.dtype:
@@ -30,11 +33,6 @@ def widen(z: PyTree) -> PyTree:
     """Brings all leaves to the working dtype."""
     dtype = working_dtype(z)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), z)
-
-
-def narrow(z: PyTree, like: PyTree) -> PyTree:
-    """Brings each leaf to the dtype of its twin in `like`."""
-    return jax.tree.map(lambda leaf, twin: leaf.astype(twin.dtype), z, like)
 
 
 def ravel(

@@ -105,9 +105,13 @@ def build_steps(
                 for name in ("steps", "converged", "stagnated", "diverged")
             }
         if backward is not None:
+            # A failed solve's residual may be anything, so it is left out.
+            solved = 1 - backward.failed
+            residual = jnp.where(solved > 0, backward.residual, 0).sum()
             logged |= {
-                f"backward_{name}": value.mean()
-                for name, value in backward._asdict().items()
+                "backward_steps": backward.steps.mean(),
+                "backward_residual": residual / jnp.maximum(solved.sum(), 1),
+                "backward_failed": backward.failed.mean(),
             }
         collection = _train_metrics(tuple(logged))
         return (

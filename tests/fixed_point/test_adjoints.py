@@ -418,6 +418,58 @@ def test_singular_system_falls_back_to_one_term():
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(got))
 
 
+@each({k: v for k, v in SOLVES.items() if k not in ("picard", "adaptive")})
+def test_single_precision_solves_what_is_nearly_critical(name):
+    # ‖u‖ is a hundred times ‖g‖, and a residual of 1e-5 ‖g‖ is nothing but rounding.
+    params, _, g = jax.tree.map(np.float32, problem("near-critical"))
+    q = np.linalg.eigh(params["a"])[1][:, -1]
+    params["b"], g = np.eye(DIM, dtype=np.float32), np.tile(q, (BATCH, 1))
+    adjoint = SOLVES[name]
+    if name != "dense":
+        adjoint = replace(adjoint, solver=replace(adjoint.solver, rtol=1e-5))
+    solver = Anderson(max_steps=300, rtol=1e-6, depth=3)
+    inputs = np.ones((BATCH, DIM), np.float32)
+    got, _ = gradients(affine, params, inputs, g, solver=solver, adjoint=adjoint)
+    stats = probed(affine, params, inputs, g, solver, adjoint)
+    assert got[1].dtype == np.float32 and not np.any(stats.failed)
+    assert relative_error(got[1], g / (1 - 0.99)) < 1e-3
+
+
+@each(SOLVES)
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_backward_solves_do_not_depend_on_the_scale_of_the_loss(name, scale):
+    params, x, g = jax.tree.map(np.float32, problem())
+    adjoint = SOLVES[name]
+    if name == "adaptive":
+        adjoint = replace(adjoint, rtol=1e-5)
+    elif name != "dense":
+        adjoint = replace(adjoint, solver=replace(adjoint.solver, rtol=1e-5))
+    solver = Picard(max_steps=60)
+    want, _ = gradients(tanh, params, x, g, solver=solver, adjoint=adjoint)
+    scaled = np.float32(scale) * g
+    got, _ = gradients(tanh, params, x, scaled, solver=solver, adjoint=adjoint)
+    assert relative_error(got[1] / np.float32(scale), want[1]) < 1e-4
+    assert not np.any(probed(tanh, params, x, scaled, solver, adjoint).failed)
+
+
+@each(SOLVES)
+def test_jacobian_that_is_not_finite_falls_back_to_one_term(name):
+    # √(z²) has no derivative at zero, where the first example's solution lies.
+    def f(params, x, z):
+        return params * x + 0.1 * jnp.sqrt(z**2)
+
+    x, g = np.array([[0.0], [3.0]]), np.ones((2, 1))
+    params = jnp.ones(())
+    with jax.numpy_rank_promotion("allow"):
+        adjoint = SOLVES[name]
+        solver = Picard(max_steps=60)
+        stats = probed(f, params, x, g, solver, adjoint)
+        assert stats.failed.tolist() == [1, 0]
+        got, _ = gradients(f, params, x, g, solver=solver, adjoint=adjoint)
+    # One term for the first, whose x is zero; 3 / (1 − 0.1) for the second.
+    assert relative_error(got[0], 3 / 0.9) < DIFFERENCES
+
+
 @pytest.mark.parametrize("name", ["anderson", "broyden"])
 def test_budget_without_tolerance_is_used_not_dropped(name):
     # The paper's Broyden backward pass: seven steps, whatever the residual.

@@ -26,7 +26,13 @@ from fixed_points import (
     tanh,
 )
 from jax.flatten_util import ravel_pytree
-from reference import DIFFERENCES, FLOAT32, FLOAT64, relative_error
+from reference import (
+    DIFFERENCES,
+    FLOAT32,
+    FLOAT64,
+    central_difference,
+    relative_error,
+)
 
 from implicit_slots.fixed_point import (
     GMRES,
@@ -41,6 +47,8 @@ from implicit_slots.fixed_point import (
     Picard,
     Truncated,
     Unrolled,
+    backward_probe,
+    check_pair,
     fixed_point,
 )
 
@@ -404,6 +412,64 @@ def test_second_use_compiles_nothing(solver, adjoint, compiled):
     assert not [event for event in again if "backend_compile" in event]
 
 
+@each_adjoint
+def test_second_derivatives_are_right_or_refused(adjoint):
+    params, x, g = problem()
+
+    def loss(scale):
+        found = fixed_point(
+            tanh,
+            params,
+            scale * x,
+            jnp.zeros_like(g),
+            solver=SOLVERS["picard"],
+            adjoint=ADJOINTS[adjoint],
+        )
+        return jnp.sum(found.value * g)
+
+    if adjoint == "unrolled":
+        want = central_difference(jax.jit(jax.grad(loss)), 1.0, 1.0)
+        got = jax.jit(jax.grad(jax.grad(loss)))(1.0)
+        assert abs(got - want) < DIFFERENCES * abs(want)
+    elif adjoint != "truncated":
+        for second in (jax.hessian(loss), jax.grad(jax.grad(loss))):
+            with pytest.raises(TypeError, match=r"first derivative|reverse|forward"):
+                second(1.0)
+
+
+def test_what_diverges_after_the_solver_has_not_converged():
+    # Broyden finds a fixed point that repels the steps of Truncated.
+    found = fixed_point(
+        lambda p, x, z: z * z,
+        {},
+        None,
+        jnp.full((1, 1), 1.2),
+        solver=Broyden(max_steps=30, rtol=1e-4),
+        adjoint=Truncated(steps=25),
+    )
+    assert not found.stats.converged[0]
+
+
+def test_leaves_that_are_no_numbers_to_differentiate():
+    params, x, g = problem()
+    x = {"x": x, "shift": np.arange(BATCH), "key": jax.random.key(0), "no": None}
+
+    def f(params, x, z):
+        noise = 0.01 * jax.random.normal(x["key"], z.shape, z.dtype)
+        rolled = jnp.take(z, x["shift"], axis=0)
+        return tanh(params, x["x"], rolled) + noise
+
+    def loss(params, adjoint):
+        z0 = jnp.zeros((BATCH, DIM))
+        found = fixed_point(f, params, x, z0, solver=PICARD, adjoint=adjoint)
+        return jnp.sum(found.value * g)
+
+    got, want = (
+        jax.grad(loss)(params, adjoint) for adjoint in (ADJOINTS["gmres"], Unrolled())
+    )
+    assert_equal(got, want, DIFFERENCES)
+
+
 @pytest.mark.parametrize("name", ["tanh", "slot attention"])
 def test_gradient_equals_optimistix(name):
     if name == "tanh":
@@ -475,6 +541,20 @@ def test_gradient_equals_jaxopt():
 
 
 @pytest.mark.parametrize(
+    ("solver", "adjoint", "sentence"),
+    [
+        (PICARD, Neumann, "adjoint must be Unrolled"),
+        (PICARD, GMRES(max_steps=3), "adjoint must be Unrolled"),
+        (GMRES(max_steps=3), Neumann(), "solver must be Picard"),
+        (Broyden(max_steps=3), Unrolled(), "Broyden cannot be unrolled"),
+    ],
+)
+def test_what_does_not_go_together_is_a_sentence(solver, adjoint, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check_pair(solver, adjoint)
+
+
+@pytest.mark.parametrize(
     ("f", "z0", "options", "sentence"),
     [
         (lambda p, x, z: z[:, :2], np.zeros((2, 3)), {}, "f must return z as it got"),
@@ -493,6 +573,13 @@ def test_gradient_equals_jaxopt():
             "leading batch axis",
         ),
         (lambda p, x, z: z, np.zeros((2, 3), int), {}, "floating-point array"),
+        (lambda p, x, z: z, np.zeros((0, 3)), {}, "its batch axis is empty"),
+        (
+            lambda p, x, z: z,
+            np.zeros((2, 3)),
+            {"has_aux": True},
+            r"f must return \(z, aux\)",
+        ),
         (
             lambda p, x, z: z,
             np.zeros((2, 3)),
@@ -508,8 +595,6 @@ def test_gradient_equals_jaxopt():
     ],
 )
 def test_misuse_is_a_sentence_at_trace_time(f, z0, options, sentence):
-    from implicit_slots.fixed_point import backward_probe
-
     options = {"solver": PICARD, "adjoint": Neumann()} | options
     if "probe" in options:
         options["probe"] = backward_probe(2)

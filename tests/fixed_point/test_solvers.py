@@ -50,7 +50,7 @@ def solve(solver, f, params, x, z0=None):
 
 def shorter(solver, max_steps):
     """The same method with another budget and no tolerance to speak of."""
-    fields = {"max_steps": max_steps, "atol": 1e-300, "trace": True}
+    fields = {"max_steps": max_steps, "rtol": 1e-300, "trace": True}
     if isinstance(solver, Anderson):
         fields["depth"] = min(3, max_steps)
     return type(solver)(**fields)
@@ -293,6 +293,21 @@ def test_stagnation_is_recognised():
     assert found.stats.steps.tolist() == [16, 1]
 
 
+def test_absolute_tolerance_is_met_by_what_is_returned():
+    # The relative residual never changes here, the absolute one falls.
+    def shrink(params, x, z):
+        return 0.9 * z
+
+    z0 = np.full((1, 1), 1e6)
+    for solver in (
+        Picard(max_steps=1000, atol=1e-3),
+        Anderson(max_steps=50, atol=1e-3),
+    ):
+        found = solve(solver, shrink, {}, np.zeros((1, 1)), z0)
+        assert found.stats.converged[0] and not found.stats.stagnated[0]
+        assert 0.1 * abs(found.value[0, 0]) <= 1e-3
+
+
 def test_slow_progress_is_no_stagnation():
     params, x, _ = problem("real", radius=0.9999)
     found = solve(Picard(max_steps=1000, rtol=1e-13), affine, params, x)
@@ -323,6 +338,13 @@ def test_trace_of_the_plain_iteration_changes_nothing():
         assert relative_error(traced.stats.trace[:, step], want) < FLOAT64
         z = fz
     assert plain.stats.trace is None
+    assert not np.any(traced.stats.stagnated)
+
+    def swap(params, x, z):  # no progress, and nobody asked for any
+        return x - z
+
+    traced = solve(Picard(max_steps=50, trace=True), swap, {}, np.ones((1, DIM)))
+    assert traced.stats.steps[0] == 50 and not traced.stats.stagnated[0]
 
 
 @by_solver
@@ -351,6 +373,7 @@ def test_float32_and_bfloat16(solver):
     [
         (lambda: Picard(max_steps=0), "max_steps must be at least 1, got 0"),
         (lambda: Picard(max_steps=1, rtol=-1.0), "must not be negative"),
+        (lambda: Picard(max_steps=1, rtol=float("nan")), "must not be negative"),
         (lambda: Anderson(max_steps=9, atol=-1.0), "must not be negative"),
         (lambda: Picard(max_steps=1, damping=0.0), r"damping must be in \(0, 1\]"),
         (lambda: Picard(max_steps=1, patience=0), "patience must be at least 1"),
