@@ -16,7 +16,8 @@ from implicit_slots.fixed_point.adjoints import (
 )
 from implicit_slots.fixed_point.api import Solution, Stats, check_pair, fixed_point
 from implicit_slots.fixed_point.iteration import Solver
-from implicit_slots.fixed_point.linear import GMRES, BiCGSTAB, Dense
+from implicit_slots.fixed_point.krylov import GMRES, BiCGSTAB
+from implicit_slots.fixed_point.linear import Dense
 from implicit_slots.fixed_point.regularisation import (
     correction_loss,
     corrections,

@@ -9,13 +9,16 @@ from jaxtyping import Array, Float
 
 from implicit_slots.fixed_point import vectors
 from implicit_slots.fixed_point.iteration import Solver, check_count
+from implicit_slots.fixed_point.krylov import GMRES, BiCGSTAB
 from implicit_slots.fixed_point.linear import (
     Affine,
-    LinearSolver,
+    Dense,
     Vector,
     normalised,
     solve_by,
 )
+
+LinearSolver = GMRES | BiCGSTAB | Dense | Solver
 
 
 class BackwardStats(NamedTuple):

@@ -16,7 +16,8 @@ from implicit_slots.fixed_point import vectors
 from implicit_slots.fixed_point.adjoints import Adjoint, Implicit
 from implicit_slots.fixed_point.api import fixed_point
 from implicit_slots.fixed_point.iteration import Solver
-from implicit_slots.fixed_point.linear import Dense, dense_matrix, orthogonalise
+from implicit_slots.fixed_point.krylov import orthogonalise
+from implicit_slots.fixed_point.linear import Dense, dense_matrix
 from implicit_slots.fixed_point.solvers import Picard
 
 Map = Callable[[PyTree, PyTree, PyTree], PyTree]

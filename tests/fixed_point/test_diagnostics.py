@@ -68,8 +68,9 @@ def matrix(kind, dim, rng):
 KINDS = ("symmetric", "complex pair", "opposite pair", "non-normal", "circular", "zero")
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("dim", [6, 40, 120])
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(6, np.float32), (40, np.float64), (120, np.float32)]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_spectra_equal_dense_ones(kind, dim, dtype):
     if kind == "non-normal" and dim > 6:
