@@ -1,5 +1,6 @@
 """Maps with known fixed points and Jacobians, in NumPy float64, and their gradients."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from flax import nnx
 from reference import relative_error
 
-from implicit_slots.fixed_point import fixed_point
+from implicit_slots.fixed_point import backward_probe, fixed_point
 from implicit_slots.models.slot_attention import SlotAttentionStep, StepFunction
 
 BATCH, DIM = 3, 6
@@ -82,15 +83,30 @@ def exact_gradient(f, params, x, g):
     return grads
 
 
-def gradients(f, params, x, g, *, solver, adjoint, z0=None, **options):
-    """Gradients for params, x and z0 of ℓ = Σ g·value, and the solution."""
-    z0 = np.zeros_like(g) if z0 is None else z0
+@functools.cache
+def _compiled_gradients(f, solver, adjoint):
+    """One compilation for all tests of a module that differ in numbers alone."""
 
-    def loss(params, x, z0):
-        found = fixed_point(f, params, x, z0, solver=solver, adjoint=adjoint, **options)
+    def loss(params, x, z0, probe, g):
+        found = fixed_point(
+            f, params, x, z0, solver=solver, adjoint=adjoint, probe=probe
+        )
         return jnp.sum(found.value * g), found
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(params, x, z0)
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
+
+
+def gradients(f, params, x, g, *, solver, adjoint, z0=None, probe=None):
+    """Gradients for params, x and z0 of ℓ = Σ g·value, and the solution."""
+    z0 = np.zeros_like(g) if z0 is None else z0
+    gradient, found = _compiled_gradients(f, solver, adjoint)(params, x, z0, probe, g)
+    return gradient[:3], found
+
+
+def probed(f, params, x, g, *, solver, adjoint):
+    """The backward statistics of the same."""
+    arguments = params, x, np.zeros_like(g), backward_probe(len(g)), g
+    return _compiled_gradients(f, solver, adjoint)(*arguments)[0][3]
 
 
 def assert_equal(got, want, tolerance):

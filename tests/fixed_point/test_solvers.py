@@ -1,5 +1,6 @@
 """Forward solvers against linear algebra, NumPy twins and their own laws."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -38,14 +39,20 @@ def x64():
         yield
 
 
-def solve(solver, f, params, x, z0=None):
-    """The compiled fixed point from zero."""
-    z0 = np.zeros((len(x), DIM)) if z0 is None else z0
+@functools.cache
+def compiled(solver, f):
+    """One compilation for all tests that differ in numbers alone."""
     return jax.jit(
         lambda params, x, z0: fixed_point(
             f, params, x, z0, solver=solver, adjoint=Neumann()
         )
-    )(params, x, z0)
+    )
+
+
+def solve(solver, f, params, x, z0=None):
+    """The compiled fixed point, from zero."""
+    z0 = np.zeros((len(x), DIM)) if z0 is None else z0
+    return compiled(solver, f)(params, x, z0)
 
 
 def shorter(solver, max_steps):
@@ -105,7 +112,7 @@ def test_accelerated_solvers_find_a_repelling_fixed_point(name):
 def test_more_steps_never_give_a_worse_residual(solver, radius):
     params, x, _ = problem("non-normal", radius=radius)
     residuals = []
-    for steps in (1, 2, 3, 5, 8, 13):
+    for steps in (1, 3, 8):
         found = solve(shorter(solver, steps), affine, params, x)
         stats = found.stats
         # What is returned is the best of what was evaluated.
