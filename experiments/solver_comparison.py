@@ -436,7 +436,7 @@ def main(arguments: list[str] | None = None) -> None:
         "backward": quality,
         "cost": cost,
     }
-    (flags.out / "solver_comparison.json").write_text(json.dumps(numbers, indent=1))
+    (flags.out / "solver_comparison.json").write_text(json.dumps(numbers))
     draw(curves, quality, cost, flags.out / "solver_comparison.png")
     print(f"wrote {flags.out}/solver_comparison.png, .md and .json")
 
