@@ -18,6 +18,7 @@ import argparse
 import datetime
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +53,7 @@ from implicit_slots.models.build import build_model
 from implicit_slots.models.slate import SLATE, with_bos
 from implicit_slots.models.slot_attention import Problem
 from implicit_slots.training import run
+from implicit_slots.training.errors import UserError
 from implicit_slots.training.step import as_float
 
 matplotlib.use("Agg")
@@ -442,4 +444,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))
