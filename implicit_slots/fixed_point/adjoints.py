@@ -250,9 +250,8 @@ class Implicit:
 
     With tolerances, an example whose solve does not meet them falls back to the
     one-term gradient u = g and is counted; a residual that rounding alone explains
-    counts as met. A solver without tolerances spends its
-    budget, as the paper's Broyden with its seven steps, and its result is taken if it
-    is finite.
+    counts as met. A solver without tolerances spends its budget, as the paper's Broyden
+    with its seven steps, and its result is taken if it is finite.
 
     Attributes:
       solver: GMRES, BiCGSTAB, Dense (exact), Anderson, Broyden or Picard.

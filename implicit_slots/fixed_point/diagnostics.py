@@ -262,8 +262,12 @@ def _hessenberg(
         )
     batch, dim = like.shape
     count = min(krylov, dim)
-    start = _unit(jax.random.normal(key, like.shape, like.dtype))
-    start = jax.lax.fori_loop(0, powers, lambda _, v: _unit(product(v)), start)
+
+    def unit(v):
+        return vectors.divide(v, vectors.norm(v))
+
+    start = unit(jax.random.normal(key, like.shape, like.dtype))
+    start = jax.lax.fori_loop(0, powers, lambda _, v: unit(product(v)), start)
     basis = jnp.zeros((batch, count + 1, dim), like.dtype)
     basis = vectors.put(basis, 0, start)
     matrix = jnp.zeros((batch, count, count + 1), like.dtype)
@@ -277,11 +281,6 @@ def _hessenberg(
 
     _, matrix = jax.lax.fori_loop(0, count, step, (basis, matrix))
     return matrix[:, :, :count].swapaxes(1, 2)
-
-
-def _unit(v: jax.Array) -> jax.Array:
-    length = vectors.norm(v)[:, None]
-    return v / jnp.where(length > 0, length, 1)
 
 
 def _matrix_radius(matrix: Float[Array, "batch n n"]) -> Float[Array, " batch"]:

@@ -199,7 +199,7 @@ class Solver(abc.ABC):
 
         Never where either is not finite: infinity is not below infinity.
         """
-        return (error <= self.atol + self.rtol * size) & jnp.isfinite(size)
+        return meets(error, size, rtol=self.rtol, atol=self.atol)
 
     def solve(
         self,
@@ -252,6 +252,17 @@ class Solver(abc.ABC):
             diverged=record.diverged,
             trace=record.trace,
         )
+
+
+def meets(
+    error: Float[Array, " batch"],
+    size: Float[Array, " batch"],
+    *,
+    rtol: float,
+    atol: float,
+) -> Bool[Array, " batch"]:
+    """Whether `error` ≤ atol + rtol · `size`, which has to be finite."""
+    return (error <= atol + rtol * size) & jnp.isfinite(size)
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:

@@ -1,7 +1,7 @@
 """GMRES and BiCGSTAB for a batch of systems at once. See linear.py.
 
-They are batched like the forward ones: each example has a Krylov space, a
-stopping point and a step count of its own. jax.scipy.sparse.linalg would run the whole
+They are batched like the forward solvers: each example has a Krylov space, a stopping
+point and a step count of its own. jax.scipy.sparse.linalg would run the whole
 batch as one system, in which each example depends on the others, and does not say how
 many steps it took.
 """
@@ -15,7 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from implicit_slots.fixed_point import vectors
-from implicit_slots.fixed_point.iteration import check_count, check_tolerances
+from implicit_slots.fixed_point.iteration import (
+    check_count,
+    check_tolerances,
+    meets,
+)
 from implicit_slots.fixed_point.linear import Affine, LinearSolved, Vector, measured
 
 
@@ -40,7 +44,7 @@ class _Krylov:
     _least = 1
 
     def _met(self, error, size):
-        return (error <= self.atol + self.rtol * size) & jnp.isfinite(size)
+        return meets(error, size, rtol=self.rtol, atol=self.atol)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,7 @@ class GMRES(_Krylov):
         count = min(self.max_steps, dim)
         length = vectors.norm(right)
         basis = jnp.zeros((batch, count + 1, dim), g.dtype)
-        basis = vectors.put(basis, 0, _divide(right, length))
+        basis = vectors.put(basis, 0, vectors.divide(right, length))
         identity = jnp.eye(count + 1, dtype=g.dtype)[None].repeat(batch, axis=0)
         start = _Arnoldi(
             basis=basis,
@@ -175,7 +179,7 @@ def orthogonalise(
     broken = ~(length > 4 * jnp.finfo(rest.dtype).eps * vectors.norm(image))
     length = jnp.where(broken, 0, length)
     column = vectors.put(first + second, index, length)
-    return _divide(rest, length), column, broken
+    return vectors.divide(rest, length), column, broken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,9 +283,3 @@ def _biconjugate_step(
         omega=omega,
     )
     return following, sound
-
-
-def _divide(vector: Vector, length: Float[Array, " batch"]) -> Vector:
-    """Returns the vector over its length, zero where that is zero."""
-    safe = jnp.where(length > 0, length, 1)[:, None]
-    return jnp.where(length[:, None] > 0, vector / safe, 0)

@@ -14,10 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from implicit_slots.fixed_point import vectors
-from implicit_slots.fixed_point.iteration import (
-    Solver,
-    check_count,
-)
+from implicit_slots.fixed_point.iteration import Solver, check_count
 
 Vector = Float[Array, "batch dim"]
 

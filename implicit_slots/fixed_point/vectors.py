@@ -119,6 +119,14 @@ def combine(
     return jnp.einsum("bm,bmn->bn", weights, rows, precision=_HIGHEST)
 
 
+def divide(
+    a: Float[Array, "batch dim"], length: Float[Array, " batch"]
+) -> Float[Array, "batch dim"]:
+    """Returns each vector over its length, zero where that is zero."""
+    safe = jnp.where(length > 0, length, 1)[:, None]
+    return jnp.where(length[:, None] > 0, a / safe, 0)
+
+
 def put(
     rows: Float[Array, "batch count *dim"], index: jax.typing.ArrayLike, row: Array
 ) -> Float[Array, "batch count *dim"]:

@@ -219,9 +219,7 @@ class SLATE(nnx.Module):
         probe: BackwardStats | None = None,
     ) -> SlotsOutput:
         """Returns the slots of embedded image tokens (without BOS)."""
-        inputs = self.encoder_mlp(self.encoder_norm(embedded))
-        slots = self.slot_attention.initial(len(inputs), key)
-        return self.slot_attention(inputs, slots, probe=probe)
+        return self.slot_attention(*self._encode(embedded, key), probe=probe)
 
     def backward_probe(self, batch: int) -> BackwardStats | None:
         """See `SlotAttention`."""
@@ -236,9 +234,12 @@ class SLATE(nnx.Module):
         """
         ids = self.dvae.encode(image).argmax(axis=-1)
         embedded = self.embed(with_bos(ids.reshape(len(image), -1)))[:, 1:]
+        return self.slot_attention.problem(*self._encode(embedded, key))
+
+    def _encode(self, embedded: jax.Array, key: jax.Array):
+        """What slot attention reads, and the slots that it starts from."""
         inputs = self.encoder_mlp(self.encoder_norm(embedded))
-        slots = self.slot_attention.initial(len(image), key)
-        return self.slot_attention.problem(inputs, slots)
+        return inputs, self.slot_attention.initial(len(inputs), key)
 
     def decode(
         self,
