@@ -171,12 +171,12 @@ def pixel_shuffle(x):
 
 
 def dvae_encode(image, p):
-    """Log-probabilities [H/4, W/4, V] of one image."""
+    """Logits [H/4, W/4, V] of one image."""
     layers = p["encoder"]["layers"]
     x = conv_block(image, layers[0], size=4, stride=4)
     for index in range(1, 7):
         x = conv_block(x, layers[index], size=1)
-    return np.log(softmax(linear(x, layers[7]), axis=-1))
+    return linear(x, layers[7])
 
 
 def dvae_decode(z, p):

@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from implicit_slots.models import layers
+from implicit_slots.models import layers, noise
 
 # Pixels per token along each side: fixed by the architecture.
 STRIDE = 4
@@ -91,12 +91,16 @@ class DVAE(nnx.Module):
     def encode(
         self, image: Float[Array, "batch height width 3"]
     ) -> Float[Array, "batch rows columns vocab"]:
-        """Returns log-probabilities of each token, one token per 4x4 pixels.
+        """Returns logits of each token, one token per 4x4 pixels.
+
+        Their log-softmax is what official SLATE calls the encoding. Neither argmax,
+        nor samples, nor a Gumbel-softmax see the difference, so it is left out.
+
 
         Raises:
           ValueError: if the image size is not divisible by four.
         """
-        return nnx.log_softmax(self.encoder(patches(image)), axis=-1)
+        return self.encoder(patches(image))
 
     def decode(
         self, tokens: Float[Array, "batch rows columns vocab"]
@@ -140,7 +144,7 @@ def pixel_shuffle(
 
 
 def gumbel_softmax(
-    log_probs: Float[Array, "*grid vocab"],
+    logits: Float[Array, "*grid vocab"],
     temperature: Float[Array, ""] | float,
     key: Key[Array, ""],
     *,
@@ -151,16 +155,9 @@ def gumbel_softmax(
     With `hard` the value is one-hot and the gradient that of the soft sample
     (straight-through).
     """
-    noise = jax.random.gumbel(key, log_probs.shape, log_probs.dtype)
-    soft = nnx.softmax((log_probs + noise) / temperature, axis=-1)
+    noisy = logits + noise.gumbel(key, logits.shape)
+    soft = nnx.softmax(noisy / temperature, axis=-1)
     if not hard:
         return soft
     one_hot = nnx.one_hot(soft.argmax(axis=-1), soft.shape[-1], dtype=soft.dtype)
     return soft + jax.lax.stop_gradient(one_hot - soft)
-
-
-def sample_tokens(
-    log_probs: Float[Array, "*grid vocab"], key: Key[Array, ""]
-) -> Int[Array, "*grid"]:
-    """Draws token ids: the hard Gumbel sample, which no temperature changes."""
-    return jax.random.categorical(key, log_probs, axis=-1)

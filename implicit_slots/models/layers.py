@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from implicit_slots.models import noise
+
 # PyTorch's default for LayerNorm and group_norm; Flax's is 1e-6.
 NORM_EPSILON = 1e-5
 
@@ -17,6 +19,17 @@ def xavier_uniform(gain: float = 1.0) -> nnx.Initializer:
     return nnx.initializers.variance_scaling(gain**2, "fan_avg", "uniform")
 
 
+class Linear(nnx.Linear):
+    """A dense layer, computed as one product of two matrices."""
+
+    def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
+        """Maps each vector of the last axis."""
+        # XLA's CPU compiler transposes a cotangent of more than two axes in memory
+        # before the product that gives the kernel's gradient.
+        rows = super().__call__(x.reshape(-1, x.shape[-1]))
+        return rows.reshape(*x.shape[:-1], -1)
+
+
 def linear(
     in_features: int,
     out_features: int,
@@ -24,9 +37,9 @@ def linear(
     bias: bool = True,
     kernel_init: nnx.Initializer | None = None,
     rngs: nnx.Rngs,
-) -> nnx.Linear:
+) -> Linear:
     """A dense layer: Xavier-uniform unless told otherwise, bias zero."""
-    return nnx.Linear(
+    return Linear(
         in_features,
         out_features,
         use_bias=bias,
@@ -35,11 +48,23 @@ def linear(
     )
 
 
-def layer_norm(features: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Layer normalisation with PyTorch's ε and a two-pass variance."""
-    return nnx.LayerNorm(
-        features, epsilon=NORM_EPSILON, use_fast_variance=False, rngs=rngs
-    )
+class LayerNorm(nnx.Module):
+    """Layer normalisation with PyTorch's ε and a two-pass variance.
+
+    As `nnx.LayerNorm(use_fast_variance=False)`, written so that scale and bias are
+    broadcast inside the pass that uses them; XLA's CPU compiler stores them otherwise.
+
+    Args:
+      features: width of the last axis, each with a scale and a bias.
+    """
+
+    def __init__(self, features: int):
+        self.scale = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+
+    def __call__(self, x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
+        """Normalises each vector of the last axis."""
+        return _affine(_standardise(x, (-1,)), self.scale[...], self.bias[...])
 
 
 class OneGroupNorm(nnx.Module):
@@ -57,10 +82,18 @@ class OneGroupNorm(nnx.Module):
         self, x: Float[Array, "batch height width dim"]
     ) -> Float[Array, "batch height width dim"]:
         """Normalises each image on its own."""
-        centred = x - x.mean(axis=(1, 2, 3), keepdims=True)
-        variance = jnp.square(centred).mean(axis=(1, 2, 3), keepdims=True)
-        normed = centred * jax.lax.rsqrt(variance + NORM_EPSILON)
-        return normed * self.scale[None, None, None] + self.bias[None, None, None]
+        return _affine(_standardise(x, (1, 2, 3)), self.scale[...], self.bias[...])
+
+
+def _standardise(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    centred = x - x.mean(axis=axes, keepdims=True)
+    variance = jnp.square(centred).mean(axis=axes, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + NORM_EPSILON)
+
+
+def _affine(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    shape = (1,) * (x.ndim - 1) + scale.shape
+    return x * scale.reshape(shape) + bias.reshape(shape)
 
 
 def dropout(
@@ -69,8 +102,7 @@ def dropout(
     """Zeroes entries with probability `rate`, scales the rest; off without a key."""
     if key is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0)
+    return jnp.where(noise.keep_mask(key, rate, x.shape), x / (1 - rate), 0)
 
 
 class MLP(nnx.Module):

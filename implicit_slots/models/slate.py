@@ -12,13 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from implicit_slots.fixed_point import Adjoint, BackwardStats, Solver, Stats
-from implicit_slots.models import layers
-from implicit_slots.models.dvae import (
-    DVAE,
-    STRIDE,
-    gumbel_softmax,
-    sample_tokens,
-)
+from implicit_slots.models import layers, noise
+from implicit_slots.models.cross_entropy import cross_entropy
+from implicit_slots.models.dvae import DVAE, STRIDE, gumbel_softmax
 from implicit_slots.models.slot_attention import Problem, SlotAttention, SlotsOutput
 from implicit_slots.models.transformer import TransformerDecoder
 
@@ -138,7 +134,7 @@ class SLATE(nnx.Module):
                 'initial_positions must be "normal" or "smooth", got '
                 f"{initial_positions!r}"
             )
-        self.encoder_norm = layers.layer_norm(width, rngs=rngs)
+        self.encoder_norm = layers.LayerNorm(width)
         self.encoder_mlp = layers.MLP(width, width, rngs=rngs)
         self.slot_attention = SlotAttention(
             width,
@@ -180,13 +176,13 @@ class SLATE(nnx.Module):
         key_relaxed, key_hard, key_slots, key_embed, key_decoder = jax.random.split(
             key, 5
         )
-        log_probs = self.dvae.encode(image)
-        relaxed = gumbel_softmax(log_probs, temperature, key_relaxed, hard=self.hard)
+        token_logits = self.dvae.encode(image)
+        relaxed = gumbel_softmax(token_logits, temperature, key_relaxed, hard=self.hard)
         reconstruction = self.dvae.decode(relaxed)
         mse = squared_error(image, reconstruction)
 
         # A second, independent sample; the transformer never trains the dVAE.
-        targets = sample_tokens(jax.lax.stop_gradient(log_probs), key_hard)
+        targets = noise.categorical(key_hard, jax.lax.stop_gradient(token_logits))
         targets = targets.reshape(len(image), -1)
         embedded = layers.dropout(
             self.embed(with_bos(targets)),
@@ -197,10 +193,10 @@ class SLATE(nnx.Module):
         logits = self.decode(
             embedded[:, :-1], slots.slots, key=None if deterministic else key_decoder
         )
-        log_likelihood = jnp.take_along_axis(
-            nnx.log_softmax(logits, axis=-1), targets[..., None], axis=-1
-        )
-        losses = {"mse": mse, "cross_entropy": -log_likelihood.sum(axis=(1, 2))}
+        losses = {
+            "mse": mse,
+            "cross_entropy": cross_entropy(logits, targets).sum(axis=1),
+        }
         return SlateOutput(
             losses, reconstruction, self._on_grid(slots.attention), slots.stats
         )

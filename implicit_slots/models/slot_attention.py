@@ -47,10 +47,10 @@ class SlotAttentionStep(nnx.Module):
     ):
         self.num_heads = num_heads
         self.epsilon = epsilon
-        self.norm_slots = layers.layer_norm(slot_size, rngs=rngs)
+        self.norm_slots = layers.LayerNorm(slot_size)
         self.project_q = layers.linear(slot_size, slot_size, bias=False, rngs=rngs)
         self.gru = layers.GRUCell(slot_size, rngs=rngs)
-        self.norm_mlp = layers.layer_norm(slot_size, rngs=rngs)
+        self.norm_mlp = layers.LayerNorm(slot_size)
         self.mlp = layers.MLP(slot_size, mlp_size, rngs=rngs)
 
     def __call__(
@@ -184,7 +184,7 @@ class SlotAttention(nnx.Module):
         self.straight_through = straight_through
         self.solver = solver
         self.adjoint = adjoint
-        self.norm_inputs = layers.layer_norm(input_size, rngs=rngs)
+        self.norm_inputs = layers.LayerNorm(input_size)
         self.project_k = layers.linear(input_size, slot_size, bias=False, rngs=rngs)
         self.project_v = layers.linear(input_size, slot_size, bias=False, rngs=rngs)
         self.step = SlotAttentionStep(

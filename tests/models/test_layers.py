@@ -58,7 +58,7 @@ def assert_uniform(values, bound):
 
 
 def test_layer_norm_uses_pytorchs_epsilon():
-    norm = layers.layer_norm(8, rngs=nnx.Rngs(0))
+    norm = layers.LayerNorm(8)
     x = 1e-3 * np.random.default_rng(0).normal(size=(3, 8)).astype("f4")
     want = reference.layer_norm(np.float64(x), {"scale": 1, "bias": 0})
     assert relative_error(norm(jnp.asarray(x)), want) < FLOAT32

@@ -1,0 +1,81 @@
+"""Random numbers for masks and noise of the size of an activation, made in passing.
+
+JAX's own generator (threefry) is a loop that writes every intermediate word to memory:
+on a CPU it took a quarter of a train step. Here each number is a hash of its position
+and of the key, so it fuses with whatever uses it and is never stored. Keys are JAX's,
+and the hash is no cryptographic generator: it is for dropout and Gumbel noise.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+# Uniform numbers have 23 bits and lie in the middle of their interval: never 0 or 1.
+_STEP = 2.0**-23
+
+
+def random_bits(key: Key[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """Returns independent uniform 32-bit words, a pure function of (key, position).
+
+    Two rounds of a 32-bit integer hash (multiply, xor-shift; constants found by
+    C. Wellons' hash prospector), each entered with 32 bits that threefry makes of the
+    key.
+    """
+    if math.prod(shape) > 2**32:
+        raise ValueError(f"at most 2^32 random words at a time, got shape {shape}")
+    seeds = jax.random.bits(key, (2,), jnp.uint32)
+    position = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    return _mix(_mix(position ^ seeds[0]) + seeds[1])
+
+
+def keep_mask(
+    key: Key[Array, ""], rate: float, shape: tuple[int, ...]
+) -> Bool[Array, "..."]:
+    """Returns which entries dropout keeps: each with probability 1 − rate."""
+    threshold = min(round((1 - rate) * 2**32), 2**32 - 1)
+    return random_bits(key, shape) < jnp.uint32(threshold)
+
+
+def gumbel(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Returns standard Gumbel noise, −log(−log u)."""
+    words = random_bits(key, shape) >> 9
+    uniform = words.astype(jnp.float32) * jnp.float32(_STEP) + jnp.float32(_STEP / 2)
+    return -jnp.log(-jnp.log(uniform))
+
+
+def categorical(
+    key: Key[Array, ""], logits: Float[Array, "*grid classes"]
+) -> Int[Array, "*grid"]:
+    """Draws a class of each row of unnormalised log-probabilities.
+
+    By inversion in two stages, first a group of classes and then one of the group:
+    two uniform numbers a row and one pass over the logits, where adding Gumbel noise
+    and taking the largest needs a number per class and an argmax, on a CPU twenty
+    times slower.
+    """
+    classes = logits.shape[-1]
+    # The divisor nearest to the root from below; 1 for a prime: then one stage.
+    groups = next(n for n in range(math.isqrt(classes), 0, -1) if classes % n == 0)
+    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    weights = weights.reshape(*logits.shape[:-1], groups, classes // groups)
+    uniform = jax.random.uniform(key, (2, *logits.shape[:-1], 1), logits.dtype)
+    group = _invert(weights.sum(axis=-1), uniform[0])
+    of_group = jnp.take_along_axis(weights, group[..., None, None], axis=-2)
+    within = _invert(of_group.squeeze(-2), uniform[1])
+    return group * (classes // groups) + within
+
+
+def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The first index at which the running sum exceeds its share of the total."""
+    running = jnp.cumsum(weights, axis=-1)
+    # Below one by more than rounding: the last index is chosen only if it weighs.
+    share = uniform * (1 - 2.0**-22) * running[..., -1:]
+    return (running <= share).sum(axis=-1, dtype=jnp.int32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x735A2D97)
+    return x ^ (x >> 15)
