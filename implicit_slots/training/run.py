@@ -13,6 +13,7 @@ from importlib import metadata
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
@@ -93,15 +94,10 @@ def run(
     check_same_run(config, workdir)
     mesh = build_mesh(config.batch_size)
 
-    def build() -> SLATE:
-        return build_model(
-            config.model, resolution=config.data.resolution, seed=config.seed
-        )
-
     try:
         # Shapes alone, which takes no time: a model that cannot be built is refused
         # before data is opened.
-        graphdef, shapes = split_model(nnx.eval_shape(build))
+        graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
         optimizer = build_optimizer(
             config.optimizer, shapes, num_steps=config.num_steps
         )
@@ -116,7 +112,7 @@ def run(
         # Scenes are rendered on first use: the first ones while the model is built. A
         # failure here comes up again, in the loop.
         ThreadPoolExecutor(1).submit(train.batch, np.arange(1))
-    params = split_model(build())[1]
+    params = split_model(build(config))[1]
     state = replicate(initial_state(params, optimizer), mesh)
 
     checkpoints = open_workdir(config, workdir, training)
@@ -183,17 +179,26 @@ def load(workdir: pathlib.Path) -> tuple[Config, SLATE]:
     if not path.exists() or not (workdir / CHECKPOINT_FOLDER).is_dir():
         raise UserError(f"{workdir} holds no run; train one there first")
     config: Config = ConfigDict(json.loads(path.read_text()))
-    model = build_model(
-        config.model, resolution=config.data.resolution, seed=config.seed
-    )
-    _, params = split_model(model)
+    graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
+    # Drawing parameters that are replaced at once would take seconds.
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     optimizer = build_optimizer(config.optimizer, params, num_steps=config.num_steps)
     with contextlib.closing(Checkpoints(workdir, keep=1)) as checkpoints:
         if checkpoints.latest_step() is None:
             raise UserError(f"{workdir} holds no checkpoint; train there first")
         state = checkpoints.restore(initial_state(params, optimizer))
-    nnx.update(model, state.params)
-    return config, model
+    return config, nnx.merge(graphdef, state.params)
+
+
+def build(config: Config) -> SLATE:
+    """Builds the model of a whole configuration.
+
+    Raises:
+      ValueError: if a name or a value is not one of the possible ones.
+    """
+    return build_model(
+        config.model, resolution=config.data.resolution, seed=config.seed
+    )
 
 
 def check(config: Config, mode: str) -> None:

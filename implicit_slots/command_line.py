@@ -1,0 +1,43 @@
+"""Flags, and what is wrong with them in one sentence: what every command shares."""
+
+import re
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+FILE_FLAG = re.compile(r"flag --config=(?!None:)")
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses the flags of a command that has a --config; `app.run`'s flags_parser.
+
+    Exits with code 2 for bad flags, 1 for a configuration that is not there or a key
+    that it does not have.
+    """
+    try:
+        rest = flags.FLAGS(argv)
+        config = flags.FLAGS["config"].value
+        _ = config and config.name  # a file that cannot be loaded fails here
+        return rest
+    except flags.Error as error:
+        # ml_collections puts the traceback of a failing configuration file before
+        # the last line, which alone says what is wrong.
+        sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        print(f"error: {sentence}", file=sys.stderr)
+        # --config=FILE:variant is the configuration's fault, --config.key=value and the
+        # rest are flags'.
+        sys.exit(1 if FILE_FLAG.match(str(error)) else 2)
+    except ImportError as error:
+        sys.exit(
+            f"error: the configuration needs a module that is not there ({error}); "
+            "start from the project's root"
+        )
+    except OSError:
+        file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+        sys.exit(f"error: there is no configuration file {file}")
+    except (KeyError, AttributeError) as error:
+        key = str(error.args[0]).splitlines()[0].strip("'\"")
+        sys.exit(
+            f"error: the configuration has no key {key}; configs/base.py declares them"
+        )
