@@ -23,6 +23,9 @@ def get_config(name: str, data: Config) -> Config:
     config.num_steps = 250_000
     config.batch_size = 50  # over all devices
 
+    # Or "bfloat16": products alone; parameters, softmaxes and losses stay float32.
+    config.precision = "float32"
+
     config.model = ConfigDict()
     config.model.name = "slate"
     config.model.vocab_size = 4096
@@ -31,6 +34,11 @@ def get_config(name: str, data: Config) -> Config:
     config.model.num_blocks = 8
     config.model.num_heads = 8
     config.model.dropout = 0.1
+    config.model.attention_dropout = 0.1  # on the decoder's attention weights
+    config.model.attention = (
+        "xla"  # or "cudnn": NVIDIA, bfloat16, no dropout on weights
+    )
+    config.model.remat = False  # recompute decoder blocks instead of storing them
     config.model.hard = False  # straight-through one-hot dVAE tokens
     config.model.num_slots = 12
     config.model.slot_size = 192

@@ -45,6 +45,7 @@ def set_size(config: Config) -> None:
         num_blocks=1,
         num_heads=4,
         dropout=0.0,
+        attention_dropout=0.0,
         num_slots=5,
         slot_size=64,
         slot_mlp_size=64,

@@ -116,22 +116,21 @@ def assert_equal(got, want, tolerance):
         assert relative_error(ours, oracle) < tolerance
 
 
-def slot_attention(batch=2, inputs=7, slots=3, size=4, strength=0.3, seed=3):
-    """A real slot attention step in float64 as f, with keys and values, slots, params.
+def slot_attention(batch=2, inputs=7, slots=3, size=4, strength=0.6, seed=7):
+    """A real slot attention step in float64 as f, with parameters, inputs and slots.
 
     `strength` scales what the residual MLP adds: an untrained step need not contract.
     With this seed the slots of both examples differ at the fixed point (with many, all
     slots become one) and the plain iteration contracts like 0.9.
     """
-    step = SlotAttentionStep(size, 2 * size, rngs=nnx.Rngs(seed))
+    step = SlotAttentionStep(size, size, 2 * size, rngs=nnx.Rngs(seed))
     step.mlp.leave.kernel[...] *= strength
     graphdef, params = nnx.split(step)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(leaf, jnp.float64), nnx.to_pure_dict(params)
     )
     rng = np.random.default_rng(seed)
-    shape = (batch, inputs, 1, size)
-    x = tuple(jnp.asarray(rng.normal(size=shape)) for _ in range(2))
+    x = jnp.asarray(rng.normal(size=(batch, inputs, size)))
     z0 = jnp.asarray(rng.normal(size=(batch, slots, size)))
     return WithoutAttention(StepFunction(graphdef)), params, x, z0
 
@@ -143,6 +142,4 @@ class WithoutAttention(NamedTuple):
 
     def __call__(self, params, x, slots):
         """(params, x, z) -> z."""
-        # Flax's LayerNorm promotes float64 with float32 to find its dtype.
-        with jax.numpy_dtype_promotion("standard"):
-            return self.step(params, x, slots)[0]
+        return self.step(params, x, slots)[0]

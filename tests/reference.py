@@ -80,9 +80,9 @@ def slot_attention(inputs, slots, p, *, iterations, heads, epsilon=1e-8):
     count, size = slots.shape
     depth = size // heads
     inputs = layer_norm(inputs, p["norm_inputs"])
-    k = linear(inputs, p["project_k"]) * depth**-0.5
-    v = linear(inputs, p["project_v"])
     step = p["step"]
+    k = linear(inputs, step["project_k"]) * depth**-0.5
+    v = linear(inputs, step["project_v"])
     attention = np.zeros((heads, len(inputs), count))
     for _ in range(iterations):
         q = linear(layer_norm(slots, step["norm_slots"]), step["project_q"])

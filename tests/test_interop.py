@@ -62,6 +62,7 @@ def official_config(heads: int = 1, size=official.SIZE, **changes) -> Config:
         num_blocks=size["num_dec_blocks"],
         num_heads=size["num_heads"],
         dropout=size["dropout"],
+        attention_dropout=size["dropout"],
         num_slots=size["num_slots"],
         slot_size=size["slot_size"],
         slot_mlp_size=size["mlp_hidden_size"],

@@ -21,6 +21,7 @@ from implicit_slots.fixed_point import (
     Truncated,
     Unrolled,
 )
+from implicit_slots.models.layers import set_precision
 from implicit_slots.models.slate import SLATE
 
 MODELS = {"slate": SLATE}
@@ -47,7 +48,9 @@ ADJOINTS = {
 }
 
 
-def build_model(config: Config, *, resolution: int, seed: int) -> SLATE:
+def build_model(
+    config: Config, *, resolution: int, seed: int, precision: str = "float32"
+) -> SLATE:
     """Builds the model of a configuration's `model` section.
 
     Args:
@@ -55,13 +58,14 @@ def build_model(config: Config, *, resolution: int, seed: int) -> SLATE:
         class, and everything else goes to the constructor as it stands.
       resolution: image side in pixels.
       seed: of the initial parameters.
+      precision: see `layers.set_precision`.
 
     Raises:
       ValueError: if a name or a value is not one of the possible ones.
     """
     arguments: dict[str, Any] = config.to_dict()
-    model = _pick(MODELS, "model.name", arguments.pop("name"))
-    return model(
+    kind = _pick(MODELS, "model.name", arguments.pop("name"))
+    model = kind(
         **arguments
         | {
             "resolution": resolution,
@@ -70,6 +74,8 @@ def build_model(config: Config, *, resolution: int, seed: int) -> SLATE:
         },
         rngs=nnx.Rngs(params=seed),
     )
+    set_precision(model, precision)
+    return model
 
 
 def build_solver(section: dict[str, Any]) -> Solver:

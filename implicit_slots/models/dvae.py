@@ -32,7 +32,7 @@ class Block(nnx.Module):
     ):
         init = layers.kaiming_uniform
         if kernel_size == 1:
-            self.convolution = layers.linear(
+            self.convolution = layers.Linear(
                 in_features, out_features, bias=False, kernel_init=init, rngs=rngs
             )
         else:
@@ -69,13 +69,13 @@ class DVAE(nnx.Module):
             # The 4x4 convolution of stride 4, as a dense layer on patches.
             Block(STRIDE * STRIDE * 3, features, rngs=rngs),
             *[Block(features, features, rngs=rngs) for _ in range(6)],
-            layers.linear(features, vocab_size, rngs=rngs),
+            layers.Linear(features, vocab_size, full_output=True, rngs=rngs),
         )
         self.decoder = nnx.Sequential(
             Block(vocab_size, features, rngs=rngs),
             *self._upsample(features, rngs),
             *self._upsample(features, rngs),
-            layers.linear(features, 3, rngs=rngs),
+            layers.Linear(features, 3, full_output=True, rngs=rngs),
         )
 
     @staticmethod

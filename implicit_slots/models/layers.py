@@ -10,6 +10,9 @@ from implicit_slots.models import noise
 # PyTorch's default for LayerNorm and group_norm; Flax's is 1e-6.
 NORM_EPSILON = 1e-5
 
+# What products are made in; None: as their parameters are.
+PRECISIONS = {"float32": None, "bfloat16": jnp.bfloat16}
+
 # PyTorch's kaiming_uniform_(nonlinearity="relu"): bound √(6 / fan_in).
 kaiming_uniform = nnx.initializers.variance_scaling(2.0, "fan_in", "uniform")
 
@@ -19,33 +22,101 @@ def xavier_uniform(gain: float = 1.0) -> nnx.Initializer:
     return nnx.initializers.variance_scaling(gain**2, "fan_avg", "uniform")
 
 
-class Linear(nnx.Linear):
-    """A dense layer, computed as one product of two matrices."""
+class Linear(nnx.Module):
+    """A dense layer, computed as one product of two matrices.
+
+    Args:
+      in_features: width of the input.
+      out_features: width of the output.
+      bias: whether to add one; it begins at zero.
+      kernel_init: Xavier-uniform unless told otherwise.
+      full_output: return float32 whatever the precision: for logits and images.
+      rngs: source of the initial parameters.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        kernel_init: nnx.Initializer | None = None,
+        full_output: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        init = kernel_init or xavier_uniform()
+        self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features)))
+        self.bias = nnx.Param(jnp.zeros(out_features)) if bias else None
+        self.full_output = full_output
+        self.dtype = None  # the parameters'; see `set_precision`
 
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
         """Maps each vector of the last axis."""
-        # XLA's CPU compiler transposes a cotangent of more than two axes in memory
-        # before the product that gives the kernel's gradient.
-        rows = super().__call__(x.reshape(-1, x.shape[-1]))
-        return rows.reshape(*x.shape[:-1], -1)
+        return dense(
+            x,
+            self.kernel[...],
+            None if self.bias is None else self.bias[...],
+            dtype=self.dtype,
+            full_output=self.full_output,
+        )
 
 
-def linear(
-    in_features: int,
-    out_features: int,
+def dense(
+    x: Float[Array, "... inputs"],
+    kernel: Float[Array, "inputs outputs"],
+    bias: Float[Array, " outputs"] | None = None,
     *,
-    bias: bool = True,
-    kernel_init: nnx.Initializer | None = None,
-    rngs: nnx.Rngs,
-) -> Linear:
-    """A dense layer: Xavier-uniform unless told otherwise, bias zero."""
-    return Linear(
-        in_features,
-        out_features,
-        use_bias=bias,
-        kernel_init=kernel_init or xavier_uniform(),
-        rngs=rngs,
-    )
+    dtype: jax.typing.DTypeLike | None = None,
+    full_output: bool = False,
+) -> Float[Array, "... outputs"]:
+    """Returns x · kernel + bias, multiplied in `dtype`; see `Linear`."""
+    dtype = dtype or kernel.dtype
+    # XLA's CPU compiler transposes a cotangent of more than two axes in memory before
+    # the product that gives the kernel's gradient.
+    rows, kernel = x.reshape(-1, x.shape[-1]).astype(dtype), kernel.astype(dtype)
+    rows = product("ni,io->no", rows, kernel) if full_output else rows @ kernel
+    if bias is not None:
+        rows = rows + bias.astype(rows.dtype)[None]
+    return rows.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def product(
+    indices: str, one: Float[Array, "..."], other: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """Returns an einsum of two arrays, accumulated and returned in full precision."""
+    full = jnp.float32 if one.dtype.itemsize < 4 else one.dtype
+    if jax.default_backend() == "cpu":
+        # Not every shape has such a product of bfloat16 there. Those of the same
+        # numbers as float32 are equal: float32 holds a product of two exactly.
+        one, other = one.astype(full), other.astype(full)
+    return jnp.einsum(indices, one, other, preferred_element_type=full)
+
+
+def set_precision(model: nnx.Module, precision: str) -> None:
+    """Sets what a model multiplies in: every dense layer, convolution and attention.
+
+    Parameters stay float32, and so do residual streams, norms' and softmaxes'
+    statistics, slots, logits, images and losses.
+
+    Args:
+      model: changed in place.
+      precision: "float32" or "bfloat16".
+
+    Raises:
+      ValueError: if there is no such precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}"
+        )
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Linear | nnx.Conv):
+            module.dtype = PRECISIONS[precision]
+
+
+def split_key(key: Key[Array, ""] | None, count: int) -> list[Key[Array, ""] | None]:
+    """Returns `count` keys; no keys of no key."""
+    return [None] * count if key is None else list(jax.random.split(key, count))
 
 
 class LayerNorm(nnx.Module):
@@ -64,7 +135,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
         """Normalises each vector of the last axis."""
-        return _affine(_standardise(x, (-1,)), self.scale[...], self.bias[...])
+        return _normalise(x, (-1,), self.scale[...], self.bias[...])
 
 
 class OneGroupNorm(nnx.Module):
@@ -82,18 +153,19 @@ class OneGroupNorm(nnx.Module):
         self, x: Float[Array, "batch height width dim"]
     ) -> Float[Array, "batch height width dim"]:
         """Normalises each image on its own."""
-        return _affine(_standardise(x, (1, 2, 3)), self.scale[...], self.bias[...])
+        return _normalise(x, (1, 2, 3), self.scale[...], self.bias[...])
 
 
-def _standardise(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    centred = x - x.mean(axis=axes, keepdims=True)
+def _normalise(
+    x: jax.Array, axes: tuple[int, ...], scale: jax.Array, bias: jax.Array
+) -> jax.Array:
+    """Computes in the parameters' precision, returns the input's."""
+    full = x.astype(scale.dtype)
+    centred = full - full.mean(axis=axes, keepdims=True)
     variance = jnp.square(centred).mean(axis=axes, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + NORM_EPSILON)
-
-
-def _affine(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    normed = centred * jax.lax.rsqrt(variance + NORM_EPSILON)
     shape = (1,) * (x.ndim - 1) + scale.shape
-    return x * scale.reshape(shape) + bias.reshape(shape)
+    return (normed * scale.reshape(shape) + bias.reshape(shape)).astype(x.dtype)
 
 
 def dropout(
@@ -118,14 +190,14 @@ class MLP(nnx.Module):
     def __init__(
         self, features: int, hidden: int, *, gain: float = 1.0, rngs: nnx.Rngs
     ):
-        self.enter = linear(features, hidden, kernel_init=kaiming_uniform, rngs=rngs)
-        self.leave = linear(
+        self.enter = Linear(features, hidden, kernel_init=kaiming_uniform, rngs=rngs)
+        self.leave = Linear(
             hidden, features, kernel_init=xavier_uniform(gain), rngs=rngs
         )
 
     def __call__(self, x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
         """Maps each vector of the last axis."""
-        return self.leave(nnx.relu(self.enter(x)))
+        return self.leave(nnx.relu(self.enter(x))).astype(x.dtype)
 
 
 class GRUCell(nnx.Module):
@@ -144,8 +216,8 @@ class GRUCell(nnx.Module):
         # PyTorch computes fans on the stacked [3·D, D] matrices, and draws the
         # recurrent one as a single orthogonal [3·D, D] matrix: its columns are
         # orthonormal, so in our transposed layout the rows are.
-        self.input = linear(features, 3 * features, rngs=rngs)
-        self.recurrent = linear(
+        self.input = Linear(features, 3 * features, rngs=rngs)
+        self.recurrent = Linear(
             features,
             3 * features,
             kernel_init=nnx.initializers.orthogonal(),
@@ -156,8 +228,11 @@ class GRUCell(nnx.Module):
         self, x: Float[Array, "... dim"], h: Float[Array, "... dim"]
     ) -> Float[Array, "... dim"]:
         """Returns the next state from the input `x` and the state `h`."""
-        x_reset, x_update, x_new = jnp.split(self.input(x), 3, axis=-1)
-        h_reset, h_update, h_new = jnp.split(self.recurrent(h), 3, axis=-1)
+        of_input, of_state = (
+            y.astype(h.dtype) for y in (self.input(x), self.recurrent(h))
+        )
+        x_reset, x_update, x_new = jnp.split(of_input, 3, axis=-1)
+        h_reset, h_update, h_new = jnp.split(of_state, 3, axis=-1)
         reset = nnx.sigmoid(x_reset + h_reset)
         update = nnx.sigmoid(x_update + h_update)
         new = jnp.tanh(x_new + reset * h_new)

@@ -1,125 +1,26 @@
 """The autoregressive transformer decoder of SLATE."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from implicit_slots.models import layers
-
-Heads = Float[Array, "batch _ heads head_dim"]
-
-# Groups of queries in causal attention; see `MultiHeadAttention`.
-CAUSAL_GROUPS = 4
+from implicit_slots.models.attention import KeysValues, MultiHeadAttention
 
 
-class MultiHeadAttention(nnx.Module):
-    """Attention without biases; dropout on the weights and on the output.
+class BlockMemory(NamedTuple):
+    """What a block keeps while tokens are generated one by one.
 
-    Args:
-      width: features of queries, memory and output.
-      num_heads: must divide `width`.
-      dropout: rate of both dropouts.
-      gain: of the output projection's Xavier-uniform initialiser.
-      rngs: source of the initial parameters.
+    Attributes:
+      tokens: keys and values of the tokens so far, with room for the others.
+      slots: keys and values of the slots.
     """
 
-    def __init__(
-        self, width: int, num_heads: int, *, dropout: float, gain: float, rngs: nnx.Rngs
-    ):
-        if num_heads < 1 or width % num_heads:
-            raise ValueError(
-                f"the transformer's width must be a multiple of its heads, got {width} "
-                f"and {num_heads}"
-            )
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.project_q = layers.linear(width, width, bias=False, rngs=rngs)
-        self.project_k = layers.linear(width, width, bias=False, rngs=rngs)
-        self.project_v = layers.linear(width, width, bias=False, rngs=rngs)
-        self.project_o = layers.linear(
-            width,
-            width,
-            bias=False,
-            kernel_init=layers.xavier_uniform(gain),
-            rngs=rngs,
-        )
-
-    def __call__(
-        self,
-        x: Float[Array, "batch target dim"],
-        memory: Float[Array, "batch source dim"] | None = None,
-        *,
-        key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "batch target dim"]:
-        """Reads `memory` from `x`; no dropout without a key.
-
-        Without a memory it is causal self-attention: token t reads the tokens 0 … t.
-        """
-        key_weights, key_output = _split(key, 2)
-        if memory is None:
-            read = self._attend_causally(*self._project_all(x), key_weights)
-        else:
-            q = self._split_heads(self.project_q(x))
-            read = self._attend(q, *self.keys_values(memory), key=key_weights)
-        output = self.project_o(read.reshape(x.shape))
-        return layers.dropout(output, self.dropout, key_output)
-
-    def keys_values(
-        self, memory: Float[Array, "batch source dim"]
-    ) -> tuple[Heads, Heads]:
-        """Returns what is read from a memory."""
-        return (
-            self._split_heads(self.project_k(memory)),
-            self._split_heads(self.project_v(memory)),
-        )
-
-    def _project_all(self, x: jax.Array) -> list[jax.Array]:
-        # One product instead of three: on a CPU faster forward and backward.
-        layers_ = (self.project_q, self.project_k, self.project_v)
-        kernel = jnp.concatenate([layer.kernel[...] for layer in layers_], axis=1)
-        parts = jnp.split(x.reshape(-1, x.shape[-1]) @ kernel, 3, axis=-1)
-        return [self._split_heads(part.reshape(x.shape)) for part in parts]
-
-    def _attend_causally(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, key: jax.Array | None
-    ) -> jax.Array:
-        """Attention in which position t sees 0 … t, in groups of queries.
-
-        Each group meets only the keys up to its end: four groups save 3/8 of the work.
-        """
-        length = q.shape[1]
-        groups = min(CAUSAL_GROUPS, length)
-        ends = [length * (i + 1) // groups for i in range(groups)]
-        read = []
-        for start, end, group_key in zip(
-            [0, *ends[:-1]], ends, _split(key, groups), strict=True
-        ):
-            past = jnp.tri(end - start, end, start, dtype=bool)
-            read.append(
-                self._attend(
-                    q[:, start:end], k[:, :end], v[:, :end], mask=past, key=group_key
-                )
-            )
-        return jnp.concatenate(read, axis=1)
-
-    def _attend(
-        self,
-        q: Heads,
-        k: Heads,
-        v: Heads,
-        *,
-        mask: Bool[Array, "target source"] | None = None,
-        key: jax.Array | None = None,
-    ) -> Heads:
-        logits = jnp.einsum("bthd,bshd->bhts", q * q.shape[-1] ** -0.5, k)
-        if mask is not None:
-            logits = jnp.where(mask, logits, -jnp.inf)
-        weights = layers.dropout(nnx.softmax(logits, axis=-1), self.dropout, key)
-        return jnp.einsum("bhts,bshd->bthd", weights, v)
-
-    def _split_heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-1], self.num_heads, -1)
+    tokens: KeysValues
+    slots: KeysValues
 
 
 class Block(nnx.Module):
@@ -128,7 +29,9 @@ class Block(nnx.Module):
     Args:
       width: features of a token.
       num_heads: attention heads.
-      dropout: rate, everywhere.
+      dropout: rate, on the output of each of the three.
+      attention_dropout: rate, on the attention's weights.
+      attention: how self-attention is computed; see `MultiHeadAttention`.
       gain: of the residual branches' last layers.
       is_first: normalise the input itself and add the self-attention to that, as
         official SLATE does in its first block.
@@ -141,6 +44,8 @@ class Block(nnx.Module):
         num_heads: int,
         *,
         dropout: float,
+        attention_dropout: float,
+        attention: str,
         gain: float,
         is_first: bool,
         rngs: nnx.Rngs,
@@ -148,13 +53,19 @@ class Block(nnx.Module):
         self.is_first = is_first
         self.dropout = dropout
         self.norm_self = layers.LayerNorm(width)
-        self.self_attention = MultiHeadAttention(
-            width, num_heads, dropout=dropout, gain=gain, rngs=rngs
+        self.self_attention, self.cross_attention = (
+            MultiHeadAttention(
+                width,
+                num_heads,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                implementation=implementation,
+                gain=gain,
+                rngs=rngs,
+            )
+            for implementation in (attention, "xla")
         )
         self.norm_cross = layers.LayerNorm(width)
-        self.cross_attention = MultiHeadAttention(
-            width, num_heads, dropout=dropout, gain=gain, rngs=rngs
-        )
         self.norm_mlp = layers.LayerNorm(width)
         self.mlp = layers.MLP(width, 4 * width, gain=gain, rngs=rngs)
 
@@ -166,14 +77,27 @@ class Block(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
         """Maps tokens to tokens; token t sees the tokens 0 … t and every slot."""
-        key_self, key_cross, key_mlp = _split(key, 3)
+        key_self, key_cross, key_mlp = layers.split_key(key, 3)
         normed = self.norm_self(x)
-        if self.is_first:
-            x = normed
+        x = normed if self.is_first else x
         x = x + self.self_attention(normed, key=key_self)
         x = x + self.cross_attention(self.norm_cross(x), slots, key=key_cross)
         mlp = self.mlp(self.norm_mlp(x))
         return x + layers.dropout(mlp, self.dropout, key_mlp)
+
+    def extend(
+        self,
+        x: Float[Array, "batch dim"],
+        memory: BlockMemory,
+        position: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "batch dim"], BlockMemory]:
+        """Maps the token at `position` alone, without dropout."""
+        normed = self.norm_self(x)
+        x = normed if self.is_first else x
+        read, tokens = self.self_attention.extend(normed, memory.tokens, position)
+        x = x + read
+        x = x + self.cross_attention.recall(self.norm_cross(x), memory.slots)
+        return x + self.mlp(self.norm_mlp(x)), memory._replace(tokens=tokens)
 
 
 class TransformerDecoder(nnx.Module):
@@ -183,7 +107,11 @@ class TransformerDecoder(nnx.Module):
       num_blocks: how many blocks, at least one.
       width: features of a token.
       num_heads: attention heads.
-      dropout: rate, everywhere.
+      dropout: rate, on the output of each layer.
+      attention_dropout: rate, on the attention's weights.
+      attention: how self-attention is computed; see `MultiHeadAttention`.
+      remat: recompute each block in the backward pass instead of keeping what it
+        computed: memory of one block instead of all, for a third more work.
       rngs: source of the initial parameters.
     """
 
@@ -194,15 +122,21 @@ class TransformerDecoder(nnx.Module):
         num_heads: int,
         *,
         dropout: float,
+        attention_dropout: float,
+        attention: str,
+        remat: bool,
         rngs: nnx.Rngs,
     ):
         if num_blocks < 1:
             raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
+        self.remat = remat
         self.blocks = nnx.List(
             Block(
                 width,
                 num_heads,
                 dropout=dropout,
+                attention_dropout=attention_dropout,
+                attention=attention,
                 gain=(3 * num_blocks) ** -0.5,
                 is_first=index == 0,
                 rngs=rngs,
@@ -219,12 +153,51 @@ class TransformerDecoder(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
         """Maps embedded tokens to features; causal; no dropout without a key."""
-        for block, block_key in zip(
-            self.blocks, _split(key, len(self.blocks)), strict=True
-        ):
-            x = block(x, slots, key=block_key)
+        keys = layers.split_key(key, len(self.blocks))
+        for block, block_key in zip(self.blocks, keys, strict=True):
+            graphdef, params = nnx.split(block)
+
+            def apply(params, x, slots, key, graphdef=graphdef):
+                return nnx.merge(graphdef, params)(x, slots, key=key)
+
+            apply = jax.checkpoint(apply) if self.remat else apply
+            x = apply(params, x, slots, block_key)
         return self.norm(x)
 
+    def start(self, slots: Float[Array, "batch slots dim"]) -> list[BlockMemory]:
+        """Returns the memory of no tokens; `make_room` before the first one."""
+        memory = []
+        for block in self.blocks:
+            of_slots = block.cross_attention.remember(slots)
+            nothing = KeysValues(*(part[:, :, :0] for part in of_slots))
+            memory.append(BlockMemory(nothing, of_slots))
+        return memory
 
-def _split(key: jax.Array | None, count: int) -> list:
-    return [None] * count if key is None else list(jax.random.split(key, count))
+    def make_room(self, memory: list[BlockMemory], length: int) -> list[BlockMemory]:
+        """Returns the memory with room for `length` tokens in all."""
+
+        def pad(part: jax.Array) -> jax.Array:
+            return jnp.pad(part, ((0, 0), (0, 0), (0, length - part.shape[2]), (0, 0)))
+
+        return [
+            block._replace(tokens=KeysValues(*map(pad, block.tokens)))
+            for block in memory
+        ]
+
+    def extend(
+        self,
+        x: Float[Array, "batch dim"],
+        memory: list[BlockMemory],
+        position: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "batch dim"], list[BlockMemory]]:
+        """Maps the embedded token at `position`, given the memory of those before.
+
+        Returns:
+          What a call with the whole sequence returns at `position`, without dropout;
+          and the memory with this token in it.
+        """
+        extended = []
+        for block, of_block in zip(self.blocks, memory, strict=True):
+            x, of_block = block.extend(x, of_block, position)
+            extended.append(of_block)
+        return self.norm(x), extended

@@ -197,7 +197,10 @@ def build(config: Config) -> SLATE:
       ValueError: if a name or a value is not one of the possible ones.
     """
     return build_model(
-        config.model, resolution=config.data.resolution, seed=config.seed
+        config.model,
+        resolution=config.data.resolution,
+        seed=config.seed,
+        precision=config.precision,
     )
 
 
@@ -220,9 +223,18 @@ def check(config: Config, mode: str) -> None:
     for key in NOT_NEGATIVE:
         if flat[key] < 0:
             raise UserError(f"config.{key} must not be negative, got {flat[key]}")
-    if not 0 <= config.model.dropout < 1:
+    for key in ("dropout", "attention_dropout"):
+        if not 0 <= config.model[key] < 1:
+            raise UserError(
+                f"config.model.{key} must be in [0, 1), got {config.model[key]}"
+            )
+    if config.model.attention == "cudnn" and (
+        jax.default_backend() != "gpu" or config.precision != "bfloat16"
+    ):
         raise UserError(
-            f"config.model.dropout must be in [0, 1), got {config.model.dropout}"
+            'config.model.attention="cudnn" needs an NVIDIA GPU and '
+            f'config.precision="bfloat16"; this is a {jax.default_backend()} with '
+            f"{config.precision}"
         )
     for key in ("start", "end"):
         if not config.temperature[key] > 0:

@@ -19,7 +19,9 @@ def test_gru_cell_is_pytorchs():
     rng = np.random.default_rng(0)
     _, params = split_model(cell)
     # Zero biases would hide where the reset gate is applied.
-    params = jax.tree.map(lambda p: rng.normal(size=p.shape).astype("f4"), params)
+    params = jax.tree.map(
+        lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params
+    )
     nnx.update(cell, params)
     x, h = rng.normal(size=(2, 4, 6)).astype("f4")
     params = jax.tree.map(np.float64, params)

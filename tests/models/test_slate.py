@@ -1,6 +1,5 @@
 """SLATE's parts against NumPy float64, and the laws of the whole."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,9 +9,9 @@ import pytest
 import reference
 from flax import nnx
 from reference import FLOAT32, relative_error
+from small_slate import HEADS, RESOLUTION, VOCAB, WIDTH, Compiled, section
 
 from configs import base
-from implicit_slots.config import Config
 from implicit_slots.fixed_point import (
     GMRES,
     Adaptive,
@@ -35,43 +34,11 @@ from implicit_slots.models.build import (
     build_model,
     build_solver,
 )
-from implicit_slots.models.slate import SLATE, with_bos
+from implicit_slots.models.slate import with_bos
 from implicit_slots.models.transformer import TransformerDecoder
 from implicit_slots.training.state import split_model
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
-
-RESOLUTION, VOCAB, WIDTH, HEADS = 16, 7, 8, 2
-
-
-def section(**changes) -> Config:
-    config = base.get_config("test", base.scenes()).model
-    config.update(
-        vocab_size=VOCAB,
-        dvae_features=4,
-        width=WIDTH,
-        num_blocks=2,
-        num_heads=HEADS,
-        num_slots=3,
-        slot_size=6,
-        slot_mlp_size=5,
-    )
-    config.update(changes)
-    return config
-
-
-class Compiled:
-    """A model whose methods are compiled: op by op the tests would take minutes."""
-
-    def __init__(self, model: SLATE):
-        self.graphdef, self.params = split_model(model)
-        self.model = model
-
-    def __call__(self, method: Callable, *arguments):
-        """Returns method(model, *arguments), compiled."""
-        return jax.jit(lambda params, *a: method(nnx.merge(self.graphdef, params), *a))(
-            self.params, *arguments
-        )
 
 
 def losses(model, image, key, deterministic):
@@ -241,7 +208,7 @@ def test_transformer_loss_never_trains_the_dvae(compiled, images):
 
     found = jax.jit(gradient)(compiled.params, images)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(found["dvae"]))
-    assert np.any(found["slot_attention"]["project_k"]["kernel"])
+    assert np.any(found["slot_attention"]["step"]["project_k"]["kernel"])
 
 
 def test_noise_is_a_function_of_the_key(compiled, images, output):
@@ -417,7 +384,7 @@ def test_initial_scales_are_official_slates():
         (block["mlp"]["leave"], gain * np.sqrt(6 / (5 * width))),
         (p["encoder_mlp"]["enter"], np.sqrt(6 / width)),
         (p["encoder_mlp"]["leave"], xavier),
-        (p["slot_attention"]["project_k"], np.sqrt(6 / (width + 48))),
+        (p["slot_attention"]["step"]["project_k"], np.sqrt(6 / (width + 48))),
         (p["slot_projection"], np.sqrt(6 / (width + 48))),
         (p["out"], np.sqrt(6 / (width + 512))),
         (p["dvae"]["encoder"]["layers"][0]["convolution"], np.sqrt(6 / 48)),
@@ -440,6 +407,8 @@ def test_initial_scales_are_official_slates():
         ({"initial_positions": "flat"}, '"normal" or "smooth", got \'flat\''),
         ({"num_heads": 3}, "width must be a multiple of its heads, got 8 and 3"),
         ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
+        ({"attention": "flash"}, "attention must be one of xla, cudnn, got 'flash'"),
+        ({"attention": "cudnn"}, "no dropout on its weights: set attention_dropout=0"),
         ({"solver": {"name": "newton"}}, "model.solver.name must be one of anderson"),
         ({"adjoint": {"name": "none"}}, "model.adjoint.name must be one of adaptive"),
         (
@@ -467,7 +436,16 @@ def test_image_size_must_be_divisible_by_four():
 
 
 def test_decoder_dropout_needs_a_key():
-    decoder = TransformerDecoder(1, WIDTH, HEADS, dropout=0.5, rngs=nnx.Rngs(0))
+    decoder = TransformerDecoder(
+        1,
+        WIDTH,
+        HEADS,
+        dropout=0.5,
+        attention_dropout=0.5,
+        attention="xla",
+        remat=False,
+        rngs=nnx.Rngs(0),
+    )
     x, memory = jnp.ones((1, 4, WIDTH)), jnp.ones((1, 2, WIDTH))
     assert np.array_equal(decoder(x, memory), decoder(x, memory))
     first, second = (decoder(x, memory, key=jax.random.key(s)) for s in (0, 1))

@@ -125,7 +125,7 @@ def test_gaussian_initial_slots_get_no_implicit_gradient(arrays):
     implicit = loss_gradient(build(adjoint=Neumann()), arrays[0])
     assert not np.any(implicit["slot_mean"]) and not np.any(implicit["slot_log_scale"])
     assert np.any(implicit["step"]["gru"]["input"]["kernel"])
-    assert np.any(implicit["project_k"]["kernel"])
+    assert np.any(implicit["step"]["project_k"]["kernel"])
     assert np.any(loss_gradient(build(), arrays[0])["slot_mean"])
 
 

@@ -1,0 +1,206 @@
+"""Multi-head attention: over a whole sequence at once, or one token at a time."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from implicit_slots.models import layers
+
+Heads = Float[Array, "batch _ heads head_dim"]
+CachedHeads = Float[Array, "batch heads length head_dim"]
+
+# "xla": plain products; "cudnn": NVIDIA's fused kernel.
+IMPLEMENTATIONS = ("xla", "cudnn")
+# Groups of queries in causal attention; see `MultiHeadAttention`.
+CAUSAL_GROUPS = 4
+
+
+class KeysValues(NamedTuple):
+    """What is read from a memory, laid out as single tokens read it fastest."""
+
+    keys: CachedHeads
+    values: CachedHeads
+
+
+class MultiHeadAttention(nnx.Module):
+    """Attention without biases; dropout on the weights and on the output.
+
+    Args:
+      width: features of queries, memory and output.
+      num_heads: must divide `width`.
+      dropout: rate of the dropout on the output.
+      attention_dropout: rate of the dropout on the weights.
+      implementation: "xla", or "cudnn" for the fused kernel of NVIDIA GPUs in
+        bfloat16, which has no dropout on the weights.
+      gain: of the output projection's Xavier-uniform initialiser.
+      rngs: source of the initial parameters.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        dropout: float,
+        attention_dropout: float,
+        implementation: str,
+        gain: float,
+        rngs: nnx.Rngs,
+    ):
+        if num_heads < 1 or width % num_heads:
+            raise ValueError(
+                f"the transformer's width must be a multiple of its heads, got {width} "
+                f"and {num_heads}"
+            )
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"attention must be one of {', '.join(IMPLEMENTATIONS)}, got "
+                f"{implementation!r}"
+            )
+        if implementation == "cudnn" and attention_dropout > 0:
+            raise ValueError(
+                'attention="cudnn" has no dropout on its weights: set '
+                "attention_dropout=0 (the published model has 0.1)"
+            )
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.attention_dropout = attention_dropout
+        self.implementation = implementation
+        self.project_q, self.project_k, self.project_v = (
+            layers.Linear(width, width, bias=False, rngs=rngs) for _ in range(3)
+        )
+        self.project_o = layers.Linear(
+            width,
+            width,
+            bias=False,
+            kernel_init=layers.xavier_uniform(gain),
+            rngs=rngs,
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "batch target dim"],
+        memory: Float[Array, "batch source dim"] | None = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "batch target dim"]:
+        """Reads `memory` from `x`; no dropout without a key.
+
+        Without a memory it is causal self-attention: token t reads the tokens 0 … t.
+        """
+        key_weights, key_output = layers.split_key(key, 2)
+        if memory is not None:
+            q = self._split_heads(self.project_q(x))
+            k = self._split_heads(self.project_k(memory))
+            v = self._split_heads(self.project_v(memory))
+            read = self._attend(q, k, v, key=key_weights)
+        elif self.implementation == "cudnn":
+            read = jax.nn.dot_product_attention(
+                *self._project_all(x), is_causal=True, implementation="cudnn"
+            )
+        else:
+            read = self._attend_causally(*self._project_all(x), key_weights)
+        output = self.project_o(read.reshape(x.shape)).astype(x.dtype)
+        return layers.dropout(output, self.dropout, key_output)
+
+    def remember(self, memory: Float[Array, "batch source dim"]) -> KeysValues:
+        """Returns the keys and values of a memory, to `recall` from."""
+        return KeysValues(
+            self._split_heads(self.project_k(memory)).swapaxes(1, 2),
+            self._split_heads(self.project_v(memory)).swapaxes(1, 2),
+        )
+
+    def recall(
+        self, x: Float[Array, "batch dim"], known: KeysValues
+    ) -> Float[Array, "batch dim"]:
+        """Reads all of `known` from one token; no dropout."""
+        return self._recall(x, self._split_heads(self.project_q(x)), known)
+
+    def extend(
+        self,
+        x: Float[Array, "batch dim"],
+        known: KeysValues,
+        position: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "batch dim"], KeysValues]:
+        """Causal self-attention of the token at `position` alone; no dropout.
+
+        Args:
+          x: the token.
+          known: of the tokens before it; what lies at or past the position is not read.
+          position: from zero.
+
+        Returns:
+          What it reads, and `known` with the token's own keys and values.
+        """
+        q, k, v = self._project_all(x)
+        put = functools.partial(
+            jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=2
+        )
+        known = KeysValues(
+            put(known.keys, k[:, :, None]), put(known.values, v[:, :, None])
+        )
+        seen = jnp.arange(known.keys.shape[2]) <= position
+        return self._recall(x, q, known, seen), known
+
+    def _recall(self, x, q, known, seen=None):
+        logits = layers.product("bhd,bhsd->bhs", q * q.shape[-1] ** -0.5, known.keys)
+        if seen is not None:
+            logits = jnp.where(seen[None, None], logits, -jnp.inf)
+        weights = nnx.softmax(logits, axis=-1).astype(q.dtype)
+        read = layers.product("bhs,bhsd->bhd", weights, known.values)
+        return self.project_o(read.reshape(x.shape)).astype(x.dtype)
+
+    def _project_all(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        # One product instead of three: faster, forward and backward.
+        projections = (self.project_q, self.project_k, self.project_v)
+        kernel = jnp.concatenate([one.kernel[...] for one in projections], axis=1)
+        q, k, v = jnp.split(
+            layers.dense(x, kernel, dtype=self.project_q.dtype), 3, axis=-1
+        )
+        return self._split_heads(q), self._split_heads(k), self._split_heads(v)
+
+    def _attend_causally(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
+        """Attention in which position t sees 0 … t, in groups of queries.
+
+        Each group meets only the keys up to its end: four groups save 3/8 of the work,
+        and on a CPU that much time.
+        """
+        length = q.shape[1]
+        groups = min(CAUSAL_GROUPS, length)
+        ends = [length * (i + 1) // groups for i in range(groups)]
+        read = []
+        for start, end, group_key in zip(
+            [0, *ends[:-1]], ends, layers.split_key(key, groups), strict=True
+        ):
+            past = jnp.tri(end - start, end, start, dtype=bool)
+            read.append(
+                self._attend(
+                    q[:, start:end], k[:, :end], v[:, :end], mask=past, key=group_key
+                )
+            )
+        return jnp.concatenate(read, axis=1)
+
+    def _attend(
+        self,
+        q: Heads,
+        k: Heads,
+        v: Heads,
+        *,
+        mask: Bool[Array, "target source"] | None = None,
+        key: jax.Array | None = None,
+    ) -> Heads:
+        logits = layers.product("bthd,bshd->bhts", q * q.shape[-1] ** -0.5, k)
+        if mask is not None:
+            logits = jnp.where(mask, logits, -jnp.inf)
+        weights = nnx.softmax(logits, axis=-1)
+        weights = layers.dropout(weights, self.attention_dropout, key)
+        return layers.product("bhts,bshd->bthd", weights.astype(v.dtype), v)
+
+    def _split_heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], self.num_heads, -1)

@@ -1,0 +1,154 @@
+"""What is computed in which precision, and what is computed again."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from reference import FLOAT32, relative_error
+from small_slate import RESOLUTION, Compiled, section
+
+from implicit_slots.models.attention import MultiHeadAttention
+from implicit_slots.models.build import build_model
+from implicit_slots.models.layers import set_precision
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+
+
+@pytest.fixture(scope="module")
+def image():
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.uniform(size=(2, RESOLUTION, RESOLUTION, 3)), jnp.float32)
+
+
+def build(precision="float32", **changes):
+    config = section(**{"dropout": 0.0, "attention_dropout": 0.0} | changes)
+    return Compiled(
+        build_model(config, resolution=RESOLUTION, seed=0, precision=precision)
+    )
+
+
+def loss(model, image):
+    output = model(image, temperature=0.5, key=jax.random.key(0))
+    return sum(loss.mean() for loss in output.losses.values()), output
+
+
+def training(compiled):
+    """(params, image) -> ((loss, output), gradient)."""
+    merge = compiled.merge
+    return jax.value_and_grad(lambda p, x: loss(merge(p), x), has_aux=True)
+
+
+@pytest.fixture(scope="module")
+def results(image):
+    return {
+        name: jax.jit(training(compiled))(compiled.params, image)
+        for name, compiled in {
+            "float32": build(),
+            "bfloat16": build("bfloat16"),
+            "remat": build(remat=True),
+        }.items()
+    }
+
+
+def test_bfloat16_computes_the_same_to_its_precision(results):
+    (want, one), gradient = results["float32"]
+    (got, other), half = results["bfloat16"]
+    assert abs(got - want) < 0.01 * want and got != want
+    assert relative_error(other.reconstruction, one.reconstruction) < 0.02
+    ours, theirs = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree["dvae"])])
+        for tree in (half, gradient)
+    )
+    assert relative_error(ours, theirs) < 0.1
+
+
+def test_what_stays_float32(results):
+    """Parameters' gradients, losses, images, attention, the solver's residual."""
+    value, gradient = results["bfloat16"]
+    found = {leaf.dtype for leaf in jax.tree.leaves((value, gradient))}
+    assert jnp.dtype("bfloat16") not in found and jnp.dtype("float32") in found
+
+
+def operations(jaxpr):
+    """Every operation of a program, those of its inner programs included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from operations(inner)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("float32", "float32"), ("bfloat16", "bfloat16")]
+)
+def test_every_product_is_made_in_the_precision(image, precision, dtype, monkeypatch):
+    # As on an accelerator; a CPU multiplies some bfloat16 numbers as float32.
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    compiled = build(precision)
+    program = jax.make_jaxpr(lambda p, x: loss(compiled.merge(p), x))(
+        compiled.params, image
+    )
+    products, exponentials = set(), set()
+    for operation in operations(program.jaxpr):
+        if operation.primitive.name in ("dot_general", "conv_general_dilated"):
+            products |= {var.aval.dtype for var in operation.invars}
+        elif operation.primitive.name in ("exp", "log", "tanh", "logistic"):
+            exponentials |= {var.aval.dtype for var in operation.invars}
+    assert products == {jnp.dtype(dtype)}
+    assert exponentials == {jnp.dtype("float32")}
+
+
+def test_generation_runs_in_bfloat16():
+    compiled = build("bfloat16")
+    slots = jnp.ones((2, 3, 6))
+    assert compiled(lambda m, s: m.generate(s), slots).shape == (2, 4, 4)
+
+
+def test_recomputed_blocks_change_nothing(results):
+    (want, _), gradient = results["float32"]
+    (got, _), again = results["remat"]
+    assert abs(got - want) < FLOAT32 * want
+    for ours, theirs in zip(
+        jax.tree.leaves(again), jax.tree.leaves(gradient), strict=True
+    ):
+        assert np.abs(ours - theirs).max() <= FLOAT32 * np.abs(theirs).max() + 1e-6
+
+
+def test_recomputed_blocks_are_not_kept_for_the_backward_pass():
+    size = {"num_blocks": 4, "width": 64, "num_heads": 4, "vocab_size": 8}
+
+    def kept(remat):
+        compiled = Compiled(
+            build_model(section(**size, remat=remat), resolution=32, seed=0)
+        )
+
+        def pullback(params, image):
+            return jax.vjp(lambda p: loss(compiled.merge(p), image)[0], params)[1]
+
+        shapes = jax.eval_shape(pullback, compiled.params, jnp.zeros((4, 32, 32, 3)))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+    assert kept(True) < 0.6 * kept(False)
+
+
+def test_no_such_precision_is_a_sentence():
+    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16"):
+        set_precision(build().model, "float16")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+def test_fused_attention_equals_plain():
+    fused, plain = (
+        build("bfloat16", attention=name, width=32, num_heads=2)
+        for name in ("cudnn", "xla")
+    )
+    x = jax.random.normal(jax.random.key(0), (2, 16, 32))
+
+    def attend(model, x):
+        attention = model.decoder.blocks[0].self_attention
+        assert isinstance(attention, MultiHeadAttention)
+        return attention(x)
+
+    got, want = (compiled(attend, x) for compiled in (fused, plain))
+    assert relative_error(got, want) < 0.02
