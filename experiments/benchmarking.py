@@ -61,7 +61,11 @@ CONFIGURATIONS = {
 
 
 def build_config(
-    configuration: Configuration, *, adjoint: str, precision: str = "float32"
+    configuration: Configuration,
+    *,
+    adjoint: str,
+    precision: str = "float32",
+    **changes: Any,
 ) -> Config:
     """The whole configuration of a run of this size; else as configs/base.py says.
 
@@ -69,9 +73,10 @@ def build_config(
       configuration: the sizes.
       adjoint: "implicit" or "vanilla", a variant of configs/base.py.
       precision: of the products.
+      changes: keys of the section `model`.
 
     Raises:
-      UserError: if there is no such adjoint or precision.
+      UserError: if there is no such adjoint.
     """
     config = base.get_config("benchmark", base.scenes())
     config.batch_size = configuration.batch
@@ -87,10 +92,8 @@ def build_config(
         slot_mlp_size=configuration.width,
     )
     config.model.solver.max_steps = configuration.iterations
-    if "precision" in config:
-        config.precision = precision
-    elif precision != "float32":
-        raise UserError(f"this version has no --precision={precision}")
+    config.model.update(changes)
+    config.precision = precision
     try:
         return base.set_variant(config, adjoint)
     except ValueError as error:

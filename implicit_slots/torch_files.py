@@ -16,7 +16,7 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,8 @@ SUFFIXES = (".pt", ".npz")
 
 # Of the format that came before the zip archive.
 _LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")
+# How many times a file's size its tensors may have together.
+SHARING = 8
 _RE_SAVE = "read it with PyTorch and save its state_dict() again with torch.save"
 
 
@@ -76,6 +78,8 @@ class _Constructor(NamedTuple):
 
 def _rebuild_tensor(storage, offset, size, stride, *_):
     """Stands for `torch._utils._rebuild_tensor_v2`."""
+    if not isinstance(storage, _Storage):
+        raise ValueError("it holds a tensor without a storage")
     return _Tensor(storage, offset, size, stride)
 
 
@@ -92,7 +96,25 @@ _NAMES = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+# What torch.save writes for numbers, strings, lists, tuples and dictionaries.
+_OPCODES = (
+    "PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
+    "BINUNICODE SHORT_BINUNICODE EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 "
+    "TUPLE2 TUPLE3 EMPTY_DICT SETITEM SETITEMS BINPUT LONG_BINPUT BINGET LONG_BINGET "
+    "GLOBAL REDUCE BUILD BINPERSID"
+).split()
+_CODES = {getattr(pickle, name)[0] for name in _OPCODES}
+
+
+# The one written in Python: in C an index of its memo is an allocation of that size.
+_InPython: Any = pickle._Unpickler  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _Unpickler(_InPython):
+    dispatch: ClassVar[dict] = {
+        code: load for code, load in _InPython.dispatch.items() if code in _CODES
+    }
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _NAMES:
             raise ValueError(
@@ -106,6 +128,31 @@ class _Unpickler(pickle.Unpickler):
         if kind != "storage" or not isinstance(dtype, _Dtype):
             raise ValueError("it holds a storage of an unknown kind")
         return _Storage(dtype, str(key), int(count))
+
+    def load_build(self) -> None:
+        """Drops the attributes of a dictionary; nothing else may be given any."""
+        self.stack.pop()
+        if not isinstance(self.stack[-1], dict):
+            raise ValueError("it changes an object that is not a dictionary")
+
+    def load_setitem(self) -> None:
+        self._check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        self._check_keys(self.stack[::2])
+        super().load_setitems()
+
+    def _check_keys(self, keys: list) -> None:
+        # Hashing a tuple of tuples of … overflows the interpreter's stack.
+        if not all(isinstance(key, str | int | float | None) for key in keys):
+            raise ValueError(
+                "it holds a dictionary whose keys are not names or numbers"
+            )
+
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
 
 
 def read_torch_file(path: pathlib.Path) -> Any:
@@ -159,8 +206,8 @@ def _read(archive: zipfile.ZipFile) -> Any:
     with archive.open(f"{root}/data.pkl") as file:
         found = _Unpickler(file).load()
 
-    def array(tensor: _Tensor) -> np.ndarray:
-        storage = tensor.storage
+    @functools.cache
+    def stored(storage: _Storage) -> np.ndarray:
         raw = np.dtype(storage.dtype.raw).newbyteorder(order)
         data = archive.read(f"{root}/data/{storage.key}")
         if len(data) != storage.numel * raw.itemsize:
@@ -168,8 +215,21 @@ def _read(archive: zipfile.ZipFile) -> Any:
                 f"its record {storage.key} has {len(data)} bytes instead of "
                 f"{storage.numel * raw.itemsize}"
             )
-        values = _view(np.frombuffer(data, raw), tensor)
-        return storage.dtype.decode(values.astype(raw.newbyteorder("=")))
+        return np.frombuffer(data, raw)
+
+    # Tensors may share their numbers, but not without end.
+    room = SHARING * sum(entry.file_size for entry in archive.infolist())
+
+    def array(tensor: _Tensor) -> np.ndarray:
+        nonlocal room
+        values = stored(tensor.storage)
+        room -= math.prod(tensor.size) * values.itemsize
+        if room < 0:
+            raise ValueError("its tensors are many times larger than the file")
+        values = _view(values, tensor)
+        return tensor.storage.dtype.decode(
+            values.astype(values.dtype.newbyteorder("="))
+        )
 
     return _with_arrays(found, array)
 
@@ -178,8 +238,7 @@ def _view(values: np.ndarray, tensor: _Tensor) -> np.ndarray:
     """The tensor's view of its storage; NumPy itself checks no bound of it."""
     _, offset, size, stride = tensor
     numbers = (offset, *size, *stride)
-    # With no more entries than its storage has, a tensor cannot ask for more memory
-    # than the file's size.
+    # No tensor has more entries than its storage: nothing is broadcast.
     inside = (
         all(type(number) is int and number >= 0 for number in numbers)
         and len(size) == len(stride)

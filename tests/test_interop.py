@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pathlib
+import struct
 import subprocess
 import sys
 import zipfile
@@ -568,12 +569,18 @@ def test_without_pytorch_a_pt_is_refused_and_an_npz_written(
 
 
 def text(string):
-    """A string, as a pickle of protocol 0 has it."""
-    return b"V" + string.encode() + b"\n"
+    """A string, as torch.save pickles it."""
+    data = string.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def integer(value):
+    data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(data)]) + data
 
 
 def numbers(values):
-    return b"(" + b"".join(b"I%d\n" % value for value in values) + b"t"
+    return b"(" + b"".join(map(integer, values)) + b"t"
 
 
 def tensor(
@@ -581,14 +588,14 @@ def tensor(
 ):
     """A pickled tensor; by default all six numbers of storage 0."""
     storage = b"(" + text("storage") + f"ctorch\n{kind}\n".encode() + text(key)
-    storage += text("cpu") + b"I%d\n" % count + b"tQ"
+    storage += text("cpu") + integer(count) + b"tQ"
     return (
         b"ctorch._utils\n_rebuild_tensor_v2\n("
         + storage
-        + b"I%d\n" % offset
+        + integer(offset)
         + numbers(size)
         + numbers(stride)
-        + b"I00\nccollections\nOrderedDict\n(tRtR"
+        + b"\x89ccollections\nOrderedDict\n(tRtR"
     )
 
 
@@ -654,7 +661,7 @@ CALLS = {
     "an extension": b"\x82\x01",
     "a changed function": b"ctorch._utils\n_rebuild_parameter\n}"
     + text("function")
-    + b"I1\nsb",
+    + b"K\x01sb",
     "a changed kind": b"ctorch\nFloatStorage\n}" + text("raw") + text("O") + b"sb",
     "a changed tensor": tensor() + b"(" + text("a") + b"tb",
     "another id": b"(" + text("module") + b"tQ",
@@ -675,12 +682,33 @@ def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch, call):
 
 
 def test_nesting_cannot_multiply_what_is_read(tmp_path):
-    # A list of twice the list before it, forty times over.
-    doubled = b"(lp0\n0" + b"".join(
-        b"(lp%d\ng%d\nag%d\na0" % (n + 1, n, n) for n in range(40)
-    )
-    doubled += b"g40\n"
+    # A pair of twice the pair before it, forty times over.
+    doubled = b"]q\x00" + b"".join(b"h%c\x86q%c" % (n, n + 1) for n in range(40))
     read_torch_file(write_archive(tmp_path / "bomb.pt", doubled))
+
+
+ALL = {"count": 4000, "size": (4000,), "stride": (1,)}
+BOMBS = {
+    # Hashed by C code that calls itself for each level: it would end the process.
+    "a deep key": b"}" + b")" + 100_000 * b"\x85" + b"Ns",
+    # Each is as large as the file.
+    "many views of one storage": b"](" + 50 * tensor(**ALL) + b"e",
+    "a forged storage": b"ccollections\nOrderedDict\n)R}" + text("numel") + b"K\x06sb"
+    b"ctorch._utils\n_rebuild_tensor_v2\n(" + 4 * b")" + b"tR",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS.keys())
+def test_what_would_exhaust_the_process_is_refused(tmp_path, bomb):
+    records = {"data/0": bytes(4 * ALL["count"])}
+    path = write_archive(tmp_path / "bomb.pt", bomb, records=records)
+    with pytest.raises(ValueError, match=f"{path} cannot be read as weights"):
+        read_torch_file(path)
+
+
+def test_a_high_memo_index_takes_no_memory(tmp_path):
+    path = write_archive(tmp_path / "memo.pt", b"}r" + struct.pack("<I", 2**31 - 1))
+    assert read_torch_file(path) == {"weight": {}}
 
 
 def test_files_of_other_formats_are_refused(tmp_path):

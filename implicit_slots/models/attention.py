@@ -66,6 +66,11 @@ class MultiHeadAttention(nnx.Module):
                 'attention="cudnn" has no dropout on its weights: set '
                 "attention_dropout=0 (the published model has 0.1)"
             )
+        if implementation == "cudnn" and width // num_heads % 8:
+            raise ValueError(
+                'attention="cudnn" needs heads of a multiple of 8 features, got '
+                f"{width // num_heads}"
+            )
         self.num_heads = num_heads
         self.dropout = dropout
         self.attention_dropout = attention_dropout

@@ -53,6 +53,15 @@ class Block(nnx.Module):
         """Maps a grid of features to a grid of the same size."""
         return nnx.relu(self.norm(self.convolution(x)))
 
+    def of_ids(
+        self, ids: Int[Array, "batch height width"]
+    ) -> Float[Array, "batch height width out_features"]:
+        """Maps one-hot features, given by their ids; for 1x1 convolutions."""
+        # The product with a one-hot vector is a row of the kernel.
+        kernel = self.convolution.kernel[...]
+        rows = kernel.astype(self.convolution.dtype or kernel.dtype)[ids]
+        return nnx.relu(self.norm(rows))
+
 
 class DVAE(nnx.Module):
     """Encoder to log-probabilities over the vocabulary, decoder from (relaxed) tokens.
@@ -96,7 +105,6 @@ class DVAE(nnx.Module):
         Their log-softmax is what official SLATE calls the encoding. Neither argmax,
         nor samples, nor a Gumbel-softmax see the difference, so it is left out.
 
-
         Raises:
           ValueError: if the image size is not divisible by four.
         """
@@ -112,7 +120,8 @@ class DVAE(nnx.Module):
         self, ids: Int[Array, "batch rows columns"]
     ) -> Float[Array, "batch height width 3"]:
         """Returns the image of token ids in 0 … vocab − 1."""
-        return self.decode(nnx.one_hot(ids, self.vocab_size))
+        first, *rest = self.decoder.layers
+        return nnx.Sequential(*rest)(first.of_ids(ids))
 
 
 def patches(

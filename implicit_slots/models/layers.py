@@ -1,5 +1,7 @@
 """Layers as the papers define them, initialised as their PyTorch code does."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -83,13 +85,29 @@ def dense(
 def product(
     indices: str, one: Float[Array, "..."], other: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """Returns an einsum of two arrays, accumulated and returned in full precision."""
-    full = jnp.float32 if one.dtype.itemsize < 4 else one.dtype
+    """Returns an einsum of two arrays of one dtype, in float32 at the least."""
+    if one.dtype.itemsize >= 4:
+        return jnp.einsum(indices, one, other)
     if jax.default_backend() == "cpu":
         # Not every shape has such a product of bfloat16 there. Those of the same
         # numbers as float32 are equal: float32 holds a product of two exactly.
-        one, other = one.astype(full), other.astype(full)
-    return jnp.einsum(indices, one, other, preferred_element_type=full)
+        full = one.astype(jnp.float32), other.astype(jnp.float32)
+        return jnp.einsum(indices, *full)
+    return _half_product(indices, one, other)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _half_product(indices, one, other):
+    return jnp.einsum(indices, one, other, preferred_element_type=jnp.float32)
+
+
+@_half_product.defjvp
+def _half_product_jvp(indices, primals, tangents):
+    # The derivative of a product with a float32 result multiplies float32 by bfloat16,
+    # at half the speed. This one rounds the cotangent first, as PyTorch does.
+    (one, other), (d_one, d_other) = primals, tangents
+    tangent = jnp.einsum(indices, d_one, other) + jnp.einsum(indices, one, d_other)
+    return _half_product(indices, one, other), tangent.astype(jnp.float32)
 
 
 def set_precision(model: nnx.Module, precision: str) -> None:

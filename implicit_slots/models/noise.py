@@ -69,10 +69,12 @@ def categorical(
 
 def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     """The first index at which the running sum exceeds its share of the total."""
-    running = jnp.cumsum(weights, axis=-1)
+    # A prefix sum made in parallel may fall by a rounding where a weight is zero.
+    running = jax.lax.cummax(jnp.cumsum(weights, axis=-1), axis=weights.ndim - 1)
     # Below one by more than rounding: the last index is chosen only if it weighs.
     share = uniform * (1 - 2.0**-22) * running[..., -1:]
-    return (running <= share).sum(axis=-1, dtype=jnp.int32)
+    index = (running <= share).sum(axis=-1, dtype=jnp.int32)
+    return jnp.minimum(index, weights.shape[-1] - 1)
 
 
 def _mix(x: jax.Array) -> jax.Array:

@@ -271,28 +271,33 @@ class SLATE(nnx.Module):
         slots: Float[Array, "batch slots slot_dim"],
         *,
         key: Key[Array, ""] | None = None,
-        temperature: Float[Array, ""] | float = 1.0,
+        temperature: Float[Array, ""] | float | None = None,
         top_k: int | None = None,
     ) -> Int[Array, "batch rows columns"]:
         """Generates image token ids from slots alone, one by one.
 
         Each block keeps the keys and values of the tokens so far, so a token costs one
-        token's work.
+        token's work. To be called under `jax.jit`: called without, it is compiled
+        again each time.
 
         Args:
           slots: of each image.
           key: draws the tokens; without one each is the most probable.
-          temperature: divides the logits before a token is drawn; above zero.
+          temperature: divides the logits before a token is drawn (1 if not given);
+            above zero, which is checked of Python's numbers alone.
           top_k: draw among this many of the most probable tokens; ties with the last
             of them are let in.
 
         Raises:
-          ValueError: if `top_k` is not between one and the size of the vocabulary, or
-            the temperature is not above zero.
+          ValueError: if `top_k` is not between one and the size of the vocabulary, if
+            the temperature is not above zero, or if one is given without a key.
         """
         vocab_size = self.dvae.vocab_size
         if top_k is not None and not 1 <= top_k <= vocab_size:
             raise ValueError(f"top_k must be between 1 and {vocab_size}, got {top_k}")
+        if key is None and not (top_k is None and temperature is None):
+            raise ValueError("temperature and top_k are for drawing: give a key too")
+        temperature = 1.0 if temperature is None else temperature
         if isinstance(temperature, int | float) and temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
 

@@ -63,6 +63,7 @@ class Block(nnx.Module):
                 gain=gain,
                 rngs=rngs,
             )
+            # A dozen slots leave a fused kernel nothing to save.
             for implementation in (attention, "xla")
         )
         self.norm_cross = layers.LayerNorm(width)

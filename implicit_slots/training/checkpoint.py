@@ -29,6 +29,11 @@ MAY_CHANGE = {
     "diagnostics.krylov",
     "diagnostics.powers",
     "data.cache",
+    # How the same model is computed.
+    "precision",
+    "model.attention",
+    "model.remat",
+    "model.adjoint.remat",
 }
 
 

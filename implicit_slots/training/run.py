@@ -179,7 +179,13 @@ def load(workdir: pathlib.Path) -> tuple[Config, SLATE]:
     if not path.exists() or not (workdir / CHECKPOINT_FOLDER).is_dir():
         raise UserError(f"{workdir} holds no run; train one there first")
     config: Config = ConfigDict(json.loads(path.read_text()))
-    graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
+    try:
+        graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a configuration of this version ({error}); train again, or "
+            "read it with the version that wrote it"
+        ) from error
     # Drawing parameters that are replaced at once would take seconds.
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     optimizer = build_optimizer(config.optimizer, params, num_steps=config.num_steps)

@@ -116,6 +116,8 @@ def test_first_tokens_are_drawn_from_the_tempered_distribution(compiled, slots, 
 def test_misuse_is_a_sentence(compiled, slots, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         compiled.model.generate(slots, key=jax.random.key(0), **options)
+    with pytest.raises(ValueError, match="top_k" if "top_k" in options else "give a"):
+        compiled.model.generate(slots, **options)
 
 
 def test_most_probable_is_argmax():

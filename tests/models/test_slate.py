@@ -409,6 +409,10 @@ def test_initial_scales_are_official_slates():
         ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
         ({"attention": "flash"}, "attention must be one of xla, cudnn, got 'flash'"),
         ({"attention": "cudnn"}, "no dropout on its weights: set attention_dropout=0"),
+        (
+            {"attention": "cudnn", "attention_dropout": 0.0},
+            "needs heads of a multiple of 8 features, got 4",
+        ),
         ({"solver": {"name": "newton"}}, "model.solver.name must be one of anderson"),
         ({"adjoint": {"name": "none"}}, "model.adjoint.name must be one of adaptive"),
         (
