@@ -98,17 +98,15 @@ class MultiHeadAttention(nnx.Module):
         Without a memory it is causal self-attention: token t reads the tokens 0 … t.
         """
         key_weights, key_output = layers.split_key(key, 2)
+        q, k, v = self._project(x, x if memory is None else memory)
         if memory is not None:
-            q = self._split_heads(self.project_q(x))
-            k = self._split_heads(self.project_k(memory))
-            v = self._split_heads(self.project_v(memory))
             read = self._attend(q, k, v, key=key_weights)
         elif self.implementation == "cudnn":
             read = jax.nn.dot_product_attention(
-                *self._project_all(x), is_causal=True, implementation="cudnn"
+                q, k, v, is_causal=True, implementation="cudnn"
             )
         else:
-            read = self._attend_causally(*self._project_all(x), key_weights)
+            read = self._attend_causally(q, k, v, key_weights)
         output = self.project_o(read.reshape(x.shape)).astype(x.dtype)
         return layers.dropout(output, self.dropout, key_output)
 
@@ -141,7 +139,7 @@ class MultiHeadAttention(nnx.Module):
         Returns:
           What it reads, and `known` with the token's own keys and values.
         """
-        q, k, v = self._project_all(x)
+        q, k, v = self._project(x, x)
         put = functools.partial(
             jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=2
         )
@@ -159,14 +157,14 @@ class MultiHeadAttention(nnx.Module):
         read = layers.product("bhs,bhsd->bhd", weights, known.values)
         return self.project_o(read.reshape(x.shape)).astype(x.dtype)
 
-    def _project_all(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        # One product instead of three: faster, forward and backward.
-        projections = (self.project_q, self.project_k, self.project_v)
-        kernel = jnp.concatenate([one.kernel[...] for one in projections], axis=1)
-        q, k, v = jnp.split(
-            layers.dense(x, kernel, dtype=self.project_q.dtype), 3, axis=-1
+    def _project(
+        self, x: jax.Array, memory: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return (
+            self._split_heads(self.project_q(x)),
+            self._split_heads(self.project_k(memory)),
+            self._split_heads(self.project_v(memory)),
         )
-        return self._split_heads(q), self._split_heads(k), self._split_heads(v)
 
     def _attend_causally(
         self, q: jax.Array, k: jax.Array, v: jax.Array, key: jax.Array | None

@@ -121,6 +121,7 @@ class DVAE(nnx.Module):
     ) -> Float[Array, "batch height width 3"]:
         """Returns the image of token ids in 0 … vocab − 1."""
         first, *rest = self.decoder.layers
+        assert isinstance(first, Block)
         return nnx.Sequential(*rest)(first.of_ids(ids))
 
 

@@ -54,32 +54,16 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
         """Maps each vector of the last axis."""
-        return dense(
-            x,
-            self.kernel[...],
-            None if self.bias is None else self.bias[...],
-            dtype=self.dtype,
-            full_output=self.full_output,
-        )
-
-
-def dense(
-    x: Float[Array, "... inputs"],
-    kernel: Float[Array, "inputs outputs"],
-    bias: Float[Array, " outputs"] | None = None,
-    *,
-    dtype: jax.typing.DTypeLike | None = None,
-    full_output: bool = False,
-) -> Float[Array, "... outputs"]:
-    """Returns x · kernel + bias, multiplied in `dtype`; see `Linear`."""
-    dtype = dtype or kernel.dtype
-    # XLA's CPU compiler transposes a cotangent of more than two axes in memory before
-    # the product that gives the kernel's gradient.
-    rows, kernel = x.reshape(-1, x.shape[-1]).astype(dtype), kernel.astype(dtype)
-    rows = product("ni,io->no", rows, kernel) if full_output else rows @ kernel
-    if bias is not None:
-        rows = rows + bias.astype(rows.dtype)[None]
-    return rows.reshape(*x.shape[:-1], kernel.shape[1])
+        kernel = self.kernel[...]
+        dtype = self.dtype or kernel.dtype
+        # XLA's CPU compiler transposes a cotangent of more than two axes in memory
+        # before the product that gives the kernel's gradient.
+        rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+        kernel = kernel.astype(dtype)
+        rows = product("ni,io->no", rows, kernel) if self.full_output else rows @ kernel
+        if self.bias is not None:
+            rows = rows + self.bias[...].astype(rows.dtype)[None]
+        return rows.reshape(*x.shape[:-1], kernel.shape[1])
 
 
 def product(

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from implicit_slots.fixed_point import Adjoint, BackwardStats, Solver, Stats
 from implicit_slots.models import layers, noise
-from implicit_slots.models.cross_entropy import cross_entropy
 from implicit_slots.models.dvae import DVAE, STRIDE, gumbel_softmax
 from implicit_slots.models.slot_attention import Problem, SlotAttention, SlotsOutput
 from implicit_slots.models.transformer import TransformerDecoder
@@ -212,10 +212,8 @@ class SLATE(nnx.Module):
         logits = self.decode(
             embedded[:, :-1], slots.slots, key=None if deterministic else key_decoder
         )
-        losses = {
-            "mse": mse,
-            "cross_entropy": cross_entropy(logits, targets).sum(axis=1),
-        }
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        losses = {"mse": mse, "cross_entropy": cross_entropy.sum(axis=1)}
         return SlateOutput(
             losses, reconstruction, self._on_grid(slots.attention), slots.stats
         )
