@@ -595,4 +595,4 @@ def test_the_command_line(tmp_path, arguments, code, sentence):
         assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
         assert sentence in result.stderr and not list(tmp_path.iterdir())
     else:
-        assert read_weights(tmp_path / "a.npz").keys() >= SAMPLE.keys()
+        assert "transposed" in read_weights(tmp_path / "a.npz")
