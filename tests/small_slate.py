@@ -10,6 +10,12 @@ from implicit_slots.config import Config
 from implicit_slots.models.slate import SLATE
 from implicit_slots.training.state import split_model
 
+# What runs once or twice is not worth optimising.
+QUICKLY = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+
 RESOLUTION, VOCAB, WIDTH, HEADS = 16, 7, 8, 2
 
 
@@ -42,6 +48,9 @@ class Compiled:
 
     def __call__(self, method: Callable, *arguments):
         """Returns method(model, *arguments), compiled."""
-        return jax.jit(lambda params, *a: method(self.merge(params), *a))(
-            self.params, *arguments
-        )
+
+        def function(params, *arguments):
+            return method(self.merge(params), *arguments)
+
+        compiled = jax.jit(function, compiler_options=QUICKLY)
+        return compiled(self.params, *arguments)

