@@ -2,15 +2,13 @@
 
 Command: python -m implicit_slots.main --config=configs/scenes.py
 Data: rendered by the run itself, 48x48, three or four objects; nothing is downloaded.
-Cost: 10.3 minutes on two busy cores of an AMD EPYC (AVX-512), at 10 to 15 steps/s;
-    first step after 21 s with an empty compilation cache.
-Expected result (256 validation scenes): foreground ARI of the attention masks 0.54,
-    squared error of the dVAE 8.7 and through the slots 55.8, summed over an image, with
-    seed 0. Run again on another day the same command gave 0.70 on one core and 0.42 on
-    two (14 minutes, the machine in use): expect that spread. Three more runs, seeds 0,
-    1, 2 with JAX_THREEFRY_PARTITIONABLE=0 (another random stream), reached 0.73, 0.64,
-    0.60; dVAE 6.9, 6.4, 7.4; through the slots 38.9, 52.8, 59.0. README.md beside this
-    file says what was tried and what limits it.
+Cost: 10.3 minutes on two cores of an Intel Xeon (AVX-512), at 12 steps/s; first step
+    after 27 s with an empty compilation cache.
+Expected result (256 validation scenes): foreground ARI of the attention masks 0.37,
+    squared error of the dVAE 6.4 and through the slots 69.2, summed over an image, with
+    seed 0. Six runs of an earlier version, with another random stream, reached 0.42 to
+    0.73; dVAE 6.4 to 8.7; through the slots 25.8 to 59.0: expect that spread. README.md
+    beside this file says what was tried and what limits it.
 """
 
 from configs import base

@@ -57,6 +57,14 @@ def test_keys_of_successive_steps_give_unrelated_words():
             assert len(np.intersect1d(one, other)) < 50
 
 
+def test_no_two_keys_shuffle_the_same_words():
+    """As they would if the key only changed the positions that are hashed."""
+    draw = jax.jit(lambda key: noise.random_bits(key, (2**20,)))
+    keys = jax.random.split(jax.random.key(0), 200)
+    smallest = {tuple(np.sort(np.partition(draw(key), 4)[:4])) for key in keys}
+    assert len(smallest) == len(keys)
+
+
 def test_words_depend_on_the_key_and_the_position_alone():
     key = jax.random.key(3)
     flat = noise.random_bits(key, (24,))
