@@ -203,15 +203,7 @@ def main(arguments: list[str] | None = None, *, isolate: bool = True) -> None:
     parser.add_argument("--steps", type=positive, default=3, help="of ours in one turn")
     flags = parser.parse_args(arguments)
     official_slate.check(flags.official)
-    results = {
-        configuration.name: {
-            "sizes": str(configuration),
-            "contestants": contest(configuration, flags, isolate),
-        }
-        for configuration in benchmarking.pick(flags)
-    }
-    draw(results, benchmarking.beside(flags.out, "png"))
-    benchmarking.write(flags, benchmarking.all_facts(results), results, table(results))
+    benchmarking.report(flags, lambda c: contest(c, flags, isolate), draw, table)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -224,6 +224,31 @@ def core_count() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def report(
+    flags: argparse.Namespace,
+    contest: Callable[[Configuration], dict[str, Any]],
+    draw: Callable[[dict[str, Any], Path], None],
+    table: Callable[[dict[str, Any]], str],
+) -> None:
+    """Measures every configuration of the flags; writes picture, table and numbers.
+
+    Args:
+      flags: of the script.
+      contest: lets the contestants of a configuration take turns.
+      draw: makes the picture of the results at a path.
+      table: of the results, in Markdown.
+    """
+    results = {
+        configuration.name: {
+            "sizes": str(configuration),
+            "contestants": contest(configuration),
+        }
+        for configuration in pick(flags)
+    }
+    draw(results, beside(flags.out, "png"))
+    write(flags, all_facts(results), results, table(results))
 
 
 def write(
