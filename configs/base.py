@@ -125,47 +125,82 @@ def adjoint() -> Config:
     return section
 
 
+def data(name: str, *, resolution: int, max_objects: int, crop: str = "") -> Config:
+    """The keys that every data section has.
+
+    Args:
+      name: a row of the table in implicit_slots/data/sources.py.
+      resolution: height and width of the images, in pixels.
+      max_objects: length of the attributes' arrays and largest id in a mask.
+      crop: what part of a frame is kept; the embedded scenes have none.
+    """
+    section: Config = ConfigDict()
+    section.name = name
+    section.resolution = resolution
+    section.max_objects = max_objects
+    if crop:
+        section.crop = crop  # see implicit_slots/data/images.py
+    section.keep_objects = 0  # leaves out images with more objects; 0: none
+    section.flip = False  # mirrors half of the training images
+    section.cache = "runs/cache"  # of prepared or rendered images; empty: none
+    section.placement = "host"  # or "device": the training set in its memory
+    section.workers = 2  # threads that read batches ahead
+    return section
+
+
 def scenes() -> Config:
     """Data section: the embedded procedural scenes."""
-    data: Config = ConfigDict()
-    data.name = "scenes"
-    data.resolution = 96
-    data.train_size = 50_000
-    data.validation_size = 512
-    data.test_size = 1_024
-    data.seed = 0  # of the data set, not of the run
-    data.min_objects = 3
-    data.max_objects = 6
-    data.zoom = 1.0  # keeps the middle 1/zoom of CLEVR's crop
-    data.with_masks = False  # also for the training images
-    data.cache = "runs/cache"  # keeps what was rendered; empty: memory only
-    return data
+    section = data("scenes", resolution=96, max_objects=6)
+    section.train_size = 50_000
+    section.validation_size = 512
+    section.test_size = 1_024
+    section.seed = 0  # of the data set, not of the run
+    section.min_objects = 3
+    section.zoom = 1.0  # keeps the middle 1/zoom of CLEVR's crop
+    section.with_masks = False  # also for the training images
+    return section
 
 
 def folder() -> Config:
     """Data section: a folder of images, with masks and attributes if there are some."""
-    data: Config = ConfigDict()
-    data.name = "folder"
-    data.path = ""
-    data.resolution = 96
-    data.crop = "center"
-    data.validation_fraction = 0.05
-    data.test_fraction = 0.05
-    data.max_objects = 10
-    data.skip_unreadable = False
-    return data
+    section = files("folder", resolution=96, max_objects=10, crop="center")
+    section.validation_fraction = 0.05
+    section.test_fraction = 0.05
+    section.skip_unreadable = False
+    return section
 
 
-def tfds() -> Config:
-    """Data section: a data set prepared by tensorflow-datasets."""
-    data: Config = ConfigDict()
-    data.name = "tfds"
-    data.dataset = "clevr"
-    data.data_dir = ""  # empty: tensorflow-datasets' own default
-    data.resolution = 96
-    data.crop = "clevr"
-    data.max_objects = 10
-    return data
+def files(
+    name: str, *, resolution: int, max_objects: int, crop: str, path: str = ""
+) -> Config:
+    """Data section of a data set on disk.
+
+    Args:
+      name: a row of the table in implicit_slots/data/sources.py.
+      resolution: height and width of the images, in pixels.
+      max_objects: length of the attributes' arrays and largest id in a mask.
+      crop: what part of a frame is kept.
+      path: where its files are; of tensorflow-datasets empty for its own default.
+    """
+    section = data(name, resolution=resolution, max_objects=max_objects, crop=crop)
+    section.path = path
+    return section
+
+
+def splits(*, train: str = "", validation: str = "", test: str = "") -> Config:
+    """Section of the splits of a record file or of tensorflow-datasets.
+
+    Args:
+      train: "start:stop" of a record file's records, or an expression such as
+        "train[:90%]" of tensorflow-datasets; empty for the published split.
+      validation: the same.
+      test: the same.
+    """
+    section: Config = ConfigDict()
+    section.train = train
+    section.validation = validation
+    section.test = test
+    return section
 
 
 def set_variant(config: Config, variant: str | None) -> Config:

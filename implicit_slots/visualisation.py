@@ -109,6 +109,7 @@ def contact_sheet(
     segmentation: Int[HostArray, "batch height width"] | None = None,
     *,
     columns: int = 8,
+    captions: Sequence[str] | None = None,
 ) -> UInt8[np.ndarray, "picture_height picture_width 3"]:
     """Draws images side by side, each with its masks below where there are any.
 
@@ -116,6 +117,7 @@ def contact_sheet(
       images: uint8 or float in [0, 1].
       segmentation: Ids of objects, 0 for background, which is drawn grey.
       columns: Images per row.
+      captions: A few words under each image.
 
     Returns:
       The picture. Small images are enlarged by a whole factor without smoothing.
@@ -132,6 +134,11 @@ def contact_sheet(
         masks = _enlarge(colours[ids], scale)
         seam = np.full((len(cells), 1, *cells.shape[2:]), EDGE, np.uint8)
         cells = np.concatenate([cells, seam, masks], axis=1)
+    if captions is not None:
+        if len(captions) != len(cells):
+            raise ValueError(f"{len(captions)} captions for {len(cells)} images")
+        under = [_caption(text, cells.shape[2]) for text in captions]
+        cells = np.concatenate([cells, np.stack(under)], axis=1)
     columns = min(columns, len(cells))
     tiles = [cells[column::columns] for column in range(columns)]
     picture, _ = _lay_out(tiles, top=MARGIN)
@@ -155,6 +162,15 @@ def slot_colours(count: int) -> UInt8[np.ndarray, "{count} 3"]:
     base = np.array(colours, np.float32)
     rounds, which = np.divmod(np.arange(count), len(base))
     return (base[which] * (0.55 ** rounds[:, None])).astype(np.uint8)
+
+
+def _caption(text: str, width: int) -> UInt8[np.ndarray, "height {width} 3"]:
+    """A line of text on the page's colour."""
+    line = Image.new("RGB", (width, FONT_SIZE + 6), PAGE)
+    font = ImageFont.load_default(FONT_SIZE)
+    place = (width // 2, FONT_SIZE)
+    ImageDraw.Draw(line).text(place, text, fill=INK, font=font, anchor="ms")
+    return np.array(line)
 
 
 def _to_uint8(

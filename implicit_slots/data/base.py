@@ -1,7 +1,6 @@
 """What every source of images is, and the error for data that cannot be used."""
 
 import abc
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,9 +10,6 @@ from jaxtyping import Int
 
 Example = dict[str, Any]
 Batch = dict[str, Any]
-
-# A source of decoded examples keeps them in memory up to this size.
-KEPT_BYTES = 1 << 30
 
 # Integer codes, in the order of tensorflow-datasets' CLEVR.
 CLEVR_CODES: Mapping[str, tuple[str, ...]] = {
@@ -60,48 +56,6 @@ class Source(abc.ABC):
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of a source of {len(self)} examples")
         return jax.tree.map(lambda leaf: leaf[0], self.batch(np.array([index])))
-
-
-class DecodedSource(Source):
-    """A source that decodes examples one by one, and keeps all of them if they fit."""
-
-    def __init__(self):
-        self._kept: Batch | None = None
-        self._is_kept = np.zeros(0, bool)
-        self._lock = threading.Lock()
-
-    @abc.abstractmethod
-    def decode(self, index: int) -> Example:
-        """Reads one example, with the keys of `batch` and no leading axis."""
-
-    def batch(self, indices: Int[np.ndarray, " batch"]) -> Batch:
-        """Gathers examples from memory, after decoding those that are not there."""
-        with self._lock:
-            if not len(self._is_kept):
-                self._make_room(self.decode(int(indices[0])))
-        if self._kept is None:
-            examples = [self.decode(int(index)) for index in indices]
-            return jax.tree.map(lambda *leaves: np.stack(leaves), *examples)
-        # Two threads may decode the same example: that is harmless, and a lock here
-        # would let only one thread decode at a time.
-        for index in np.unique(indices[~self._is_kept[indices]]):
-            example = self.decode(int(index))
-            for room, leaf in zip(
-                jax.tree.leaves(self._kept), jax.tree.leaves(example), strict=True
-            ):
-                room[index] = leaf
-            self._is_kept[index] = True
-        return jax.tree.map(lambda leaf: leaf[indices], self._kept)
-
-    def _make_room(self, example: Example) -> None:
-        """Allocates arrays for all examples like this one if they are few enough."""
-        self._is_kept = np.zeros(len(self), bool)
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(example))
-        if size * len(self) <= KEPT_BYTES:
-            # Pages are only taken from the system when an example is written.
-            self._kept = jax.tree.map(
-                lambda leaf: np.empty((len(self), *leaf.shape), leaf.dtype), example
-            )
 
 
 def pack_objects(

@@ -1,26 +1,39 @@
 """Picture files to arrays at the training resolution."""
 
+import re
+
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32, Integer, UInt8
 from PIL import Image
 
 from implicit_slots.data.base import DataError
 
 Box = tuple[int, int, int, int]
+FIXED_CROP = re.compile(r"center-(\d+)")
 
 
 def crop_box(crop: str, width: int, height: int) -> Box:
     """The part of a frame that is kept: (left, top, right, bottom) in pixels.
 
     Args:
-      crop: "center", the largest centred square; "clevr", IODINE's square around
-        CLEVR's objects; "none", the whole frame, which resizing then makes square.
+      crop: "center", the largest centred square; "center-N", N x N pixels of the
+        middle; "clevr", IODINE's square around CLEVR's objects; "none", the whole
+        frame, which resizing then makes square.
       width: of the frame.
       height: of the frame.
 
     Raises:
-      DataError: CLEVR's crop would leave the frame.
+      DataError: there is no such crop, or it would leave the frame.
     """
+    if (fixed := FIXED_CROP.fullmatch(crop)) is not None:
+        side = int(fixed[1])
+        if not 0 < side <= min(width, height):
+            raise DataError(
+                f"the crop '{crop}' does not fit a frame of {width} x {height} "
+                "pixels; use --config.data.crop=center"
+            )
+        left, top = (width - side) // 2, (height - side) // 2
+        return left, top, left + side, top + side
     match crop:
         case "none":
             return 0, 0, width, height
@@ -44,7 +57,8 @@ def crop_box(crop: str, width: int, height: int) -> Box:
             return left, top, right, bottom
         case _:
             raise DataError(
-                f"unknown crop '{crop}'; choose from 'center', 'clevr', 'none'"
+                f"unknown crop '{crop}'; choose from 'center', 'center-N' (N pixels), "
+                "'clevr', 'none'"
             )
 
 
@@ -69,17 +83,20 @@ def resize_image(
 
 
 def resize_mask(
-    mask: Image.Image, box: Box, resolution: int
+    mask: Integer[np.ndarray, "height width"], box: Box, resolution: int
 ) -> Int32[np.ndarray, "resolution resolution"]:
-    """Crops and resizes a picture of ids; every pixel takes its nearest id."""
-    resized = mask.resize((resolution, resolution), Image.Resampling.NEAREST, box)
-    return np.array(resized).astype(np.int32)
+    """Crops and resizes an array of ids; every pixel takes its nearest id."""
+    picture = Image.fromarray(mask.astype(np.int32))
+    resized = picture.resize((resolution, resolution), Image.Resampling.NEAREST, box)
+    return np.array(resized)
 
 
 def into_crop(
     objects: dict[str, np.ndarray], box: Box, resolution: int
 ) -> dict[str, np.ndarray]:
-    """Objects with `pixel_position` moved from the frame into its resized crop."""
+    """Objects with `pixel_position`, if any, moved from the frame into its crop."""
+    if "pixel_position" not in objects:
+        return objects
     left, top, right, bottom = box
     scale = resolution / np.array([right - left, bottom - top], np.float32)
     moved = (objects["pixel_position"] - np.array([left, top], np.float32)) * scale

@@ -9,12 +9,17 @@ before it.
 import dataclasses
 import functools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from implicit_slots.data.base import Batch, DataError, Source
+
+# In the place of an epoch's number: the stream of numbers that mirror images.
+FLIPS = 2**64 - 1
 
 
 @functools.lru_cache(maxsize=4)  # A batch touches two epochs, prefetching one more.
@@ -45,6 +50,7 @@ class TrainBatches:
       seed: of the order of examples.
       process_index: which share of each batch this process reads.
       process_count: number of equal shares.
+      flip: whether half of the examples are mirrored, left to right.
     """
 
     source: Source
@@ -52,6 +58,7 @@ class TrainBatches:
     seed: int
     process_index: int = 0
     process_count: int = 1
+    flip: bool = False
 
     def __post_init__(self):
         _check_share(self.batch_size, self.process_index, self.process_count)
@@ -79,8 +86,49 @@ class TrainBatches:
                 indices = np.where(here, order[places], indices)
         return indices
 
+    def flips(self, step: int) -> Bool[np.ndarray, " share"]:
+        """Which examples of this process's share of one step are mirrored."""
+        if not self.flip:
+            return np.zeros(self.batch_size // self.process_count, bool)
+        key = np.array([self.seed, FLIPS], np.uint64)
+        bits = np.random.Philox(key=key, counter=[0, step, 0, 0])
+        share = self.batch_size // self.process_count
+        start = self.process_index * share
+        odd = bits.random_raw(self.batch_size) % 2 == 1
+        return odd[start : start + share]
+
     def __getitem__(self, index: int) -> Batch:
-        return self.source.batch(self.indices(index))
+        batch = self.source.batch(self.indices(index))
+        return mirror(batch, self.flips(index), np.where) if self.flip else batch
+
+
+def mirror(
+    batch: Batch, flips: Bool[Any, " batch"], where: Callable[..., Any]
+) -> Batch:
+    """Mirrors some examples, left to right.
+
+    Args:
+      batch: as `Source.batch` describes it. `pixel_position` goes along with the
+        pixels; attributes in the world stay.
+      flips: which ones.
+      where: NumPy's or JAX's.
+    """
+    width = batch["image"].shape[2]
+    mirrored = dict(batch)
+    for name in batch.keys() & {"image", "segmentation", "shadow"}:
+        values = batch[name]
+        chosen = flips.reshape(-1, *[1] * (values.ndim - 1))
+        mirrored[name] = where(chosen, values[:, :, ::-1], values)
+    if "pixel_position" in batch.get("objects", {}):
+        position = batch["objects"]["pixel_position"]
+        moved = position * np.array([-1, 1], np.float32)
+        moved = moved + np.array([width, 0], np.float32)
+        there = batch["objects"]["present"] & flips[:, None]
+        mirrored["objects"] = {
+            **batch["objects"],
+            "pixel_position": where(there[..., None], moved, position),
+        }
+    return mirrored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,16 +162,8 @@ class EvaluationBatches:
         return {**batch, "mask": places < len(self.source)}
 
 
-def train_batches(
-    source: Source,
-    *,
-    batch_size: int,
-    seed: int,
-    start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 2,
-    ahead: int = 16,
+def read_ahead(
+    batches: TrainBatches, *, start_step: int = 0, threads: int = 2, ahead: int = 16
 ) -> grain.DatasetIterator:
     """Training batches from `start_step` on, without end, read ahead in threads.
 
@@ -131,25 +171,16 @@ def train_batches(
     often the run was interrupted. Nothing before `start_step` is read.
 
     Args:
-      source: where the examples come from.
-      batch_size: examples of a step over all processes.
-      seed: of the order of examples, not negative.
+      batches: the sequence.
       start_step: the first step to yield.
-      process_index: which share of each batch this process reads.
-      process_count: number of equal shares; concatenated in order they are the batch
-        that a single process reads.
-      threads: number of reading threads; 0 reads in the caller's.
+      threads: number of reading threads, each of which reads a batch at a time; 0
+        reads in the caller's.
       ahead: number of batches to have ready.
 
     Returns:
       Batches of host arrays, as `Source.batch` describes them. Its `close()` ends the
       threads.
-
-    Raises:
-      DataError: the source holds less than one batch.
-      ValueError: the processes do not divide the batch.
     """
-    batches = TrainBatches(source, batch_size, seed, process_index, process_count)
     return _read_ahead(grain.MapDataset.source(batches)[start_step:], threads, ahead)
 
 

@@ -1,175 +1,209 @@
 """The table of data sets, and how a configuration's section becomes a source."""
 
-import hashlib
+import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 from jaxtyping import Int
+from tqdm import tqdm
 
-from implicit_slots.data import rendering, scenes
-from implicit_slots.data.base import Batch, DataError, Source
-from implicit_slots.data.cache import BlockCache
+from implicit_slots.data.base import Batch, DataError, Example, Source
+from implicit_slots.data.cache import Prepared, cache_folder, is_finished
+from implicit_slots.data.clevr_mirror import ClevrMirror
+from implicit_slots.data.clevrtex import ClevrTex
+from implicit_slots.data.coco import Coco
+from implicit_slots.data.embedded import Scenes
 from implicit_slots.data.folder import ImageFolder
+from implicit_slots.data.frames import FrameSource, Progress
+from implicit_slots.data.multi_object import MultiObject
+from implicit_slots.data.shapestacks import ShapeStacks
 from implicit_slots.data.tfds import Tfds
-
-__all__ = [
-    "SOURCES",
-    "SPLITS",
-    "DataError",
-    "ImageFolder",
-    "Scenes",
-    "Source",
-    "Tfds",
-    "build",
-]
 
 SPLITS = ("train", "validation", "test")
 
-# Scenes rendered at once. No more than a usual batch, so that neighbouring batches,
-# which different threads read, are different blocks and are rendered side by side.
-SCENES_BLOCK = 32
-# Bytes of another renderer must not pass for this one's. Read beside the import,
-# because the files may be edited while a process runs.
-RENDERER = hashlib.sha256(
-    "".join(inspect.getsource(module) for module in (scenes, rendering)).encode()
-).hexdigest()
+# Keys of config.data that are not the reader's: how its examples are used.
+USAGE = MappingProxyType(
+    {"cache": "", "keep_objects": 0, "flip": False, "placement": "host", "workers": 2}
+)
+# A look into every file before a run costs a second per few thousand files: larger sets
+# are looked through when they are prepared, or else frame by frame as they are read.
+CHECKED = 20_000
+# Arguments of readers that say where something lies, not what it is.
+WHERE = ("path", "cache")
+# Names that mean other images in every other folder.
+NAMED_BY_PATH = ("folder",)
 
 
-class Scenes(Source):
-    """The embedded scenes: rendered on first use, block by block, and kept.
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """A row of the table.
 
-    The three splits are disjoint because a scene's key is folded from its split. Scenes
-    are independent draws, so that the first epoch reads them in order: rendering then
-    proceeds block by block while the model already trains.
+    Attributes:
+      reader: the class that reads it.
+      fixed: arguments of the reader that the name stands for.
+      published: number of examples of each split, where the publication says.
+      files: what a user has to put below `path`, and where to get it.
     """
 
-    shuffle_first_epoch = False
+    reader: Callable[..., Source]
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    published: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    files: str = ""
 
-    def __init__(
-        self,
-        *,
-        split: str,
-        resolution: int,
-        train_size: int,
-        validation_size: int,
-        test_size: int,
-        seed: int = 0,
-        min_objects: int = 3,
-        max_objects: int = 6,
-        zoom: float = 1.0,
-        with_masks: bool = False,
-        cache: str = "",
-    ):
-        """Prepares the arrays; renders nothing.
 
-        Args:
-          split: "train", "validation" or "test".
-          resolution: height and width of the images, in pixels.
-          train_size: number of scenes of the training split.
-          validation_size: the same for validation.
-          test_size: the same for the test split.
-          seed: of the data set, not of the run.
-          min_objects: fewest objects in a scene.
-          max_objects: most objects in a scene, and length of the attributes' arrays.
-          zoom: images are the middle 1/zoom of CLEVR's crop in each direction, and
-            scenes are placed for that; at least 1.
-          with_masks: whether the training split, too, has `segmentation`, `shadow` and
-            `objects`; validation and test always have them.
-          cache: folder that keeps what was rendered for later runs; empty for none.
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a section asks for, every default filled in.
 
-        Raises:
-          DataError: an empty split, impossible numbers of objects, a zoom below 1, or
-            a cache that cannot be written.
-        """
-        sizes = {"train": train_size, "validation": validation_size, "test": test_size}
-        self._size = sizes[split]
-        if self._size < 1:
-            raise DataError(
-                f"split '{split}' has {self._size} scenes; set "
-                f"--config.data.{split}_size to at least 1"
-            )
-        if not 1 <= min_objects <= max_objects:
-            raise DataError(
-                "scenes need 1 <= min_objects <= max_objects, got "
-                f"{min_objects} and {max_objects}"
-            )
-        if not zoom >= 1:
-            raise DataError(f"scenes need zoom >= 1, got {zoom}")
-        block = min(SCENES_BLOCK, self._size)
-        arguments: dict[str, Any] = {
-            "seed": seed,
-            "split": split,
-            "resolution": resolution,
-            "min_objects": min_objects,
-            "max_objects": max_objects,
-            "zoom": zoom,
-        }
+    Attributes:
+      data_set: the row of the table.
+      arguments: of its reader, `split` among them.
+      usage: how the examples are used: `USAGE`, with the section's values.
+      identity: what the examples depend on, as JSON. Where the files are is not part
+        of it, so that a cache can move to a machine that does not have them.
+    """
 
-        def make(first: int) -> Batch:
-            indices = np.arange(first, first + block, dtype=np.int32)
-            return rendering.render_batch(indices=indices, **arguments)
+    data_set: DataSet
+    arguments: Mapping[str, Any]
+    usage: Mapping[str, Any]
+    identity: Mapping[str, Any]
 
-        shapes = jax.eval_shape(lambda: make(0))
-        example = jax.tree.map(
-            lambda leaf: np.empty(leaf.shape[1:], leaf.dtype), shapes
+    @property
+    def folder(self) -> Path | None:
+        """Where these examples lie once they are prepared; None without a cache."""
+        cache = self.usage["cache"]
+        return cache_folder(cache, self.identity) if cache else None
+
+
+_DSPRITES = {"train": 60_000, "validation": 1_000, "test": 320}
+
+SOURCES: Mapping[str, DataSet] = {
+    "scenes": DataSet(Scenes),
+    "folder": DataSet(
+        ImageFolder,
+        files="images/, optional masks/ with the same names, optional scenes.json",
+    ),
+    "tfds": DataSet(Tfds, files="a data set that tensorflow-datasets prepared"),
+    "clevr": DataSet(
+        Tfds,
+        {"dataset": "clevr"},
+        {"train": 70_000, "validation": 15_000, "test": 15_000},
+        "clevr/3.1.0/ as tensorflow-datasets prepares it",
+    ),
+    "clevr_with_masks": DataSet(
+        MultiObject,
+        {"dataset": "clevr_with_masks"},
+        {"train": 70_000, "validation": 15_000, "test": 15_000},
+        "clevr_with_masks_train.tfrecords from "
+        "gs://multi-object-datasets/clevr_with_masks/",
+    ),
+    **{
+        f"multi_dsprites_{colours}": DataSet(
+            MultiObject,
+            {"dataset": f"multi_dsprites_{colours}"},
+            _DSPRITES,
+            f"multi_dsprites_{colours}.tfrecords from "
+            "gs://multi-object-datasets/multi_dsprites/",
         )
-        # Ids fit into a byte; `batch` hands them out as the contract's int32.
-        for name in ("segmentation", "shadow"):
-            example[name] = example[name].astype(np.uint8)
-        if split == "train" and not with_masks:
-            example = {"image": example["image"]}
-        self._cache = BlockCache(
-            make,
-            example,
-            count=self._size,
-            block=block,
-            folder=Path(cache).expanduser() / "scenes" if cache else None,
-            manifest={
-                **arguments,
-                "renderer": RENDERER,
-                # The same source rounds some pixels differently on these.
-                "jax": jax.__version__,
-                "backend": jax.default_backend(),
-            },
+        for colours in ("binarized", "colored_on_grayscale", "colored_on_colored")
+    },
+    "objects_room": DataSet(
+        MultiObject,
+        {"dataset": "objects_room"},
+        {"test": 922},
+        "objects_room_train.tfrecords and objects_room_test_<test_set>.tfrecords from "
+        "gs://multi-object-datasets/objects_room/",
+    ),
+    "tetrominoes": DataSet(
+        MultiObject,
+        {"dataset": "tetrominoes"},
+        _DSPRITES,
+        "tetrominoes_train.tfrecords from gs://multi-object-datasets/tetrominoes/",
+    ),
+    "clevr_mirror": DataSet(
+        ClevrMirror, files="images/*.png and scenes/*.json of the same names"
+    ),
+    "shapestacks": DataSet(
+        ShapeStacks,
+        files="recordings/, splits/ and, for masks, iseg/, from "
+        "shapestacks.robots.ox.ac.uk",
+    ),
+    "clevrtex": DataSet(ClevrTex, files="clevrtex_<variant>/ as it is unpacked"),
+    "coco": DataSet(
+        Coco,
+        {},
+        {"train": 118_287, "validation": 5_000, "test": 5_000},
+        "train2017/, val2017/ and annotations/ from cocodataset.org",
+    ),
+    "coco_tfds": DataSet(
+        Tfds,
+        {"dataset": "coco/2017_panoptic"},
+        {"train": 118_287, "validation": 5_000, "test": 5_000},
+        "coco/2017_panoptic/1.1.0/ as tensorflow-datasets prepares it",
+    ),
+    "shapes3d": DataSet(
+        Tfds,
+        {"dataset": "shapes3d"},
+        {"train": 400_000, "validation": 29_999, "test": 29_999},
+        "shapes3d/2.0.0/ as tensorflow-datasets prepares it",
+    ),
+    **{
+        name: DataSet(
+            Tfds,
+            {"dataset": f"{name}/128x128"},
+            files=f"{name}/128x128/1.0.0/ from gs://kubric-public/tfds/",
         )
-
-    def __len__(self) -> int:
-        return self._size
-
-    def batch(self, indices: Int[np.ndarray, " batch"]) -> Batch:
-        """Gathers scenes, after rendering the blocks that are missing."""
-        batch = self._cache.read(indices)
-        for name in batch.keys() & {"segmentation", "shadow"}:
-            batch[name] = batch[name].astype(np.int32)
-        return batch
-
-
-SOURCES: Mapping[str, Callable[..., Source]] = {
-    "scenes": Scenes,
-    "folder": ImageFolder,
-    "tfds": Tfds,
+        for name in ("movi_a", "movi_c")
+    },
 }
 
 
 def build(
-    config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict, split: str
+    config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict,
+    split: str,
+    keys: Collection[str] | None = None,
 ) -> Source:
     """The source that a configuration's section describes.
 
+    A finished cache is read where `config.data.cache` has one; else frames are decoded
+    when they are asked for.
+
     Args:
-      config: `name`, a key of `SOURCES`, and that source's arguments but `split`.
+      config: `name`, a key of `SOURCES`, arguments of its reader, and keys of `USAGE`.
       split: "train", "validation" or "test".
+      keys: what its batches hold; None for all there is.
 
     Raises:
       DataError: an unknown name, split or option, or data that cannot be used.
     """
-    arguments: dict[str, Any] = config.to_dict()
-    name = arguments.pop("name", None)
+    asked = request(config, split)
+    folder = asked.folder
+    if folder is not None and is_finished(folder):
+        source = Prepared(folder, keys)
+        check_origin(asked, source)
+        return source
+    source = open_files(asked, keys)
+    if isinstance(source, FrameSource | Subset) and len(source) <= CHECKED:
+        source.check(bar)
+    return source
+
+
+def request(
+    config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict, split: str
+) -> Request:
+    """Completes a section with defaults and checks its names.
+
+    Raises:
+      DataError: an unknown name, split or option, or one that is missing.
+    """
+    options: dict[str, Any] = config.to_dict()
+    name = options.pop("name", None)
     if name not in SOURCES:
         raise DataError(
             f"unknown data set '{name}'; choose config.data.name from "
@@ -177,25 +211,116 @@ def build(
         )
     if split not in SPLITS:
         raise DataError(f"unknown split '{split}'; choose from {', '.join(SPLITS)}")
-    source = SOURCES[name]
-    parameters = dict(inspect.signature(source).parameters)
-    del parameters["split"]
-    unknown = sorted(arguments.keys() - parameters)
+    data_set = SOURCES[name]
+    parameters = dict(inspect.signature(data_set.reader).parameters)
+    for own in ("split", "keys"):
+        parameters.pop(own)
+    possible = [p for p in (*parameters, *USAGE) if p not in data_set.fixed]
+    unknown = sorted(options.keys() - set(possible))
     if unknown:
         raise DataError(
             f"data set '{name}' has no option {', '.join(unknown)}; it has "
-            f"{', '.join(parameters)}"
+            f"{', '.join(dict.fromkeys(possible))}"
         )
-    missing = [
-        option
-        for option, parameter in parameters.items()
-        if parameter.default is inspect.Parameter.empty and option not in arguments
-    ]
-    if missing:
-        raise DataError(
-            f"data set '{name}' needs {', '.join(missing)}; set "
-            f"--config.data.{missing[0]}"
-        )
+    given = {**options, **data_set.fixed}
+    arguments: dict[str, Any] = {"split": split}
+    for option, parameter in parameters.items():
+        if option not in given and parameter.default is inspect.Parameter.empty:
+            raise DataError(
+                f"data set '{name}' needs {option}; set --config.data.{option}"
+            )
+        arguments[option] = given.get(option, parameter.default)
     if arguments["resolution"] < 1:
         raise DataError(f"resolution must be at least 1, got {arguments['resolution']}")
-    return source(split=split, **arguments)
+    usage = {option: given.get(option, default) for option, default in USAGE.items()}
+    if usage["keep_objects"] < 0:
+        raise DataError(
+            f"keep_objects must not be negative, got {usage['keep_objects']}; 0 keeps "
+            "all examples"
+        )
+    identity = {
+        "name": name,
+        **{key: value for key, value in arguments.items() if key not in WHERE},
+        "keep_objects": usage["keep_objects"],
+    }
+    if name in NAMED_BY_PATH:
+        identity["path"] = _resolved(arguments["path"])
+    return Request(data_set, arguments, usage, identity)
+
+
+def open_files(
+    asked: Request, keys: Collection[str] | None = None
+) -> "Source | Subset":
+    """Opens the data set's own files; neither decodes nor checks them.
+
+    Raises:
+      DataError: they are not there or cannot be used.
+    """
+    source = asked.data_set.reader(**asked.arguments, keys=keys)
+    most = asked.usage["keep_objects"]
+    if most == 0:
+        return source
+    if not isinstance(source, FrameSource):
+        raise DataError(
+            f"data set '{asked.identity['name']}' has no option keep_objects; set its "
+            "number of objects instead"
+        )
+    kept = np.flatnonzero(source.count_objects(bar) <= most)
+    if not len(kept):
+        raise DataError(
+            f"no example of split '{asked.arguments['split']}' has at most {most} "
+            "objects; set --config.data.keep_objects higher, or 0 to keep all"
+        )
+    return Subset(source, kept)
+
+
+def check_origin(asked: Request, source: Prepared) -> None:
+    """Refuses a cache that was made from files elsewhere, if there are files here.
+
+    Raises:
+      DataError: saying which files it was made from.
+    """
+    path = asked.arguments.get("path", "")
+    made_from = source.manifest.get("path", "")
+    if path and Path(path).expanduser().exists() and _resolved(path) != made_from:
+        raise DataError(
+            f"the cache {asked.folder} was made from {made_from or 'other files'}, not "
+            f"from {path}; remove the folder, or name another cache with "
+            "--config.data.cache=FOLDER"
+        )
+
+
+class Subset(Source):
+    """Some of a source's frames, in order."""
+
+    def __init__(self, source: FrameSource, indices: Int[np.ndarray, " examples"]):
+        self._source = source
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def batch(self, indices: Int[np.ndarray, " batch"]) -> Batch:
+        """The examples of these indices, stacked."""
+        return self._source.batch(self._indices[indices])
+
+    def decode(self, index: int) -> Example:
+        """One example, without a leading axis."""
+        return self._source.decode(int(self._indices[index]))
+
+    def check(self, progress: Progress) -> None:
+        """Looks into every file, those of frames that are left out among them."""
+        self._source.check(progress)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the examples depend on beside the options."""
+        return self._source.fingerprint()
+
+
+def bar(iterable: Any, **options: Any) -> Any:
+    """A progress bar on a terminal, nothing elsewhere."""
+    return tqdm(iterable, disable=None, leave=False, file=sys.stderr, **options)
+
+
+def _resolved(path: str) -> str:
+    return str(Path(path).expanduser().resolve())

@@ -29,6 +29,9 @@ MAY_CHANGE = {
     "diagnostics.krylov",
     "diagnostics.powers",
     "data.cache",
+    "data.path",
+    "data.placement",
+    "data.workers",
     # How the same model is computed.
     "precision",
     "model.attention",

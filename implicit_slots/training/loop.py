@@ -21,6 +21,7 @@ from implicit_slots import visualisation
 from implicit_slots.config import Config
 from implicit_slots.data import pipeline
 from implicit_slots.data.sources import Source
+from implicit_slots.training import feed
 from implicit_slots.training.checkpoint import Checkpoints
 from implicit_slots.training.sharding import shard_batch
 from implicit_slots.training.state import TrainState
@@ -59,13 +60,15 @@ def train(run: Run, state: TrainState) -> TrainState:
     """Trains from `state` to `config.num_steps`; returns the last state."""
     config = run.config
     start, end = int(state.step), config.num_steps
-    batches = pipeline.train_batches(
+    batches = feed.train_batches(
         run.train,
+        run.mesh,
         batch_size=config.batch_size,
         seed=config.seed,
         start_step=start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        placement=config.data.placement,
+        workers=config.data.workers,
+        flip=config.data.flip,
     )
     window: list[metrics.Collection] = []
     clock = _Clock(start)
@@ -74,8 +77,9 @@ def train(run: Run, state: TrainState) -> TrainState:
     untrained = jax.tree.map(jnp.copy, state.params) if start == 0 else None
     with contextlib.closing(batches), _progress(start, end) as bar:
         for step in range(start + 1, end + 1):
-            batch = {"image": next(batches)["image"]}
-            state, logged = run.steps.train(state, shard_batch(batch, run.mesh))
+            with clock.waiting():
+                batch = next(batches)
+            state, logged = run.steps.train(state, batch)
             window.append(logged)
             if step == start + 1:
                 jax.block_until_ready(state)
@@ -208,6 +212,8 @@ def _say(bar: tqdm, step: int, end: int, split: str, values: dict) -> None:
     rate = values.get("steps_per_second")
     if bar.disable and rate:
         text += f"  {rate:.1f} steps/s, {(end - step) / rate / 60:.1f} min left"
+    if values.get("data_wait", 0) > 0.1:
+        text += f"  {values['data_wait']:.0%} of the time waiting for data"
     bar.write(f"step {step:>{len(str(end))}}/{end}  {split:<10} {text}")
 
 
@@ -220,12 +226,23 @@ class _Clock:
     def restart(self, step: int) -> None:
         """Begins a new window after `step`."""
         self._began, self._step = time.perf_counter(), step
+        self._waited = 0.0
 
     def rate(self, step: int) -> dict[str, float]:
-        """Names the steps per second of the window, if it has any; begins a new one."""
+        """Names the speed of the window, if it has any steps; begins a new one."""
         steps, seconds = step - self._step, time.perf_counter() - self._began
+        waited = self._waited
         self.restart(step)
-        return {"steps_per_second": steps / seconds} if steps else {}
+        if not steps:
+            return {}
+        return {"steps_per_second": steps / seconds, "data_wait": waited / seconds}
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts what happens in the context as waiting for data."""
+        entered = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - entered
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -40,6 +40,7 @@ METRICS: Mapping[str, tuple[str, str]] = {
     "learning_rate": ("Learning rate", "of all parameters but the dVAE's"),
     "temperature": ("Temperature", "of the Gumbel-softmax"),
     "steps_per_second": ("Speed", "steps per second"),
+    "data_wait": ("Waiting for data", "share of the time between validations"),
     "step": ("Steps", "updates of the parameters"),
     "parameters": ("Parameters", "numbers that are trained"),
     "wall_seconds": ("Time", "by the clock"),

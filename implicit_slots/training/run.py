@@ -20,9 +20,10 @@ from ml_collections import ConfigDict
 
 from implicit_slots.config import Config
 from implicit_slots.data import pipeline, sources
+from implicit_slots.data.frames import FrameSource
 from implicit_slots.models.build import build_model
 from implicit_slots.models.slate import SLATE
-from implicit_slots.training import loop
+from implicit_slots.training import feed, loop
 from implicit_slots.training.checkpoint import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
@@ -60,7 +61,10 @@ POSITIVE = (
     "model.slot_mlp_size",
     "diagnostics.num_examples",
     "diagnostics.krylov",
+    "data.workers",
 )
+# What the training step reads of a batch.
+TRAINED_ON = ("image",)
 NOT_NEGATIVE = ("diagnostics.every", "diagnostics.powers")
 
 
@@ -101,7 +105,7 @@ def run(
         optimizer = build_optimizer(
             config.optimizer, shapes, num_steps=config.num_steps
         )
-        train = sources.build(config.data, "train")
+        train = sources.build(config.data, "train", TRAINED_ON)
         held_out = {"validation": sources.build(config.data, "validation")}
         if not training:
             held_out["test"] = sources.build(config.data, "test")
@@ -139,10 +143,16 @@ def run(
     )
     print(
         f"{config.name}: {count_parameters(params):,} parameters, "
-        f"{len(train):,} training images, {jax.device_count()} "
+        f"{len(train):,} training images{origin(train)}, {jax.device_count()} "
         f"{jax.devices()[0].platform} device(s), workdir {workdir}",
         flush=True,
     )
+    if config.data.max_objects >= config.model.num_slots:
+        print(
+            f"note: images may hold {config.data.max_objects} objects and a ground, "
+            f"for {config.model.num_slots} slots: some slots then share; "
+            "--config.model.num_slots and --config.data.keep_objects are the keys"
+        )
     old = read_summary(workdir)
     unfinished = training and int(state.step) < config.num_steps
     try:
@@ -221,6 +231,7 @@ def check(config: Config, mode: str) -> None:
     flat = {
         **dict(config.items()),
         **{f"model.{key}": value for key, value in config.model.items()},
+        "data.workers": config.data.workers,
         **{f"diagnostics.{key}": value for key, value in config.diagnostics.items()},
     }
     for key in POSITIVE:
@@ -229,6 +240,11 @@ def check(config: Config, mode: str) -> None:
     for key in NOT_NEGATIVE:
         if flat[key] < 0:
             raise UserError(f"config.{key} must not be negative, got {flat[key]}")
+    if config.data.placement not in feed.PLACEMENTS:
+        raise UserError(
+            f"config.data.placement must be one of {', '.join(feed.PLACEMENTS)}, got "
+            f"{config.data.placement!r}"
+        )
     for key in ("dropout", "attention_dropout"):
         if not 0 <= config.model[key] < 1:
             raise UserError(
@@ -279,6 +295,16 @@ def open_workdir(config: Config, workdir: pathlib.Path, training: bool) -> Check
     if not training and checkpoints.latest_step() is None:
         raise nothing
     return checkpoints
+
+
+def origin(source: sources.Source) -> str:
+    """Says where images come from, if that could be faster."""
+    if isinstance(source, FrameSource | sources.Subset):
+        return (
+            " decoded on the fly (`python -m implicit_slots.data prepare` with the "
+            "same --config makes that faster)"
+        )
+    return ""
 
 
 def summarise(

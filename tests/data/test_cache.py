@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from implicit_slots.data.base import DataError
-from implicit_slots.data.cache import BlockCache
+from implicit_slots.data.cache import BlockCache, Prepared, is_finished
 
 EXAMPLE = {
-    "image": np.zeros((2, 2, 3), np.uint8),
     "objects": {"code": np.zeros(3, np.int32), "present": np.zeros(3, bool)},
+    "image": np.zeros((2, 2, 3), np.uint8),
 }
 
 
@@ -51,7 +51,12 @@ def check(batch, indices):
 
 def opened(maker, folder=None, count=10, **manifest):
     return BlockCache(
-        maker, EXAMPLE, count=count, block=4, folder=folder, manifest=manifest
+        maker,
+        EXAMPLE,
+        count=count,
+        block=4,
+        folder=folder and folder / "cache",
+        manifest=manifest,
     )
 
 
@@ -105,11 +110,10 @@ def test_a_later_run_finds_the_blocks(tmp_path):
 def test_a_run_killed_while_writing_leaves_nothing_to_trust(tmp_path):
     """Bytes without their marker, as a killed process leaves them, are made again."""
     opened(Maker(), tmp_path).read(np.array([0]))
-    (records,) = tmp_path.glob("*/records.bin")
+    records = tmp_path / "cache" / "image.npy"
     with records.open("r+b") as file:
-        half = records.stat().st_size // 2
-        file.seek(half)
-        file.write(b"\xff" * (half - 10))
+        file.seek(-50, os.SEEK_END)
+        file.write(b"\xff" * 40)
     maker = Maker()
     check(opened(maker, tmp_path).read(np.arange(10)), np.arange(10))
     assert sorted(maker.asked) == [4, 8]
@@ -125,43 +129,115 @@ def test_the_marker_waits_for_the_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DataError, match=r"cannot be written: No space left on device"):
         cache.read(np.array([0]))
-    (markers,) = tmp_path.glob("*/done.bin")
-    assert markers.read_bytes() == bytes(3)
+    assert not np.load(tmp_path / "cache" / "blocks.npy").any()
     monkeypatch.undo()
     check(cache.read(np.array([0])), [0])
-    assert markers.read_bytes() == b"\1\0\0"
+    assert np.load(tmp_path / "cache" / "blocks.npy").astype(bool).tolist() == [
+        True,
+        False,
+        False,
+    ]
 
 
-def test_another_manifest_has_another_folder(tmp_path):
-    opened(Maker(), tmp_path, seed=0).read(np.arange(10))
-    for other in ({"manifest": 1}, {"seed": 1}, {"seed": 0, "count": 9}):
+def test_what_another_manifest_left_is_thrown_away(tmp_path):
+    for other in ({"manifest": 1}, {"seed": 1}, {"seed": 0, "count": 9}, {"seed": 0}):
         maker = Maker()
-        cache = opened(maker, tmp_path, **other)
-        cache.read(np.arange(9))
+        opened(maker, tmp_path, **other).read(np.arange(9))
         assert len(maker.asked) == 3
-    assert len(list(tmp_path.iterdir())) == 4
     maker = Maker()
     opened(maker, tmp_path, seed=0).read(np.arange(10))
     assert maker.asked == []
+    assert [file.name for file in tmp_path.iterdir()] == ["cache"]
 
 
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
         ("manifest.json", lambda file: file.write_text("{}")),
+        ("manifest.json", lambda file: file.write_text("[]")),
         ("manifest.json", lambda file: file.unlink()),
-        ("records.bin", lambda file: file.write_bytes(file.read_bytes()[:-1])),
-        ("records.bin", lambda file: file.unlink()),
-        ("done.bin", lambda file: file.write_bytes(b"\1" * 7)),
+        ("image.npy", lambda file: file.write_bytes(file.read_bytes()[:-1])),
+        ("image.npy", lambda file: file.write_bytes(b"")),
+        ("objects.npy", lambda file: file.unlink()),
+        ("blocks.npy", lambda file: np.save(file, np.ones(7, np.uint64))),
     ],
 )
 def test_a_damaged_folder_is_not_trusted(tmp_path, name, damage):
     opened(Maker(), tmp_path).read(np.arange(10))
-    (file,) = tmp_path.glob(f"*/{name}")
-    damage(file)
+    damage(tmp_path / "cache" / name)
     maker = Maker()
     check(opened(maker, tmp_path).read(np.arange(10)), np.arange(10))
     assert sorted(maker.asked) == [0, 4, 8]
+
+
+def test_processes_that_start_at_once_share_one_folder(tmp_path):
+    """Neither throws the other's blocks away."""
+    first, second = Maker(), Maker()
+    one, other = opened(first, tmp_path), opened(second, tmp_path)
+    one.read(np.array([0]))
+    check(other.read(np.arange(10)), np.arange(10))
+    assert (sorted(first.asked), sorted(second.asked)) == ([0], [4, 8])
+
+
+@pytest.fixture
+def finished(tmp_path):
+    cache = opened(Maker(), tmp_path, seed=3)
+    cache.read(np.arange(10))
+    assert not is_finished(tmp_path / "cache")
+    cache.finish()
+    return tmp_path / "cache"
+
+
+def test_a_finished_cache_is_read_without_its_maker(finished):
+    """Whole, by parts, and as plain NumPy files."""
+    assert is_finished(finished)
+    source = Prepared(finished)
+    assert len(source) == 10 and source.manifest["seed"] == 3
+    check(source.batch(np.array([9, 1, 9])), [9, 1, 9])
+    assert Prepared(finished, keys=["image"]).batch(np.arange(2)).keys() == {"image"}
+    np.testing.assert_array_equal(
+        np.load(finished / "image.npy"), source.batch(np.arange(10))["image"]
+    )
+    source.verify(lambda blocks, desc: blocks)
+
+
+def flip(file, place=-1):
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "why"),
+    [
+        ("image.npy", flip, "block 2 has another checksum"),
+        ("objects.npy", flip, "block 2 has another checksum"),
+        ("blocks.npy", flip, "blocks.npy has another hash"),
+        ("image.npy", lambda file: file.unlink(), "No such file"),
+        ("image.npy", lambda file: file.write_bytes(file.read_bytes()[:-1]), "mmap"),
+        ("image.npy", lambda f: np.save(f, np.zeros((10, 2, 2))), "its arrays are"),
+        ("image.npy", lambda f: np.save(f, np.zeros((9, 2, 2, 3))), "has 9 examples"),
+        ("manifest.json", lambda file: file.write_text('{"hash": 1}'), "'count'"),
+        ("manifest.json", lambda file: file.write_text("["), "manifest.json: Expect"),
+    ],
+)
+def test_a_finished_cache_that_was_changed_is_refused(finished, name, damage, why):
+    damage(finished / name)
+    with pytest.raises(DataError, match=r"does not match its manifest \(.*") as error:
+        Prepared(finished)
+    assert why in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).endswith("remove the folder and prepare it again")
+
+
+def test_a_change_between_sampled_blocks_is_found_by_verifying(tmp_path):
+    cache = opened(Maker(), tmp_path, count=400)
+    cache.read(np.arange(400))
+    cache.finish()
+    folder = tmp_path / "cache"
+    flip(folder / "image.npy", -12 * 30)
+    source = Prepared(folder)
+    with pytest.raises(DataError, match="block 92 has another checksum"):
+        source.verify(lambda blocks, desc: blocks)
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):

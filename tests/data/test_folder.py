@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from implicit_slots.data import base
+from implicit_slots.data import files, frames
 from implicit_slots.data.base import DataError
 from implicit_slots.data.folder import ImageFolder
 
@@ -33,6 +33,14 @@ def everything(path, **options):
     return ImageFolder(
         path=str(path), validation_fraction=0.0, test_fraction=0.0, **options
     )
+
+
+def silent(iterable, **_):
+    return iterable
+
+
+def check(source):
+    source.check(silent)
 
 
 def fill(path, count, folder="images"):
@@ -127,16 +135,18 @@ def test_masks_may_lie_beside_images_that_have_no_folder(tmp_path):
     np.testing.assert_array_equal(source[0]["segmentation"], noise(1, 8, 8, 1)[..., 0])
 
 
-def test_opening_a_folder_decodes_nothing(tmp_path, monkeypatch):
+def test_opening_lists_files_and_checking_decodes_none(tmp_path, monkeypatch):
     """Whole files are recognised without their pixels, which is ten times faster."""
     for suffix in ("png", "jpg"):
         save(tmp_path / "images" / f"{suffix}.{suffix}", noise(0, 8, 8))
         save(tmp_path / "masks" / f"{suffix}.png", noise(0, 8, 8, 1)[..., 0])
 
-    def load(_):
-        raise AssertionError("decoded")
+    def refuse(*_):
+        raise AssertionError("read")
 
-    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
+    check(everything(tmp_path))
+    monkeypatch.setattr(files.Image, "open", refuse)
     assert len(everything(tmp_path)) == 2
 
 
@@ -276,13 +286,13 @@ def test_decoded_images_are_kept(tmp_path):
         source.batch(np.array([2, 1]))["image"], first["image"]
     )
     (tmp_path / "images" / "000.png").unlink()
-    with pytest.raises(DataError, match=r"image .*000\.png cannot be read"):
+    with pytest.raises(DataError, match=r"file .*000\.png cannot be read \(No such"):
         source[0]
 
 
 def test_sets_beyond_the_limit_are_not_kept(tmp_path, monkeypatch):
     """Without room every reading decodes, and gives the same."""
-    monkeypatch.setattr(base, "KEPT_BYTES", 3 * 8 * 8 * 3 - 1)
+    monkeypatch.setattr(frames, "KEPT_BYTES", 3 * 8 * 8 * 3 - 1)
     fill(tmp_path, 3)
     source = everything(tmp_path)
     batch = source.batch(np.array([2, 2, 0]))
@@ -320,10 +330,12 @@ def test_unreadable_images_are_named_counted_and_skipped_if_asked(tmp_path, skip
         assert len(source) == 8 and all("good" in file for file in source.files)
         source.batch(np.arange(8))
         return
+    source = everything(tmp_path)
     with pytest.raises(DataError) as error:
-        everything(tmp_path)
+        check(source)
     sentence = str(error.value)
-    assert "5 of 13 images (cut.jpg, cut.png, damaged.png, …)" in sentence
+    assert "5 of 13 images (images/cut.jpg, images/cut.png, images/dam" in sentence
+    assert "\n" not in sentence
     assert "--config.data.skip_unreadable=True" in sentence
 
 
@@ -332,8 +344,8 @@ def test_an_unreadable_mask_counts_as_its_image(tmp_path):
     for i in range(3):
         save(tmp_path / "masks" / f"{i:03}.png", noise(i, 8, 8, 1)[..., 0])
     truncate(tmp_path / "masks" / "001.png")
-    with pytest.raises(DataError, match=r"1 of 3 images \(001\.png\).*their masks"):
-        everything(tmp_path)
+    with pytest.raises(DataError, match=r"1 of 3 .*001\.png\).*their masks, cannot"):
+        check(everything(tmp_path))
     source = everything(tmp_path, skip_unreadable=True)
     assert source.files == ["000.png", "002.png"]
     np.testing.assert_array_equal(source[1]["segmentation"], noise(2, 8, 8, 1)[..., 0])
@@ -353,6 +365,13 @@ def make_colour_mask(path):
         save(path / "masks" / f"{i:03}.png", np.zeros((8, 8, 3), np.uint8))
 
 
+def make_jpeg_mask(path):
+    for i in range(2):
+        save(path / "images" / f"{i:03}.jpg", np.zeros((8, 8, 3), np.uint8))
+        save(path / "masks" / f"{i:03}.jpg", np.zeros((8, 8), np.uint8))
+        (path / "images" / f"{i:03}.png").unlink()
+
+
 def write_scenes(path, objects, names=("000.png", "001.png")):
     scenes = [scene(name, objects) for name in names]
     (path / "scenes.json").write_text(json.dumps({"scenes": scenes}))
@@ -362,8 +381,12 @@ def write_scenes(path, objects, names=("000.png", "001.png")):
     ("prepare", "sentence"),
     [
         (make_missing_mask, r"1 of 2 images \(001\.png\) in .* have no mask of the"),
-        (make_other_size, r"001\.png has 9 x 8 pixels and its image 001\.png 8 x 8"),
-        (make_colour_mask, r"000\.png has pixels of mode RGB; it must hold 8-bit"),
+        (
+            make_other_size,
+            r"001\.png has 9 x 8 pixels and its image images/001\.png 8 x 8",
+        ),
+        (make_colour_mask, r"000\.png has pixels of mode RGB; it must hold obj"),
+        (make_jpeg_mask, r"000\.jpg is a JPEG, which does not keep ids exactly; save"),
         (
             lambda path: write_scenes(path, [CUBE] * 3),
             r"000\.png has 3 objects, more than max_objects = 2; set "
@@ -383,7 +406,11 @@ def write_scenes(path, objects, names=("000.png", "001.png")):
         ),
         (
             lambda path: (path / "scenes.json").write_text("{"),
-            r"scenes\.json is not a list of scenes",
+            r"scenes\.json cannot be read \(Expecting",
+        ),
+        (
+            lambda path: (path / "scenes.json").write_text("[]"),
+            r"scenes\.json is not a list of scenes as CLEVR's",
         ),
     ],
 )
@@ -391,7 +418,7 @@ def test_what_does_not_fit_the_images_is_one_sentence(tmp_path, prepare, sentenc
     fill(tmp_path, 2)
     prepare(tmp_path)
     with pytest.raises(DataError, match=sentence) as error:
-        everything(tmp_path, max_objects=2)
+        check(everything(tmp_path, max_objects=2))
     assert "\n" not in str(error.value)
 
 
@@ -410,9 +437,114 @@ def test_folders_that_cannot_be_used_are_one_sentence(tmp_path):
     with pytest.raises(DataError, match=r"split 'validation' of folder .* is empty"):
         everything(tmp_path, split="validation")
     with pytest.raises(DataError, match="unknown crop 'middle'; choose from 'center'"):
-        everything(tmp_path, crop="middle")
+        check(everything(tmp_path, crop="middle"))
     save(tmp_path / "images" / "train" / "wide.png", noise(0, 8, 20))
     with pytest.raises(DataError, match="does not fit a frame of 20 x 8 pixels"):
-        everything(tmp_path, crop="clevr")
+        check(everything(tmp_path, crop="clevr"))
     with pytest.raises(DataError, match="unknown split 'dev'"):
         everything(tmp_path, split="dev")
+
+
+def cut(file):
+    save(file, noise(9, 32, 32))
+    truncate(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "reason"),
+    [
+        ("a.png", lambda file: file.touch(), "not a picture"),
+        ("a.png", lambda file: file.write_text("text"), "not a picture"),
+        ("a.png", cut, ".*truncated.*"),
+        ("a.jpg", cut, ".*truncated.*"),
+        ("a.png", lambda file: file.symlink_to("nowhere"), "No such file.*"),
+    ],
+    ids=["empty", "text", "truncated PNG", "truncated JPEG", "broken link"],
+)
+def test_reading_a_broken_file_is_one_sentence_that_names_it(
+    tmp_path, name, write, reason
+):
+    """The same file is found by a check."""
+    write(tmp_path / name)
+    source = everything(tmp_path)
+    sentence = rf"file .*/{name} cannot be read \({reason}\); put a whole, readable"
+    with pytest.raises(DataError, match=sentence) as error:
+        source.batch(np.array([0]))
+    assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match=r"1 of 1 images \(a\."):
+        check(source)
+
+
+def test_files_and_folders_without_permission_are_one_sentence(tmp_path, monkeypatch):
+    """The system's refusal is imitated, because root may read everything."""
+    fill(tmp_path, 1)
+    source = everything(tmp_path)
+
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.Image, "open", refuse)
+        with pytest.raises(DataError, match=r"000\.png cannot be read \(Permission de"):
+            source[0]
+        with pytest.raises(DataError, match=r"1 of 1 images \(images/000\.png\)"):
+            check(source)
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "scandir", refuse)
+        with pytest.raises(DataError, match=r"images cannot be listed \(Permission de"):
+            everything(tmp_path)
+
+
+def test_masks_may_be_palettes_bits_or_sixteen_bit(tmp_path):
+    """Indices, not colours; ids beyond a byte are refused."""
+    ids = noise(0, 8, 8, 1)[..., 0]
+    palette = Image.fromarray(ids, "P")
+    palette.putpalette(noise(1, 256, 1).tobytes())
+    for name in ("bits", "palette", "sixteen"):
+        save(tmp_path / "images" / f"{name}.png", noise(2, 8, 8))
+    save(tmp_path / "masks" / "sixteen.png", ids.astype(np.uint16))
+    Image.fromarray(ids > 99).save(tmp_path / "masks" / "bits.png")
+    palette.save(tmp_path / "masks" / "palette.png")
+    source = everything(tmp_path)
+    check(source)
+    for index, expected in enumerate((ids > 99, ids, ids)):
+        got = source[index]["segmentation"]
+        np.testing.assert_array_equal(got, expected)
+        assert got.dtype == np.int32
+    save(tmp_path / "masks" / "sixteen.png", ids.astype(np.uint16) * 10)
+    with pytest.raises(
+        DataError, match=r"sixteen\.png has ids from \d+ to \d{4}; renu"
+    ):
+        everything(tmp_path)[2]
+
+
+def test_objects_are_counted_by_attributes_or_else_by_masks(tmp_path):
+    """Whatever the batches hold; with neither it is a sentence."""
+    fill(tmp_path, 2)
+    with pytest.raises(DataError, match=r"000\.png has neither masks nor attributes"):
+        everything(tmp_path).count_objects(silent)
+    for i in range(2):
+        save(
+            tmp_path / "masks" / f"{i:03}.png",
+            np.diag(np.array([0, 9, 9, i] * 2, np.uint8)),
+        )
+    only_images = everything(tmp_path, keys=("image",))
+    assert only_images[0].keys() == {"image"}
+    assert only_images.count_objects(silent).tolist() == [1, 2]
+    write_scenes(tmp_path, [CUBE] * 3)
+    assert everything(tmp_path).count_objects(silent).tolist() == [3, 3]
+
+
+def test_the_fingerprint_tells_other_files(tmp_path):
+    """Names and sizes of images and masks count; where the folder lies does not."""
+    prints = []
+    for folder in ("a", "b", "c", "d"):
+        for i in range(2):
+            save(tmp_path / folder / f"{i}.png", noise(i, 8, 8))
+            save(tmp_path / folder / "masks" / f"{i}.png", np.zeros((8, 8), np.uint8))
+    (tmp_path / "c" / "1.png").rename(tmp_path / "c" / "2.png")
+    (tmp_path / "c" / "masks" / "1.png").rename(tmp_path / "c" / "masks" / "2.png")
+    save(tmp_path / "d" / "masks" / "1.png", noise(1, 8, 8, 1)[..., 0])
+    prints = [everything(tmp_path / folder).fingerprint() for folder in "abcd"]
+    assert prints[0] == prints[1] and prints[0]["files"] == 4
+    assert len({entry["sha256"] for entry in prints}) == 3

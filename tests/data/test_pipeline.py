@@ -12,8 +12,17 @@ from implicit_slots.data.pipeline import (
     TrainBatches,
     epoch_order,
     evaluation_batches,
-    train_batches,
+    read_ahead,
 )
+
+
+def train_batches(source, *, start_step=0, threads=2, ahead=16, **options):
+    return read_ahead(
+        TrainBatches(source, **options),
+        start_step=start_step,
+        threads=threads,
+        ahead=ahead,
+    )
 
 
 class Numbers(Source):
@@ -67,7 +76,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
         for more in ({}, {"threads": 4, "ahead": 9}, {"threads": 0}):
             batches = train_batches(Numbers(30), start_step=start, **options, **more)
             assert read(batches, 7) == whole[start : start + 7]
-    direct = TrainBatches(Numbers(30), **options)
+    direct = TrainBatches(Numbers(30), 4, 5)
     assert [direct[step]["image"].tolist() for step in range(40)] == whole
     other = read(train_batches(Numbers(30), batch_size=4, seed=6), 40)
     assert other != whole

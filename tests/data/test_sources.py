@@ -1,7 +1,10 @@
 """The table of sources, and the embedded scenes as one of them."""
 
+import collections
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import ml_collections
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from implicit_slots.data import rendering, scenes, sources
+from implicit_slots.data import embedded, rendering, scenes, sources
 from implicit_slots.data.base import DataError
 
 SCENES = {
@@ -19,6 +22,21 @@ SCENES = {
     "validation_size": 6,
     "test_size": 4,
 }
+
+
+# Options that mean nothing to a data set, because its reader serves others as well.
+HIDDEN = collections.defaultdict(
+    set,
+    {
+        "clevr": {"frame_step", "masks"},
+        "shapes3d": {"frame_step", "masks"},
+        "movi_a": {"masks"},
+        "movi_c": {"masks"},
+        "clevr_with_masks": {"test_set"},
+        "multi_dsprites_colored_on_grayscale": {"test_set"},
+        "tetrominoes": {"test_set"},
+    },
+)
 
 
 def build(split="train", **options):
@@ -52,7 +70,7 @@ def rendered(monkeypatch):
         )
 
     monkeypatch.setattr(rendering, "render_batch", render_batch)
-    monkeypatch.setattr(sources, "SCENES_BLOCK", 8)
+    monkeypatch.setattr(embedded, "SCENES_BLOCK", 8)
     return asked
 
 
@@ -133,7 +151,7 @@ def test_scenes_on_disk_serve_the_next_run(rendered, tmp_path):
 def test_scenes_of_another_renderer_are_drawn_again(rendered, tmp_path, monkeypatch):
     """The cache knows the renderer by its source code."""
     build(cache=str(tmp_path)).batch(np.arange(20))
-    monkeypatch.setattr(sources, "RENDERER", "another")
+    monkeypatch.setattr(embedded, "RENDERER", "another")
     source = build(cache=str(tmp_path))
     rendered.clear()
     source.batch(np.arange(20))
@@ -177,6 +195,36 @@ def test_missing_arguments_are_named():
     config = ml_collections.ConfigDict({"name": "folder", "resolution": 8})
     with pytest.raises(DataError, match="data set 'folder' needs path"):
         sources.build(config, "train")
+
+
+def test_every_data_set_has_a_configuration_and_a_line_in_the_docs():
+    """The three name the same rows, and every key of a section is its reader's."""
+    root = Path(__file__).parents[2]
+    docs = (root / "implicit_slots" / "data" / "README.md").read_text()
+    named = set()
+    for file in sorted((root / "configs").glob("*.py")):
+        if file.stem in ("__init__", "base"):
+            continue
+        config = importlib.import_module(f"configs.{file.stem}").get_config()
+        named.add(config.data.name)
+        assert f"`{file.name}`" in docs, file
+        for split in sources.SPLITS:
+            asked = sources.request(config.data, split)
+            assert asked.folder is not None
+            assert asked.folder.name.startswith(f"{config.data.name}-{split}-")
+        # What can be set can be seen: no option of the reader is left to a default.
+        options = {*asked.arguments, *asked.usage} - {"split", *asked.data_set.fixed}
+        hidden = options - set(config.data)
+        assert hidden <= HIDDEN[config.data.name], (file, hidden)
+    others = set(sources.SOURCES) - named
+    for name in others:
+        assert name in docs, name
+    assert others <= {
+        "tfds",
+        "coco_tfds",
+        "multi_dsprites_binarized",
+        "multi_dsprites_colored_on_colored",
+    }
 
 
 def test_importing_sources_imports_no_tensorflow():

@@ -101,7 +101,11 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(finished, tmp_path):
 
     def without_rate(workdir):
         return [
-            {k: v for k, v in line.items() if k != "steps_per_second"}
+            {
+                k: v
+                for k, v in line.items()
+                if k not in ("steps_per_second", "data_wait")
+            }
             for line in read_metrics(workdir)
         ]
 

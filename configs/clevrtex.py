@@ -1,0 +1,30 @@
+"""Implicit SLATE on CLEVRTex, 128x128.
+
+Command: python -m implicit_slots.main --config=configs/clevrtex.py
+Data: clevrtex_full/ as it is unpacked from robots.ox.ac.uk/~vgg/data/clevrtex: 50,000
+    images of 320x240; the first tenth is the test split, the second validation.
+    --config.data.variant is full, camo, pbg, vbg, grassbg or outd (test split alone).
+    Cache 3.3 GB. Masks.
+Preprocessing: the middle 192x192 pixels, Lanczos to 128x128, masks nearest.
+Used by: CLEVRTex (Karazija et al. 2021), Invariant Slot Attention, BO-QSA: eleven
+    slots.
+Cost and expected result: not yet measured.
+"""
+
+from configs import base
+from implicit_slots.config import Config
+
+
+def get_config(variant: str | None = None) -> Config:
+    """Returns the configuration; see `base.set_variant` for the variants."""
+    data = base.files(
+        "clevrtex",
+        resolution=128,
+        max_objects=10,
+        crop="center-192",
+        path="data/clevrtex",
+    )
+    data.variant = "full"
+    config = base.get_config("clevrtex", data)
+    config.model.num_slots = 11
+    return base.set_variant(config, variant)

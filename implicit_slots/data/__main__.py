@@ -1,0 +1,103 @@
+"""Command line: `python -m implicit_slots.data prepare --config=configs/clevr.py`.
+
+Commands:
+  prepare  writes the data set into the cache at the training resolution.
+  inspect  prints shapes and counts, and draws a sheet of examples with their masks.
+  verify   compares a prepared cache with its checksums, byte by byte.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from implicit_slots.command_line import parse
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration file, with an optional :variant.", lock_config=True
+)
+_SPLITS = flags.DEFINE_list(
+    "splits", ["train", "validation", "test"], "Which splits, with commas."
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", "", "inspect: folder of the sheets; runs/inspect unless told otherwise."
+)
+_COUNT = flags.DEFINE_integer("count", 32, "inspect: examples on a sheet.", 1)
+flags.mark_flag_as_required("config")
+
+COMMANDS = ("prepare", "inspect", "verify")
+
+
+def main(argv: list[str]) -> None:
+    """Runs a command; exits with 1 on what the user can put right."""
+    logging.set_verbosity(logging.WARNING)
+    if len(argv) != 2 or argv[1] not in COMMANDS:
+        print(
+            f"error: name one command: {', '.join(COMMANDS)}; got "
+            f"{' '.join(argv[1:]) or 'none'}",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    # After the flags are parsed: --help needs no JAX.
+    from implicit_slots.data.base import DataError
+
+    run = {"prepare": prepare, "inspect": inspect, "verify": verify}[argv[1]]
+    try:
+        for split in _SPLITS.value:
+            run(split)
+    except DataError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on where it was")
+
+
+def prepare(split: str) -> None:
+    """Writes a split into the cache."""
+    from implicit_slots.data import preparation
+
+    preparation.prepare(_CONFIG.value.data, split)
+
+
+def verify(split: str) -> None:
+    """Compares a split in the cache with its checksums."""
+    from implicit_slots.data import sources
+    from implicit_slots.data.base import DataError
+    from implicit_slots.data.cache import Prepared
+
+    source = sources.build(_CONFIG.value.data, split)
+    if not isinstance(source, Prepared):
+        raise DataError(
+            f"split '{split}' is not prepared; python -m implicit_slots.data prepare "
+            "does that"
+        )
+    source.verify(sources.bar)
+    print(f"{split}: {len(source):,} examples, every block as it was written")
+
+
+def inspect(split: str) -> None:
+    """Prints what a split holds and draws its first examples."""
+    from implicit_slots import visualisation
+    from implicit_slots.data import inspection, sources
+    from implicit_slots.data.cache import Prepared
+    from implicit_slots.data.embedded import Scenes
+
+    config = _CONFIG.value
+    source = sources.build(config.data, split)
+    batch = source.batch(np.arange(min(_COUNT.value, len(source))))
+    origin = "decoded on the fly"
+    if isinstance(source, Prepared):
+        origin = "prepared"
+    elif isinstance(source, Scenes):
+        origin = "rendered"
+    print(f"{config.data.name}, {split} ({origin}): ", end="")
+    print("\n".join(inspection.describe(source, batch)))
+    folder = pathlib.Path(_OUTPUT.value or "runs/inspect")
+    path = folder / f"{config.data.name}_{split}.png"
+    visualisation.save_png(inspection.sheet(batch), path)
+    print(f"  sheet: {path}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

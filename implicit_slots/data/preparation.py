@@ -1,0 +1,191 @@
+"""Writes a data set into the cache at the training resolution, once."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import PIL
+from jaxtyping import PyTree
+
+from implicit_slots.data import sources
+from implicit_slots.data.base import Batch, DataError, Example, Source
+from implicit_slots.data.cache import BlockCache, Prepared, is_finished
+from implicit_slots.data.embedded import Scenes
+from implicit_slots.data.frames import FrameSource, Progress, stack
+from implicit_slots.data.tfds import Tfds
+
+# Examples that are decoded by one thread and marked as there together.
+BLOCK = 64
+
+
+def prepare(
+    config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict,
+    split: str,
+    *,
+    progress: Progress = sources.bar,
+    say: Callable[[str], Any] = print,
+    workers: int | None = None,
+) -> Source:
+    """Makes sure that a split is in the cache, whole.
+
+    What is there already is left as it is; what an interrupted preparation left is
+    continued.
+
+    Args:
+      config: the section `config.data`.
+      split: "train", "validation" or "test".
+      progress: wraps an iterable to show how far it is, as `tqdm` does.
+      say: is told what was found and done, a line at a time.
+      workers: threads that decode; as many as cores unless given.
+
+    Returns:
+      The prepared source.
+
+    Raises:
+      DataError: the files are not there or cannot be used, the disk is full, or the
+        cache holds something else; what was written so far is kept.
+    """
+    asked = sources.request(config, split)
+    folder = asked.folder
+    if folder is None:
+        raise DataError(
+            "there is no cache to prepare; name one with --config.data.cache=FOLDER"
+        )
+    if is_finished(folder):
+        source = Prepared(folder)
+        sources.check_origin(asked, source)
+        _check_fingerprint(asked, source)
+        say(f"{split}: {len(source):,} examples, already prepared in {folder}")
+        return source
+    files = _open_or_download(asked, say)
+    if isinstance(files, Scenes):
+        files.render_all(progress)
+        say(f"{split}: {len(files):,} scenes, rendered in {folder.parent}")
+        return files
+    assert isinstance(files, FrameSource | sources.Subset)
+    published = asked.data_set.published.get(split, len(files))
+    if len(files) != published:
+        say(
+            f"{split}: {len(files):,} examples where the published split has "
+            f"{published:,}: a part of it"
+        )
+    if not folder.is_dir():
+        files.check(progress)
+    example = files.decode(0)
+    blocks = _blocks(asked, files, example, folder)
+    _write(blocks, progress, workers or os.cpu_count() or 1)
+    blocks.finish()
+    source = Prepared(folder)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    say(f"{split}: {len(source):,} examples, {size / 1e6:,.1f} MB in {folder}")
+    return source
+
+
+def _open_or_download(asked: sources.Request, say: Callable[[str], Any]) -> Any:
+    """The data set's own files; tensorflow-datasets fetches those that it can."""
+    try:
+        return sources.open_files(asked)
+    except DataError as error:
+        hint = asked.data_set.files
+        if asked.data_set.reader is Tfds and not Tfds.is_prepared(
+            asked.arguments["dataset"], asked.arguments["path"]
+        ):
+            say(f"{error}; preparing it")
+            Tfds.download(asked.arguments["dataset"], asked.arguments["path"])
+            return sources.open_files(asked)
+        if hint and not _has_files(asked):
+            raise DataError(f"{error} (it reads {hint})") from error
+        raise
+
+
+def _has_files(asked: sources.Request) -> bool:
+    path = asked.arguments.get("path", "")
+    return bool(path) and Path(path).expanduser().exists()
+
+
+def _blocks(
+    asked: sources.Request,
+    files: "FrameSource | sources.Subset",
+    example: Example,
+    folder: Path,
+) -> BlockCache:
+    """The cache of these files, empty or as far as it was filled."""
+    stored = _stored(example)
+    count = len(files)
+
+    def make(first: int) -> Batch:
+        last = count - 1
+        # A block past the end repeats the last example, which is then cut off.
+        return stack([files.decode(min(first + i, last)) for i in range(block)])
+
+    block = min(BLOCK, count)
+    path = asked.arguments.get("path", "")
+    manifest = {
+        **asked.identity,
+        "path": str(Path(path).expanduser().resolve()) if path else "",
+        "files": files.fingerprint(),
+        "pillow": PIL.__version__,
+    }
+    need = count * sum(leaf.nbytes for leaf in jax.tree.leaves(stored))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if not folder.is_dir() and free < need:
+        raise DataError(
+            f"{folder.parent} has {free / 1e9:.1f} GB free and the examples need "
+            f"{need / 1e9:.1f} GB; make room, or name another folder with "
+            "--config.data.cache=FOLDER"
+        )
+    return BlockCache(
+        make, stored, count=count, block=block, folder=folder, manifest=manifest
+    )
+
+
+def _stored(example: Example) -> PyTree:
+    """Types in the cache: ids fit into a byte."""
+    return {
+        name: leaf.astype(np.uint8) if name in ("segmentation", "shadow") else leaf
+        for name, leaf in example.items()
+    }
+
+
+def _write(blocks: BlockCache, progress: Progress, workers: int) -> None:
+    """Makes every missing block, several at a time; stops at the first failure."""
+    missing = [b for b in range(blocks.num_blocks) if not blocks.has(b)]
+    done = blocks.num_blocks - len(missing)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        shown = progress(
+            pool.map(blocks.fill, missing),
+            total=blocks.num_blocks,
+            initial=done,
+            desc="preparing",
+            unit="block",
+        )
+        for _ in shown:
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _check_fingerprint(asked: sources.Request, source: Prepared) -> None:
+    """Refuses a cache whose files have changed since; without files there is no check.
+
+    Raises:
+      DataError: the files are not those that the cache was made from.
+    """
+    if not _has_files(asked):
+        return
+    files: Any = asked.data_set.reader(**asked.arguments)
+    now = json.loads(json.dumps(files.fingerprint()))
+    if now != source.manifest["files"]:
+        raise DataError(
+            f"the files in {asked.arguments['path']} have changed since the cache "
+            f"{asked.folder} was made from them; remove the folder and prepare it again"
+        )

@@ -1,0 +1,176 @@
+"""Batches on devices: the same wherever the data lies and however many read it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from implicit_slots.data.base import DataError, Source
+from implicit_slots.data.pipeline import TrainBatches
+from implicit_slots.training import feed
+from implicit_slots.training.sharding import build_mesh
+
+# Run by one or several processes: which bytes of which batches their devices hold.
+PROGRAM = """
+import json, sys, zlib
+sys.path.insert(0, {tests!r})
+import jax, numpy as np
+index, count, port = map(int, sys.argv[1:])
+if count > 1:
+    jax.distributed.initialize(f"localhost:{{port}}", count, index)
+from training.test_feed import Pictures
+from implicit_slots.training import feed
+from implicit_slots.training.sharding import build_mesh
+held = {{}}
+for placement in ("host", "device"):
+    batches = feed.train_batches(
+        Pictures(), build_mesh(8), batch_size=8, seed=3, start_step=5, flip=True,
+        placement=placement,
+    )
+    for step in range(6):
+        batch = next(batches)
+        for path, leaf in jax.tree.leaves_with_path(batch):
+            for shard in leaf.addressable_shards:
+                first = shard.index[0].start or 0
+                name = f"{{placement}} {{step}} {{jax.tree_util.keystr(path)}}"
+                for row, values in enumerate(np.asarray(shard.data), first):
+                    held[f"{{name}} {{row}}"] = zlib.crc32(np.ascontiguousarray(values))
+        total = jax.jit(lambda x: x.astype(int).sum())(batch["image"])
+        held[f"{{placement}} {{step}} total"] = int(total)
+print(json.dumps(held))
+"""
+
+
+class Pictures(Source):
+    """Thirty-seven small examples, each unlike the others and its mirror image."""
+
+    def __len__(self):
+        return 37
+
+    def batch(self, indices):
+        """Functions of the index."""
+        index = np.asarray(indices)[:, None, None]
+        grid = (index * 5 + 3 * np.arange(6) + 30 * np.arange(4)[:, None]) % 251
+        place = np.arange(2) + index[:, 0]
+        return {
+            "image": np.stack([grid, grid + 1, grid + 2], -1).astype(np.uint8),
+            "segmentation": (grid % 3).astype(np.int32),
+            "objects": {
+                "present": place % 3 > 0,
+                "pixel_position": np.stack([place / 4, place * 1.5], -1).astype("f4"),
+            },
+        }
+
+
+def processes(count, devices):
+    """Runs the program in `count` processes of `devices` each; what they hold."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    tests = os.path.dirname(os.path.dirname(__file__))
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM.format(tests=tests)]
+            + [str(number) for number in (index, count, port)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+    held = []
+    for process in started:
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        held.append(json.loads(output.splitlines()[-1]))
+    return held
+
+
+@pytest.fixture(scope="module")
+def single():
+    (held,) = processes(1, 1)
+    return held
+
+
+def test_device_and_host_placement_give_the_same_batches(single):
+    """Bit for bit, mirrored examples included."""
+    for key, checksum in single.items():
+        if key.startswith("host"):
+            assert single[key.replace("host", "device")] == checksum, key
+
+
+def test_devices_share_the_single_devices_batch(single):
+    (held,) = processes(1, 4)
+    assert held == single
+
+
+def test_two_processes_read_the_batches_of_one(single):
+    """Two devices each: disjoint shares, whose union is the single process's batch."""
+    one, other = processes(2, 2)
+    rows = [key for key in one if not key.endswith("total")]
+    assert not set(rows) & set(other)
+    assert one | other == single
+
+
+def test_mirrored_examples_are_half_of_them_and_of_seed_and_step():
+    batches = TrainBatches(Pictures(), 32, seed=1, flip=True)
+    flips = np.concatenate([batches.flips(step) for step in range(100)])
+    assert abs(flips.mean() - 0.5) < 4 * np.sqrt(0.25 / len(flips))
+    plain = TrainBatches(Pictures(), 32, seed=1)
+    for step in (0, 7):
+        before, after = plain[step], batches[step]
+        for row, flipped in enumerate(batches.flips(step)):
+            expected = before["image"][row, :, :: -1 if flipped else 1]
+            np.testing.assert_array_equal(after["image"][row], expected)
+            there = before["objects"]["present"][row]
+            column = before["objects"]["pixel_position"][row, :, 0]
+            moved = np.where(there & flipped, 6 - column, column)
+            np.testing.assert_array_equal(
+                after["objects"]["pixel_position"][row, :, 0], moved
+            )
+    np.testing.assert_array_equal(
+        TrainBatches(Pictures(), 32, 1, 1, 2, True).flips(7), batches.flips(7)[16:]
+    )
+    assert (
+        TrainBatches(Pictures(), 32, 2, flip=True).flips(7) != batches.flips(7)
+    ).any()
+
+
+def test_what_does_not_fit_into_a_device_is_one_sentence():
+    class Small:
+        def memory_stats(self):
+            return {"bytes_limit": 5000, "bytes_in_use": 2500}
+
+    feed._check_memory([Small()], 2500)
+    with pytest.raises(DataError, match=r"set --config\.data\.placement=host"):
+        feed._check_memory([Small()], 2501)
+
+
+def test_a_resident_set_is_read_once(monkeypatch):
+    """And in pieces: not a second copy of everything."""
+    monkeypatch.setattr(feed, "CHUNK", 10)
+    asked = []
+
+    class Counted(Pictures):
+        def batch(self, indices):
+            asked.append(len(indices))
+            return super().batch(indices)
+
+    batches = feed.train_batches(
+        Counted(), build_mesh(4), batch_size=4, seed=0, start_step=0, placement="device"
+    )
+    expected = TrainBatches(Pictures(), 4, 0)
+    for step in range(20):
+        jax.tree.map(np.testing.assert_array_equal, next(batches), expected[step])
+    assert asked == [1, 10, 10, 10, 7]
