@@ -17,7 +17,7 @@ def get_config(variant: str | None = None) -> Config:
     data = base.files(
         "clevr_with_masks",
         resolution=128,
-        max_objects=6,
+        max_objects=10,
         crop="clevr",
         path="data/clevr_with_masks",
     )

@@ -3,7 +3,8 @@
 Command: python -m implicit_slots.main --config=configs/shapestacks.py
 Data: recordings/, splits/ and, for masks, iseg/ as published: about 311,000 images of
     224x224. The variants are pooled in the published splits
-    (--config.data.split_set=default, blocks_all or ccs_all); --config.data.variant=ccs-hard takes some.
+    (--config.data.split_set=default, blocks_all or ccs_all);
+    --config.data.variant=ccs-hard takes some.
 Preprocessing: the middle 196x196 pixels, Lanczos to 96x96, masks nearest.
 Used by: GENESIS (64x64, nine slots), SLATE (96x96), BO-QSA (128x128); Chang et al.
     2022, Table 3.

@@ -21,7 +21,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,20 @@ def lay_frames(given: Path | None, folder: Path) -> None:
             Image.fromarray(image).save(folder / f"{number:04d}.png")
 
 
+class Fresh(Source):
+    """Decodes anew each time: nothing is kept in memory."""
+
+    def __init__(self, source: Any):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def batch(self, indices: np.ndarray) -> dict[str, Any]:
+        """Decoded one by one, stacked."""
+        return preparation.stack([self._source.decode(int(i)) for i in indices])
+
+
 def section(folder: Path, **changes: Any) -> Config:
     """The data section of the frames."""
     data = base.files(
@@ -140,16 +154,7 @@ def time_decoding(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
     """Images/s decoded on the fly, and prepared, by threads."""
     source = sources.open_files(sources.request(section(folder / "clevr"), "train"))
 
-    class Fresh(Source):
-        """Decodes anew each time: nothing is kept in memory."""
-
-        def __len__(self) -> int:
-            return len(source)
-
-        def batch(self, indices: np.ndarray) -> dict[str, Any]:
-            return preparation.stack([source.decode(int(i)) for i in indices])  # pyright: ignore
-
-    contestants = {f"{n} threads": (Fresh(), n) for n in flags.workers}
+    contestants = {f"{n} threads": (Fresh(source), n) for n in flags.workers}
     results = turns(flags.rounds, contestants, seconds=2.0)
     for workers in flags.workers:
         rates = []
@@ -207,22 +212,11 @@ def time_training(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
     from_files = sources.build(config.data, "train", ("image",))
     cached = sources.build(prepared, "train", ("image",))
 
-    class Fresh(Source):
-        """Decodes anew each time: nothing is kept in memory."""
-
-        def __len__(self) -> int:
-            return len(from_files)
-
-        def batch(self, indices: np.ndarray) -> dict[str, Any]:
-            return preparation.stack(
-                [from_files.decode(int(i)) for i in indices]  # pyright: ignore
-            )
-
     options: dict[str, tuple[Source, dict[str, Any]]] = {
         "prepared, on the host": (cached, {}),
         "prepared, on the device": (cached, {"placement": "device"}),
         **{
-            f"decoded on the fly, {n} threads": (Fresh(), {"workers": n})
+            f"decoded on the fly, {n} threads": (Fresh(from_files), {"workers": n})
             for n in flags.workers
         },
     }
@@ -249,19 +243,17 @@ def time_training(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def train(
-    step: Callable[..., Any], state: Any, batches: Generator[Any], count: int
+    step: Callable[..., Any], state: Any, batches: feed.Feed, count: int
 ) -> tuple[Any, float, float]:
     """Trains some steps; the seconds they took, and those of waiting among them."""
-    state, _ = step(state, next(batches))  # Compiles, and fills what is read ahead.
+    # Compiles, and fills what is read ahead.
+    state, logged = step(state, batches.next())
     jax.block_until_ready(state)
-    waited, began = 0.0, time.perf_counter()
+    before, began = batches.waited, time.perf_counter()
     for _ in range(count):
-        entered = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - entered
-        state, _ = step(state, batch)
+        state, logged = step(state, batches.next(after=logged))
     jax.block_until_ready(state)
-    spent = time.perf_counter() - began
+    spent, waited = time.perf_counter() - began, batches.waited - before
     batches.close()
     return state, spent, waited
 

@@ -65,9 +65,10 @@ def verify(split: str) -> None:
     from implicit_slots.data import sources
     from implicit_slots.data.base import DataError
     from implicit_slots.data.cache import Prepared
+    from implicit_slots.data.embedded import Scenes
 
     source = sources.build(_CONFIG.value.data, split)
-    if not isinstance(source, Prepared):
+    if not isinstance(source, Prepared | Scenes):
         raise DataError(
             f"split '{split}' is not prepared; python -m implicit_slots.data prepare "
             "does that"

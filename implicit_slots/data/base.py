@@ -1,7 +1,9 @@
 """What every source of images is, and the error for data that cannot be used."""
 
 import abc
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +24,11 @@ CLEVR_CODES: Mapping[str, tuple[str, ...]] = {
 
 class DataError(ValueError):
     """Data that a user asked for and that cannot be used: one sentence says why."""
+
+
+def expand(path: str) -> Path:
+    """A path that a user gave, with ~ for the home folder if there is one."""
+    return Path(os.path.expanduser(path))
 
 
 class Source(abc.ABC):
@@ -74,6 +81,8 @@ def pack_objects(
     Raises:
       DataError: more objects than fit, or an attribute that CLEVR does not know.
     """
+    if not isinstance(objects, Sequence):
+        raise DataError(f"{where} has no list of objects but {objects!r}")
     if len(objects) > max_objects:
         raise DataError(
             f"{where} has {len(objects)} objects, more than max_objects = "
@@ -104,7 +113,9 @@ def pack_objects(
             arrays["position"][place] = attributes["3d_coords"]
             column, row, arrays["depth"][place] = attributes["pixel_coords"]
             arrays["pixel_position"][place] = column, row
-    except (KeyError, TypeError) as error:
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{where} has an object without CLEVR's attributes: {error}"
         ) from error

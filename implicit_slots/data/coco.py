@@ -1,5 +1,6 @@
 """COCO 2017: photographs with instance or panoptic masks, as downloaded."""
 
+import functools
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -89,9 +90,10 @@ class Coco(FrameSource):
         masks: str = "instances",
         keys: Collection[str] | None = None,
     ):
-        """Lists the split's photographs; reads annotations if `keys` wants them.
+        """Lists the split's photographs.
 
-        That takes a minute and some memory for the training split.
+        Annotations are read when they are first wanted, which takes half a minute and
+        some memory for the training split.
 
         Args:
           path: the folder that holds `train2017`, `val2017` and `annotations`.
@@ -125,11 +127,6 @@ class Coco(FrameSource):
                 f"folder {self._root / self._year} has no photographs "
                 "NNNNNNNNNNNN.jpg; unpack COCO's images there"
             )
-        if masks == "instances" and self.wants("segmentation"):
-            self._tools = import_pycocotools()
-        self._scenes: dict[int, Scene] | None = None
-        if masks != "none" and (self.wants("segmentation") or self.wants("objects")):
-            self._scenes = self._read_scenes()
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -140,10 +137,10 @@ class Coco(FrameSource):
 
     def read(self, index: int) -> Frame:
         """Reads one photograph, and draws or reads its mask."""
+        scene = self._scenes[self._ids[index]] if self._is_annotated else None
         image = read_image(self._root / self._image(index))
-        if self._scenes is None:
+        if scene is None:
             return Frame(image)
-        scene = self._scenes[self._ids[index]]
         segmentation = None
         if self.wants("segmentation") and self._kind == "panoptic":
             segmentation = _number_segments(self._root / self._mask(index), scene)
@@ -161,21 +158,34 @@ class Coco(FrameSource):
         Raises:
           DataError: some cannot be read, or do not fit each other or the crop.
         """
+        if self._is_annotated:
+            _ = self._scenes
+            if self._kind == "instances" and self.wants("segmentation"):
+                _ = self._tools
         images, masks = self._files()
         refuse_unreadable(self._root, images, masks, self.crop, progress, colour=True)
 
     def fingerprint(self) -> dict[str, Any]:
         """A digest of the names and sizes of the files in use."""
         images, masks = self._files()
-        annotations = [self._annotations] if self._scenes else []
+        annotations = [self._annotations] if self._is_annotated else []
         return digest(self._root, [*images, *masks, *annotations])
 
     def count_objects(self, progress: Progress) -> Int[np.ndarray, " examples"]:
         """Number of annotated objects of each photograph, crowds left out."""
         if self._kind == "none":
             return super().count_objects(progress)
-        scenes = self._scenes or self._read_scenes()
-        return np.array([len(scenes[i].regions) for i in self._ids], np.int64)
+        return np.array([len(self._scenes[i].regions) for i in self._ids], np.int64)
+
+    @property
+    def _is_annotated(self) -> bool:
+        """Whether annotations are there and wanted."""
+        wanted = self.wants("segmentation") or self.wants("objects")
+        return self._kind != "none" and wanted
+
+    @functools.cached_property
+    def _tools(self) -> Any:
+        return import_pycocotools()
 
     @property
     def _annotations(self) -> str:
@@ -195,7 +205,8 @@ class Coco(FrameSource):
         masks = [self._mask(index) for index in indices] if panoptic else []
         return [self._image(index) for index in indices], masks
 
-    def _read_scenes(self) -> dict[int, Scene]:
+    @functools.cached_property
+    def _scenes(self) -> dict[int, Scene]:
         """The annotations by image id.
 
         Raises:

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import os
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -11,7 +12,8 @@ from jaxtyping import Int
 
 from implicit_slots.data import rendering, scenes
 from implicit_slots.data.base import Batch, DataError, Source
-from implicit_slots.data.cache import BlockCache, cache_folder
+from implicit_slots.data.cache import BlockCache
+from implicit_slots.data.layout import cache_folder
 
 # Scenes rendered at once. No more than a usual batch, so that neighbouring batches,
 # which different threads read, are different blocks and are rendered side by side.
@@ -29,6 +31,9 @@ class Scenes(Source):
     The three splits are disjoint because a scene's key is folded from its split. Scenes
     are independent draws, so that the first epoch reads them in order: rendering then
     proceeds block by block while the model already trains.
+
+    Attributes:
+      folder: where the scenes are kept; None without a cache.
     """
 
     shuffle_first_epoch = False
@@ -119,12 +124,16 @@ class Scenes(Source):
             "count": self._size,
         }
         self._keys = keys
+        # Hosts that share a file system must not share memory-mapped files.
+        if cache and jax.process_count() > 1:
+            cache = os.path.join(cache, f"process-{jax.process_index()}")
+        self.folder = cache_folder(cache, manifest) if cache else None
         self._blocks = BlockCache(
             make,
             example,
             count=self._size,
             block=block,
-            folder=cache_folder(cache, manifest) if cache else None,
+            folder=self.folder,
             manifest=manifest,
         )
 
@@ -143,3 +152,15 @@ class Scenes(Source):
         """
         for block in progress(range(self._blocks.num_blocks), desc="rendering"):
             self._blocks.fill(block)
+        self._blocks.finish()
+
+    def verify(self, progress: Callable[..., Any]) -> None:
+        """Compares every block in the cache with its checksum.
+
+        Args:
+          progress: wraps an iterable to show how far it is, as `tqdm` does.
+
+        Raises:
+          DataError: a block is missing, or has other bytes than when it was rendered.
+        """
+        self._blocks.verify(progress)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int, Integer
 from PIL import Image, UnidentifiedImageError
 
-from implicit_slots.data.base import DataError
+from implicit_slots.data.base import DataError, expand
 from implicit_slots.data.frames import MOST_OBJECTS, Progress
 from implicit_slots.data.images import crop_box
 
@@ -37,7 +37,7 @@ def data_folder(path: str, contents: str) -> Path:
         raise DataError(
             f"no folder of {contents} is named; set it with --config.data.path=FOLDER"
         )
-    root = Path(path).expanduser()
+    root = expand(path)
     if not os.path.isdir(root):
         raise DataError(
             f"there is no folder {root} to read {contents} from; set "

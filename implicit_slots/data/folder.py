@@ -1,5 +1,6 @@
 """Images in a folder, with masks and attributes where there are some."""
 
+import functools
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
@@ -106,11 +107,8 @@ class ImageFolder(FrameSource):
                 f"{len(listed)} images; add images or change "
                 "--config.data.validation_fraction and --config.data.test_fraction"
             )
-        self._objects = None
-        if os.path.isfile(self._root / "scenes.json"):
-            self._objects = _read_scenes(
-                self._root / "scenes.json", self.files, max_objects
-            )
+        file = self._root / "scenes.json"
+        self._scenes_file = file if os.path.isfile(file) else None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -125,7 +123,9 @@ class ImageFolder(FrameSource):
         mask = None
         if self._masks and self.wants("segmentation"):
             mask = read_mask(self._root / self._masks[index])
-        objects = None if self._objects is None else self._objects[index]
+        objects = None
+        if self._objects and self.wants("objects"):
+            objects = self._objects[index]
         return Frame(image, mask, objects)
 
     def check(self, progress: Progress) -> None:
@@ -134,6 +134,8 @@ class ImageFolder(FrameSource):
         Raises:
           DataError: some cannot be read, or do not fit each other or the crop.
         """
+        if self.wants("objects"):
+            _ = self._objects
         refuse_unreadable(
             self._root,
             self._images,
@@ -146,16 +148,23 @@ class ImageFolder(FrameSource):
 
     def fingerprint(self) -> dict[str, Any]:
         """A digest of the names and sizes of images, masks and `scenes.json`."""
-        scenes = [] if self._objects is None else ["scenes.json"]
+        scenes = [] if self._scenes_file is None else ["scenes.json"]
         return digest(self._root, [*self._images, *self._masks, *scenes])
 
     def count_objects(self, progress: Progress) -> Int[np.ndarray, " examples"]:
         """Number of objects of each scene, or of ids in its mask."""
-        if self._objects is not None:
+        if self._objects:
             return np.array([o["present"].sum() for o in self._objects], np.int64)
         if self._masks:
             return count_ids(self._root, self._masks, progress)
         return super().count_objects(progress)
+
+    @functools.cached_property
+    def _objects(self) -> list[dict[str, np.ndarray]]:
+        """Attributes of each image's objects; empty without `scenes.json`."""
+        if self._scenes_file is None:
+            return []
+        return _read_scenes(self._scenes_file, self.files, self.max_objects)
 
     @property
     def _images(self) -> list[str]:
@@ -204,6 +213,13 @@ def _split(
             f"there are no images for split '{split}': all are in folders of other "
             "splits, and none is called 'train'"
         )
+    if not (0 <= validation_fraction <= 1 - test_fraction <= 1):
+        raise DataError(
+            f"validation_fraction = {validation_fraction} and test_fraction = "
+            f"{test_fraction} are no shares of the images; set "
+            "--config.data.validation_fraction and --config.data.test_fraction to "
+            "numbers from 0 on whose sum is at most 1"
+        )
     # Each share is a stretch of one fixed permutation, so that shares are disjoint.
     fractions = {"validation": validation_fraction, "test": test_fraction}
     bits = np.random.Philox(key=CARVING_KEY).random_raw(len(pool))
@@ -219,23 +235,40 @@ def _split(
     return [pool[i] for i in sorted(order[start:])]
 
 
+def _folders(split: str | None) -> tuple[str, ...]:
+    """The folders in which images of a split in `scenes.json` may lie."""
+    for folders in SPLIT_FOLDERS.values():
+        if split in folders:
+            return folders
+    return () if split is None else (split,)
+
+
 def _read_scenes(
     path: Path, files: Sequence[str], max_objects: int
 ) -> list[dict[str, np.ndarray]]:
     """Attributes of each file's objects from CLEVR's `scenes.json`."""
     try:
         scenes = read_json(path)["scenes"]
-        # The same name may occur in several splits.
-        objects_of = {scene["image_filename"]: scene["objects"] for scene in scenes} | {
-            f"{scene.get('split')}/{scene['image_filename']}": scene["objects"]
-            for scene in scenes
-        }
+        objects_of, ambiguous = {}, set()
+        for scene in scenes:
+            # The same name may occur in several splits, but then only with the split
+            # it tells which image is meant.
+            name, split = scene["image_filename"], scene.get("split")
+            ambiguous |= {name} & objects_of.keys()
+            objects_of[name] = scene["objects"]
+            for folder in _folders(split):
+                objects_of[f"{folder}/{name}"] = scene["objects"]
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path} is not a list of scenes as CLEVR's ({error!r}); write "
             '{"scenes": [{"image_filename": …, "objects": […]}, …]} or remove it'
         ) from error
     keys = [file if file in objects_of else Path(file).name for file in files]
+    if unclear := sorted(ambiguous & set(keys)):
+        raise DataError(
+            f"{path} describes {unclear[0]} more than once; give each scene its split, "
+            "or its image's path below images/ as image_filename"
+        )
     lacking = [f for f, key in zip(files, keys, strict=True) if key not in objects_of]
     if lacking:
         raise DataError(

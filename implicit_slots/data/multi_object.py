@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 
-from implicit_slots.data.base import CLEVR_CODES, DataError
+from implicit_slots.data.base import CLEVR_CODES, DataError, expand
 from implicit_slots.data.frames import Frame, FrameSource, Progress
 from implicit_slots.data.records import RecordFile, parse_example
 
@@ -187,7 +187,7 @@ class MultiObject(FrameSource):
                 "'train', 'validation', 'test'"
             )
         ranges = {
-            name: _range(name, (splits or {}).get(name, default))
+            name: _range(name, (splits or {}).get(name) or default)
             for name, default in layout.splits.items()
         }
         self._layout = layout
@@ -198,7 +198,7 @@ class MultiObject(FrameSource):
         self._records = RecordFile(
             self.file,
             stop=max(stop for _, stop in ranges.values()),
-            index=Path(cache).expanduser() / "records" / f"{self.file.name}.npz"
+            index=expand(cache) / "records" / f"{self.file.name}.npz"
             if cache
             else None,
             inspect=self._count,
@@ -324,7 +324,9 @@ class MultiObject(FrameSource):
                 f"{where} has object {most}, more than max_objects = "
                 f"{self.max_objects}; set --config.data.max_objects={most} or more"
             )
-        own = {name: features[name] for name in features.keys() - NOT_ATTRIBUTES}
+        # Sorted, because the cache keeps the order.
+        names = sorted(features.keys() - NOT_ATTRIBUTES)
+        own = {name: features[name] for name in names}
         if self._layout.codes:
             own |= {name: features[name].astype(np.int32) for name in CLEVR_CODES}
             own["position"] = np.stack([own.pop(axis) for axis in "xyz"], -1)
@@ -385,7 +387,7 @@ def _find(layout: Layout, path: str) -> Path:
             f"no folder with {Path(layout.file).name} is named; set it with "
             "--config.data.path=FOLDER"
         )
-    root = Path(path).expanduser()
+    root = expand(path)
     name = Path(layout.file).name
     # What is no file is left to the sentence below, also where it may not be listed.
     for file in (root, root / name, root / layout.file):

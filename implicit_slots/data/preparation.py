@@ -1,6 +1,5 @@
 """Writes a data set into the cache at the training resolution, once."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,8 +14,8 @@ import PIL
 from jaxtyping import PyTree
 
 from implicit_slots.data import sources
-from implicit_slots.data.base import Batch, DataError, Example, Source
-from implicit_slots.data.cache import BlockCache, Prepared, is_finished
+from implicit_slots.data.base import Batch, DataError, Example, Source, expand
+from implicit_slots.data.cache import BlockCache, Prepared
 from implicit_slots.data.embedded import Scenes
 from implicit_slots.data.frames import FrameSource, Progress, stack
 from implicit_slots.data.tfds import Tfds
@@ -58,23 +57,22 @@ def prepare(
         raise DataError(
             "there is no cache to prepare; name one with --config.data.cache=FOLDER"
         )
-    if is_finished(folder):
-        source = Prepared(folder)
-        sources.check_origin(asked, source)
-        _check_fingerprint(asked, source)
+    source = sources.open_prepared(asked)
+    if source is not None:
+        sources.check_files(asked, source)
         say(f"{split}: {len(source):,} examples, already prepared in {folder}")
         return source
     files = _open_or_download(asked, say)
     if isinstance(files, Scenes):
         files.render_all(progress)
-        say(f"{split}: {len(files):,} scenes, rendered in {folder.parent}")
+        say(f"{split}: {len(files):,} scenes, rendered into {files.folder}")
         return files
     assert isinstance(files, FrameSource | sources.Subset)
     published = asked.data_set.published.get(split, len(files))
     if len(files) != published:
         say(
-            f"{split}: {len(files):,} examples where the published split has "
-            f"{published:,}: a part of it"
+            f"{split}: the files hold {len(files):,} of the published {published:,} "
+            "examples"
         )
     if not folder.is_dir():
         files.check(progress)
@@ -107,7 +105,7 @@ def _open_or_download(asked: sources.Request, say: Callable[[str], Any]) -> Any:
 
 def _has_files(asked: sources.Request) -> bool:
     path = asked.arguments.get("path", "")
-    return bool(path) and Path(path).expanduser().exists()
+    return bool(path) and os.path.exists(expand(path))
 
 
 def _blocks(
@@ -126,16 +124,21 @@ def _blocks(
         return stack([files.decode(min(first + i, last)) for i in range(block)])
 
     block = min(BLOCK, count)
-    path = asked.arguments.get("path", "")
     manifest = {
         **asked.identity,
-        "path": str(Path(path).expanduser().resolve()) if path else "",
+        "path": sources.resolved(asked.arguments.get("path", "")),
         "files": files.fingerprint(),
         "pillow": PIL.__version__,
     }
     need = count * sum(leaf.nbytes for leaf in jax.tree.leaves(stored))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+    except OSError as error:
+        raise DataError(
+            f"the cache {folder.parent} cannot be written ({error.strerror}); name "
+            "another folder with --config.data.cache=FOLDER"
+        ) from error
     if not folder.is_dir() and free < need:
         raise DataError(
             f"{folder.parent} has {free / 1e9:.1f} GB free and the examples need "
@@ -172,20 +175,3 @@ def _write(blocks: BlockCache, progress: Progress, workers: int) -> None:
             pass
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _check_fingerprint(asked: sources.Request, source: Prepared) -> None:
-    """Refuses a cache whose files have changed since; without files there is no check.
-
-    Raises:
-      DataError: the files are not those that the cache was made from.
-    """
-    if not _has_files(asked):
-        return
-    files: Any = asked.data_set.reader(**asked.arguments)
-    now = json.loads(json.dumps(files.fingerprint()))
-    if now != source.manifest["files"]:
-        raise DataError(
-            f"the files in {asked.arguments['path']} have changed since the cache "
-            f"{asked.folder} was made from them; remove the folder and prepare it again"
-        )

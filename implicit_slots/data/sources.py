@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -13,14 +14,15 @@ import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
-from implicit_slots.data.base import Batch, DataError, Example, Source
-from implicit_slots.data.cache import Prepared, cache_folder, is_finished
+from implicit_slots.data.base import Batch, DataError, Example, Source, expand
+from implicit_slots.data.cache import Prepared
 from implicit_slots.data.clevr_mirror import ClevrMirror
 from implicit_slots.data.clevrtex import ClevrTex
 from implicit_slots.data.coco import Coco
 from implicit_slots.data.embedded import Scenes
 from implicit_slots.data.folder import ImageFolder
 from implicit_slots.data.frames import FrameSource, Progress
+from implicit_slots.data.layout import cache_folder, is_finished
 from implicit_slots.data.multi_object import MultiObject
 from implicit_slots.data.shapestacks import ShapeStacks
 from implicit_slots.data.tfds import Tfds
@@ -36,8 +38,11 @@ USAGE = MappingProxyType(
 CHECKED = 20_000
 # Arguments of readers that say where something lies, not what it is.
 WHERE = ("path", "cache")
-# Names that mean other images in every other folder.
-NAMED_BY_PATH = ("folder",)
+# Arguments that the test split alone depends on.
+OF_TEST = ("test_set",)
+# What the readers make of files: raised when a change of the code changes examples, so
+# that caches of before are not taken for theirs.
+READERS_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,14 +188,32 @@ def build(
       DataError: an unknown name, split or option, or data that cannot be used.
     """
     asked = request(config, split)
-    folder = asked.folder
-    if folder is not None and is_finished(folder):
-        source = Prepared(folder, keys)
-        check_origin(asked, source)
-        return source
+    prepared = open_prepared(asked, keys)
+    if prepared is not None:
+        return prepared
     source = open_files(asked, keys)
-    if isinstance(source, FrameSource | Subset) and len(source) <= CHECKED:
+    if isinstance(source, MultiObject) or (
+        isinstance(source, FrameSource | Subset) and len(source) <= CHECKED
+    ):
         source.check(bar)
+    return source
+
+
+def open_prepared(
+    asked: Request, keys: Collection[str] | None = None
+) -> Prepared | None:
+    """The cache of a request, if it is finished.
+
+    Raises:
+      DataError: it is not what was asked for.
+    """
+    if asked.folder is None or not is_finished(asked.folder):
+        return None
+    source = Prepared(asked.folder, keys)
+    source.check(asked.identity)
+    path = asked.arguments.get("path", "")
+    if resolved(path) != source.manifest.get("path"):
+        check_files(asked, source)
     return source
 
 
@@ -232,19 +255,23 @@ def request(
         arguments[option] = given.get(option, parameter.default)
     if arguments["resolution"] < 1:
         raise DataError(f"resolution must be at least 1, got {arguments['resolution']}")
-    usage = {option: given.get(option, default) for option, default in USAGE.items()}
+    usage = usage_of(given)
     if usage["keep_objects"] < 0:
         raise DataError(
             f"keep_objects must not be negative, got {usage['keep_objects']}; 0 keeps "
             "all examples"
         )
+    leave = {*WHERE, *(OF_TEST if split != "test" else ())}
     identity = {
         "name": name,
-        **{key: value for key, value in arguments.items() if key not in WHERE},
+        **{key: value for key, value in arguments.items() if key not in leave},
         "keep_objects": usage["keep_objects"],
+        "readers": READERS_VERSION,
     }
-    if name in NAMED_BY_PATH:
-        identity["path"] = _resolved(arguments["path"])
+    if isinstance(splits := identity.get("splits"), Mapping):
+        identity["splits"] = splits.get(split)  # The other splits' are not its own.
+    if name == "folder":
+        identity["folder"] = expand(arguments["path"]).resolve().name
     return Request(data_set, arguments, usage, identity)
 
 
@@ -274,18 +301,22 @@ def open_files(
     return Subset(source, kept)
 
 
-def check_origin(asked: Request, source: Prepared) -> None:
-    """Refuses a cache that was made from files elsewhere, if there are files here.
+def check_files(asked: Request, source: Prepared) -> None:
+    """Refuses a cache of other files than those at `path`; with none there is no check.
 
     Raises:
-      DataError: saying which files it was made from.
+      DataError: the files are not those that the cache was made from.
     """
-    path = asked.arguments.get("path", "")
-    made_from = source.manifest.get("path", "")
-    if path and Path(path).expanduser().exists() and _resolved(path) != made_from:
+    try:
+        files: Any = asked.data_set.reader(**asked.arguments)
+        now = json.loads(json.dumps(files.fingerprint()))
+    except DataError:
+        return
+    if now != source.manifest.get("files"):
         raise DataError(
-            f"the cache {asked.folder} was made from {made_from or 'other files'}, not "
-            f"from {path}; remove the folder, or name another cache with "
+            f"the cache {asked.folder} was made from other files than are in "
+            f"{asked.arguments.get('path') or 'the default folder'} now; remove that "
+            "cache and prepare it again, or name another with "
             "--config.data.cache=FOLDER"
         )
 
@@ -322,5 +353,11 @@ def bar(iterable: Any, **options: Any) -> Any:
     return tqdm(iterable, disable=None, leave=False, file=sys.stderr, **options)
 
 
-def _resolved(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
+def resolved(path: str) -> str:
+    """A path as manifests have it, empty for a data set's default."""
+    return str(expand(path).resolve()) if path else ""
+
+
+def usage_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `USAGE` in a section, with defaults for those it does not have."""
+    return {option: config.get(option, default) for option, default in USAGE.items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from implicit_slots.data.base import DataError
+from implicit_slots.data.base import DataError, expand
 from implicit_slots.data.records import RecordFile
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -50,7 +50,7 @@ def data_dir(path: str) -> Path:
     """Where data sets are prepared: tensorflow-datasets' own default if not named."""
     from tensorflow_datasets.core import constants
 
-    return Path(path or constants.DATA_DIR).expanduser()
+    return expand(path or constants.DATA_DIR)
 
 
 def find(dataset: str, root: Path) -> Path | None:

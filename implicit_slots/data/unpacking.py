@@ -196,7 +196,7 @@ class PointsMaker:
                 str(self._path),
                 spacing=self._spacing,
                 window_size=WINDOW,
-                skip_crc_check=True,  # The pass over the records looks after that.
+                skip_crc_check=True,  # The pass and the records' own sums see to that.
                 buffer_size=WINDOW,
             )
             self._thread = concurrent.futures.ThreadPoolExecutor(1)

@@ -29,8 +29,8 @@ MAY_CHANGE = {
     "diagnostics.krylov",
     "diagnostics.powers",
     "data.cache",
-    "data.path",
     "data.placement",
+    "data.test_set",
     "data.workers",
     # How the same model is computed.
     "precision",

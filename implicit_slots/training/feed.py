@@ -3,9 +3,13 @@
 Both give the same batches, bit for bit, on any number of devices and processes.
 """
 
-import collections
+import abc
 import contextlib
-from collections.abc import Generator, Iterable
+import queue
+import threading
+import time
+from collections.abc import Iterable
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import jax
@@ -17,13 +21,42 @@ from jaxtyping import PyTree
 
 from implicit_slots.data import pipeline
 from implicit_slots.data.base import DataError, Source
+from implicit_slots.data.sources import bar
 from implicit_slots.training.sharding import DATA_AXIS, shard_batch
 
 PLACEMENTS = ("host", "device")
 # Batches that are on their way to the devices while a step runs.
 AHEAD = 2
+# How much of a device's memory a training set may take.
+MEMORY_SHARE = 0.8
 # Examples that a process reads at once on their way into the devices' memory.
-CHUNK = 1024
+CHUNK = 256
+
+
+class Feed(abc.ABC):
+    """Training batches on the devices, in order.
+
+    Attributes:
+      waited: seconds that the devices had nothing to do but wait for a batch.
+    """
+
+    waited: float = 0.0
+
+    @abc.abstractmethod
+    def next(self, after: PyTree = None) -> PyTree:
+        """The batch of the next step.
+
+        Args:
+          after: what the step before returned. Where the batch is not there yet, its
+            arrays are waited for first: only then do the devices wait.
+
+        Raises:
+          Exception: whatever reading this batch raised; those before it are good.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Ends what reads ahead."""
 
 
 def train_batches(
@@ -36,7 +69,7 @@ def train_batches(
     placement: str = "host",
     workers: int = 2,
     flip: bool = False,
-) -> Generator[PyTree]:
+) -> Feed:
     """Endless training batches on the devices, from `start_step` on.
 
     Args:
@@ -47,7 +80,7 @@ def train_batches(
       start_step: the first step to yield.
       placement: "host" reads batches ahead and sends them; "device" sends the whole
         training set once, a share to each device, and gathers batches there.
-      workers: reading threads; "host" alone.
+      workers: reading threads.
       flip: whether half of the examples are mirrored.
 
     Raises:
@@ -56,47 +89,95 @@ def train_batches(
     if placement == "device":
         # Every device gathers from its own share what of the whole batch lies there.
         batches = pipeline.TrainBatches(source, batch_size, seed, flip=flip)
-        return _gathered(batches, Resident(source, mesh), start_step)
+        return Gathered(batches, Resident(source, mesh, workers), start_step)
     share = pipeline.TrainBatches(
         source, batch_size, seed, jax.process_index(), jax.process_count(), flip
     )
-    return _sent(share, mesh, start_step, workers)
+    return Sent(share, mesh, start_step, workers)
 
 
-def _sent(
-    batches: pipeline.TrainBatches,
-    mesh: jax.sharding.Mesh,
-    start_step: int,
-    workers: int,
-) -> Generator[PyTree]:
-    """Keeps some batches on their way: transfers do not wait, and steps run on."""
-    reader = pipeline.read_ahead(batches, start_step=start_step, threads=workers)
-    with contextlib.closing(reader):
-        sent = collections.deque(shard_batch(next(reader), mesh) for _ in range(AHEAD))
-        while True:
-            yield sent.popleft()
-            sent.append(shard_batch(next(reader), mesh))
+class Sent(Feed):
+    """Batches that a thread reads and sends while steps run."""
+
+    def __init__(
+        self,
+        batches: pipeline.TrainBatches,
+        mesh: jax.sharding.Mesh,
+        start_step: int,
+        workers: int,
+    ):
+        """Starts the thread; see `train_batches`."""
+        self._sent: queue.Queue[Any] = queue.Queue(AHEAD)
+        self._closed = threading.Event()
+        reader = pipeline.read_ahead(batches, start_step=start_step, threads=workers)
+        self._thread = threading.Thread(
+            target=self._send, args=(reader, mesh), daemon=True
+        )
+        self._thread.start()
+
+    def next(self, after: PyTree = None) -> PyTree:
+        """The batch of the next step, as `Feed.next`."""
+        try:
+            item = self._sent.get_nowait()
+        except queue.Empty:
+            jax.block_until_ready(after)
+            began = time.perf_counter()
+            item = self._sent.get()
+            self.waited += time.perf_counter() - began
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._closed.set()
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                self._sent.get(timeout=0.01)  # The thread may wait for room.
+
+    def _send(self, reader: Any, mesh: jax.sharding.Mesh) -> None:
+        with contextlib.closing(reader):
+            while not self._closed.is_set():
+                try:
+                    item = shard_batch(next(reader), mesh)
+                except Exception as error:
+                    item = error
+                self._sent.put(item)
+                if isinstance(item, Exception):
+                    return
 
 
-def _gathered(
-    batches: pipeline.TrainBatches, resident: "Resident", start_step: int
-) -> Generator[PyTree]:
-    step = start_step
-    while True:
-        flips = batches.flips(step) if batches.flip else None
-        yield resident.gather(batches.indices(step), flips)
-        step += 1
+class Gathered(Feed):
+    """Batches that the devices gather from their memory."""
+
+    def __init__(
+        self, batches: pipeline.TrainBatches, resident: "Resident", start_step: int
+    ):
+        """Begins at a step; see `train_batches`."""
+        self._batches = batches
+        self._resident = resident
+        self._step = start_step
+
+    def next(self, after: PyTree = None) -> PyTree:
+        """The batch of the next step, as `Feed.next`; the devices never wait."""
+        step, self._step = self._step, self._step + 1
+        flips = self._batches.flips(step) if self._batches.flip else None
+        return self._resident.gather(self._batches.indices(step), flips)
+
+    def close(self) -> None:
+        """Does nothing: nothing is read ahead."""
 
 
 class Resident:
     """A data set in the devices' memory, an equal share of its examples on each."""
 
-    def __init__(self, source: Source, mesh: jax.sharding.Mesh):
+    def __init__(self, source: Source, mesh: jax.sharding.Mesh, workers: int = 2):
         """Sends the examples; each process reads those of its own devices.
 
         Args:
           source: whose batches' arrays are all sent.
           mesh: the devices.
+          workers: reading threads.
 
         Raises:
           DataError: a share does not fit into a device's memory.
@@ -111,7 +192,7 @@ class Resident:
         shares = [
             jax.tree.map(
                 lambda leaf, device=device: jax.device_put(leaf, device),
-                _read(source, places[device] * share, share),
+                _read(source, example, places[device] * share, share, workers),
             )
             for device in rows.addressable_devices
         ]
@@ -161,22 +242,35 @@ class Resident:
         return pipeline.mirror(batch, mine, jnp.where)
 
 
-def _read(source: Source, first: int, count: int) -> PyTree:
+def _read(
+    source: Source, example: PyTree, first: int, count: int, workers: int
+) -> PyTree:
     """Examples `first` … `first + count - 1`; past the end the last one again."""
-    stop = first + count
-    parts = [
-        source.batch(np.minimum(np.arange(i, min(i + CHUNK, stop)), len(source) - 1))
-        for i in range(first, stop, CHUNK)
-    ]
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    rows = jax.tree.map(
+        lambda leaf: np.empty((count, *leaf.shape), leaf.dtype), example
+    )
+
+    def fill(start: int) -> None:
+        stop = min(start + CHUNK, count)
+        places = np.minimum(np.arange(first + start, first + stop), len(source) - 1)
+        for room, leaf in zip(
+            jax.tree.leaves(rows), jax.tree.leaves(source.batch(places)), strict=True
+        ):
+            room[start:stop] = leaf
+
+    with ThreadPool(workers) as pool:
+        chunks = pool.imap_unordered(fill, range(0, count, CHUNK))
+        for _ in bar(chunks, total=-(-count // CHUNK), desc="to the device"):
+            pass
+    return rows
 
 
 def _check_memory(devices: Iterable[Any], size: int) -> None:
-    """Refuses a share that is larger than what a device has left."""
+    """Refuses a share that leaves a device too little for the model."""
     for device in devices:
         memory: Any = device.memory_stats() or {}
-        free = memory.get("bytes_limit", size) - memory.get("bytes_in_use", 0)
-        if free < size:
+        free = memory.get("bytes_limit", 2 * size) - memory.get("bytes_in_use", 0)
+        if MEMORY_SHARE * free < size:
             raise DataError(
                 f"a device's share of the training set takes {size / 1e9:.1f} GB and "
                 f"{device} has {free / 1e9:.1f} GB left; set "

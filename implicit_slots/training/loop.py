@@ -20,7 +20,7 @@ from tqdm import tqdm
 from implicit_slots import visualisation
 from implicit_slots.config import Config
 from implicit_slots.data import pipeline
-from implicit_slots.data.sources import Source
+from implicit_slots.data.sources import Source, usage_of
 from implicit_slots.training import feed
 from implicit_slots.training.checkpoint import Checkpoints
 from implicit_slots.training.sharding import shard_batch
@@ -38,7 +38,7 @@ class Run:
       workdir: where everything is written.
       mesh: the devices.
       steps: the compiled functions.
-      train: training data.
+      train: training data; None to evaluate.
       validation: held-out data.
       checkpoints: of this workdir.
       writer: of this workdir.
@@ -49,7 +49,7 @@ class Run:
     workdir: pathlib.Path
     mesh: jax.sharding.Mesh
     steps: Steps
-    train: Source
+    train: Source | None
     validation: Source
     checkpoints: Checkpoints
     writer: MetricWriter
@@ -60,25 +60,27 @@ def train(run: Run, state: TrainState) -> TrainState:
     """Trains from `state` to `config.num_steps`; returns the last state."""
     config = run.config
     start, end = int(state.step), config.num_steps
+    assert run.train is not None
+    usage = usage_of(config.data)
     batches = feed.train_batches(
         run.train,
         run.mesh,
         batch_size=config.batch_size,
         seed=config.seed,
         start_step=start,
-        placement=config.data.placement,
-        workers=config.data.workers,
-        flip=config.data.flip,
+        placement=usage["placement"],
+        workers=usage["workers"],
+        flip=usage["flip"],
     )
     window: list[metrics.Collection] = []
-    clock = _Clock(start)
+    logged = None
+    clock = _Clock(start, batches)
     # The step gives the old state up, and the picture of what training starts from
     # can wait until after the first step.
     untrained = jax.tree.map(jnp.copy, state.params) if start == 0 else None
     with contextlib.closing(batches), _progress(start, end) as bar:
         for step in range(start + 1, end + 1):
-            with clock.waiting():
-                batch = next(batches)
+            batch = batches.next(after=logged)
             state, logged = run.steps.train(state, batch)
             window.append(logged)
             if step == start + 1:
@@ -173,6 +175,7 @@ def _evaluation(run: Run, source: Source) -> Iterator[dict]:
         run.config.batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        threads=usage_of(run.config.data)["workers"],
     )
     with contextlib.closing(batches):
         for batch in batches:
@@ -220,29 +223,23 @@ def _say(bar: tqdm, step: int, end: int, split: str, values: dict) -> None:
 class _Clock:
     """The step rate, without the time spent on anything but steps."""
 
-    def __init__(self, step: int):
+    def __init__(self, step: int, batches: feed.Feed):
+        self._batches = batches
         self.restart(step)
 
     def restart(self, step: int) -> None:
         """Begins a new window after `step`."""
         self._began, self._step = time.perf_counter(), step
-        self._waited = 0.0
+        self._waited = self._batches.waited
 
     def rate(self, step: int) -> dict[str, float]:
         """Names the speed of the window, if it has any steps; begins a new one."""
         steps, seconds = step - self._step, time.perf_counter() - self._began
-        waited = self._waited
+        waited = self._batches.waited - self._waited
         self.restart(step)
         if not steps:
             return {}
         return {"steps_per_second": steps / seconds, "data_wait": waited / seconds}
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts what happens in the context as waiting for data."""
-        entered = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - entered
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -105,14 +105,17 @@ def run(
         optimizer = build_optimizer(
             config.optimizer, shapes, num_steps=config.num_steps
         )
-        train = sources.build(config.data, "train", TRAINED_ON)
+        train = None
+        if training:
+            train = sources.build(config.data, "train", TRAINED_ON)
+            # Large enough?
+            pipeline.TrainBatches(train, config.batch_size, config.seed)
         held_out = {"validation": sources.build(config.data, "validation")}
         if not training:
             held_out["test"] = sources.build(config.data, "test")
-        pipeline.TrainBatches(train, config.batch_size, config.seed)  # large enough?
     except ValueError as error:
         raise UserError(str(error)) from error
-    if training:
+    if train is not None:
         # Scenes are rendered on first use: the first ones while the model is built. A
         # failure here comes up again, in the loop.
         ThreadPoolExecutor(1).submit(train.batch, np.arange(1))
@@ -143,13 +146,16 @@ def run(
     )
     print(
         f"{config.name}: {count_parameters(params):,} parameters, "
-        f"{len(train):,} training images{origin(train)}, {jax.device_count()} "
+        f"{describe(train, held_out)}, {jax.device_count()} "
         f"{jax.devices()[0].platform} device(s), workdir {workdir}",
         flush=True,
     )
-    if config.data.max_objects >= config.model.num_slots:
+    most = config.data.max_objects
+    if 0 < config.data.get("keep_objects", 0) < most:
+        most = config.data.keep_objects
+    if most >= config.model.num_slots:
         print(
-            f"note: images may hold {config.data.max_objects} objects and a ground, "
+            f"note: images may hold {most} objects and a ground, "
             f"for {config.model.num_slots} slots: some slots then share; "
             "--config.model.num_slots and --config.data.keep_objects are the keys"
         )
@@ -228,10 +234,11 @@ def check(config: Config, mode: str) -> None:
     """
     if mode not in MODES:
         raise UserError(f"--mode must be one of {', '.join(MODES)}, got {mode!r}")
+    usage = sources.usage_of(config.data)
     flat = {
         **dict(config.items()),
         **{f"model.{key}": value for key, value in config.model.items()},
-        "data.workers": config.data.workers,
+        **{f"data.{key}": value for key, value in usage.items()},
         **{f"diagnostics.{key}": value for key, value in config.diagnostics.items()},
     }
     for key in POSITIVE:
@@ -240,10 +247,10 @@ def check(config: Config, mode: str) -> None:
     for key in NOT_NEGATIVE:
         if flat[key] < 0:
             raise UserError(f"config.{key} must not be negative, got {flat[key]}")
-    if config.data.placement not in feed.PLACEMENTS:
+    if usage["placement"] not in feed.PLACEMENTS:
         raise UserError(
             f"config.data.placement must be one of {', '.join(feed.PLACEMENTS)}, got "
-            f"{config.data.placement!r}"
+            f"{usage['placement']!r}"
         )
     for key in ("dropout", "attention_dropout"):
         if not 0 <= config.model[key] < 1:
@@ -297,14 +304,17 @@ def open_workdir(config: Config, workdir: pathlib.Path, training: bool) -> Check
     return checkpoints
 
 
-def origin(source: sources.Source) -> str:
-    """Says where images come from, if that could be faster."""
-    if isinstance(source, FrameSource | sources.Subset):
-        return (
+def describe(train: sources.Source | None, held_out: dict[str, sources.Source]) -> str:
+    """Says how many images there are and, if that could be faster, how they come."""
+    if train is None:
+        return ", ".join(f"{len(s):,} {split} images" for split, s in held_out.items())
+    text = f"{len(train):,} training images"
+    if isinstance(train, FrameSource | sources.Subset):
+        text += (
             " decoded on the fly (`python -m implicit_slots.data prepare` with the "
             "same --config makes that faster)"
         )
-    return ""
+    return text
 
 
 def summarise(

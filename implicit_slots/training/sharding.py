@@ -16,7 +16,8 @@ def build_mesh(batch_size: int) -> jax.sharding.Mesh:
     Raises:
       UserError: if the devices do not divide the batch.
     """
-    devices = jax.devices()
+    # A process's devices in one stretch, so that it reads one stretch of the batch.
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
     if batch_size < 1 or batch_size % len(devices):
         raise UserError(
             f"a batch of {batch_size} cannot be split evenly over {len(devices)} "

@@ -548,3 +548,35 @@ def test_the_fingerprint_tells_other_files(tmp_path):
     prints = [everything(tmp_path / folder).fingerprint() for folder in "abcd"]
     assert prints[0] == prints[1] and prints[0]["files"] == 4
     assert len({entry["sha256"] for entry in prints}) == 3
+
+
+def test_an_ambiguous_description_is_refused_and_a_split_resolves_it(tmp_path):
+    """The same name in two splits, told apart by any name of the split's folder."""
+    for folder in ("train", "validation"):
+        save(tmp_path / "images" / folder / "0.png", noise(0, 4, 4))
+    scenes = [
+        {"image_filename": "0.png", "split": "train", "objects": []},
+        {"image_filename": "0.png", "split": "val", "objects": [CUBE]},
+    ]
+    (tmp_path / "scenes.json").write_text(json.dumps({"scenes": scenes}))
+    for split, count in (("train", 0), ("validation", 1)):
+        source = everything(tmp_path, split=split)
+        assert source[0]["objects"]["present"].sum() == count
+    for scene in scenes:
+        del scene["split"]
+    (tmp_path / "scenes.json").write_text(json.dumps({"scenes": scenes}))
+    with pytest.raises(DataError, match=r"describes 0\.png more than once; give each"):
+        everything(tmp_path)[0]
+
+
+@pytest.mark.parametrize("shares", [(-0.1, 0.5), (0.6, 0.5), (0.1, float("nan"))])
+def test_shares_that_are_none_are_refused(tmp_path, shares):
+    save(tmp_path / "0.png", noise(0, 4, 4))
+    with pytest.raises(DataError, match="are no shares of the images; set"):
+        ImageFolder(
+            path=str(tmp_path),
+            split="train",
+            resolution=8,
+            validation_fraction=shares[0],
+            test_fraction=shares[1],
+        )

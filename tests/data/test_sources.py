@@ -212,6 +212,7 @@ def test_every_data_set_has_a_configuration_and_a_line_in_the_docs():
             asked = sources.request(config.data, split)
             assert asked.folder is not None
             assert asked.folder.name.startswith(f"{config.data.name}-{split}-")
+        asked = sources.request(config.data, "test")
         # What can be set can be seen: no option of the reader is left to a default.
         options = {*asked.arguments, *asked.usage} - {"split", *asked.data_set.fixed}
         hidden = options - set(config.data)

@@ -1,10 +1,12 @@
 """Batches on devices: the same wherever the data lies and however many read it."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -33,7 +35,7 @@ for placement in ("host", "device"):
         placement=placement,
     )
     for step in range(6):
-        batch = next(batches)
+        batch = batches.next()
         for path, leaf in jax.tree.leaves_with_path(batch):
             for shard in leaf.addressable_shards:
                 first = shard.index[0].start or 0
@@ -152,13 +154,12 @@ def test_what_does_not_fit_into_a_device_is_one_sentence():
         def memory_stats(self):
             return {"bytes_limit": 5000, "bytes_in_use": 2500}
 
-    feed._check_memory([Small()], 2500)
+    feed._check_memory([Small()], 2000)
     with pytest.raises(DataError, match=r"set --config\.data\.placement=host"):
-        feed._check_memory([Small()], 2501)
+        feed._check_memory([Small()], 2001)
 
 
-def test_a_resident_set_is_read_once(monkeypatch):
-    """And in pieces: not a second copy of everything."""
+def test_a_resident_set_is_read_once_and_in_pieces(monkeypatch):
     monkeypatch.setattr(feed, "CHUNK", 10)
     asked = []
 
@@ -172,5 +173,60 @@ def test_a_resident_set_is_read_once(monkeypatch):
     )
     expected = TrainBatches(Pictures(), 4, 0)
     for step in range(20):
-        jax.tree.map(np.testing.assert_array_equal, next(batches), expected[step])
-    assert asked == [1, 10, 10, 10, 7]
+        jax.tree.map(np.testing.assert_array_equal, batches.next(), expected[step])
+    assert sorted(asked) == [1, 7, 10, 10, 10]
+
+
+def test_an_error_comes_with_its_own_batch():
+    """Read ahead or not: the batches before it are good, and trained on."""
+
+    steps = TrainBatches(Pictures(), 4, 0)
+    bad = 5  # In the first epoch, so that no step before has the same images.
+
+    class Broken(Pictures):
+        def batch(self, indices):
+            if steps.indices(bad)[0] in indices:
+                raise DataError("image x.png cannot be read")
+            return super().batch(indices)
+
+    batches = feed.train_batches(
+        Broken(), build_mesh(4), batch_size=4, seed=0, start_step=0, workers=1
+    )
+    with contextlib.closing(batches):
+        for step in range(bad):
+            jax.tree.map(np.testing.assert_array_equal, batches.next(), steps[step])
+        with pytest.raises(DataError, match=r"image x\.png cannot be read"):
+            batches.next()
+
+
+def test_only_idle_devices_count_as_waiting():
+    """A slow source is waited for; a fast one never, however long a step takes."""
+
+    class Slow(Pictures):
+        def batch(self, indices):
+            time.sleep(0.05)
+            return super().batch(indices)
+
+    for source, low, high in ((Slow(), 0.2, 10), (Pictures(), 0, 0.1)):
+        batches = feed.train_batches(
+            source, build_mesh(4), batch_size=4, seed=0, start_step=0, workers=1
+        )
+        with contextlib.closing(batches):
+            batches.next()
+            time.sleep(0.3)
+            began = batches.waited
+            for _ in range(30 if low else 6):
+                batches.next()
+                if not low:
+                    time.sleep(0.05)
+            assert low < batches.waited - began + 1e-9 < high
+
+
+def test_closing_ends_the_threads():
+    batches = feed.train_batches(
+        Pictures(), build_mesh(4), batch_size=4, seed=0, start_step=0
+    )
+    assert isinstance(batches, feed.Sent)
+    batches.next()
+    batches.close()
+    assert not batches._thread.is_alive()
