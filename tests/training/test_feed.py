@@ -179,7 +179,6 @@ def test_a_resident_set_is_read_once_and_in_pieces(monkeypatch):
 
 def test_an_error_comes_with_its_own_batch():
     """Read ahead or not: the batches before it are good, and trained on."""
-
     steps = TrainBatches(Pictures(), 4, 0)
     bad = 5  # In the first epoch, so that no step before has the same images.
 
