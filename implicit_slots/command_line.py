@@ -37,7 +37,12 @@ def parse(argv: list[str]) -> list[str]:
         file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
         sys.exit(f"error: there is no configuration file {file}")
     except (KeyError, AttributeError) as error:
-        key = str(error.args[0]).splitlines()[0].strip("'\"")
+        # ml_collections quotes its message twice: \'key\'\\nDid you mean "other" …
+        text = str(error.args[0]).replace("\\n", "\n").replace("\\'", "'")
+        key = text.splitlines()[0].strip("'\"")
+        meant = re.search(r'Did you mean "(\w+)"', text)
+        suggestion = f"did you mean {meant[1]}?" if meant else ""
         sys.exit(
-            f"error: the configuration has no key {key}; configs/base.py declares them"
+            f"error: the configuration has no key {key}; "
+            f"{suggestion or 'configs/base.py declares them'}"
         )

@@ -40,10 +40,12 @@ def main(argv: list[str]) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    # After the flags are parsed: --help needs no JAX.
-    from implicit_slots.data.base import DataError
-
     run = {"prepare": prepare, "inspect": inspect, "verify": verify}[argv[1]]
+    try:
+        # After the flags are parsed: --help needs no JAX.
+        from implicit_slots.data.base import DataError
+    except KeyboardInterrupt:
+        sys.exit("stopped before anything was done")
     try:
         for split in _SPLITS.value:
             run(split)
@@ -81,6 +83,7 @@ def inspect(split: str) -> None:
     """Prints what a split holds and draws its first examples."""
     from implicit_slots import visualisation
     from implicit_slots.data import inspection, sources
+    from implicit_slots.data.base import DataError
     from implicit_slots.data.cache import Prepared
     from implicit_slots.data.embedded import Scenes
 
@@ -92,11 +95,17 @@ def inspect(split: str) -> None:
         origin = "prepared"
     elif isinstance(source, Scenes):
         origin = "rendered"
-    print(f"{config.data.name}, {split} ({origin}): ", end="")
+    print(f"{config.name}, {split} ({origin}): ", end="")
     print("\n".join(inspection.describe(source, batch)))
     folder = pathlib.Path(_OUTPUT.value or "runs/inspect")
-    path = folder / f"{config.data.name}_{split}.png"
-    visualisation.save_png(inspection.sheet(batch), path)
+    path = folder / f"{config.name}_{split}.png"
+    try:
+        visualisation.save_png(inspection.sheet(batch), path)
+    except OSError as error:
+        raise DataError(
+            f"the sheet {path} cannot be written ({error.strerror}); name another "
+            "folder with --output=FOLDER"
+        ) from error
     print(f"  sheet: {path}")
 
 

@@ -1,5 +1,6 @@
 """Arrays of examples, made block by block, in memory or memory-mapped on disk."""
 
+import errno
 import json
 import os
 import threading
@@ -317,10 +318,11 @@ def _sample(blocks: np.ndarray) -> list[int]:
 
 
 def _unwritable(folder: Path, error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return (
-        f"the cache {folder} cannot be written: {error.strerror or error}; make room, "
-        "name another folder with --config.data.cache=FOLDER, or none to keep the "
-        "examples in memory"
+        f"the cache {folder} cannot be written: {error.strerror or error}; "
+        f"{'make room, ' if full else ''}name another folder with "
+        "--config.data.cache=FOLDER, or none to keep the examples in memory"
     )
 
 

@@ -163,6 +163,12 @@ class Coco(FrameSource):
             if self._kind == "instances" and self.wants("segmentation"):
                 _ = self._tools
         images, masks = self._files()
+        folder = self._root / f"annotations/panoptic_{self._year}"
+        if masks and not os.path.isdir(folder):
+            raise DataError(
+                f"there is no folder {folder}; unpack {folder.name}.zip there, which "
+                "is in COCO's archive of panoptic annotations"
+            )
         refuse_unreadable(self._root, images, masks, self.crop, progress, colour=True)
 
     def fingerprint(self) -> dict[str, Any]:

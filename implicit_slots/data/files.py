@@ -54,6 +54,11 @@ def list_folder(folder: Path) -> list[str]:
     """
     try:
         return sorted(os.listdir(folder))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"there is no folder {folder}; unpack it there, or set --config.data.path "
+            f"to the folder that holds {folder.name}"
+        ) from error
     except OSError as error:
         raise DataError(
             f"folder {folder} cannot be listed ({_reason(error)}); it belongs to the "
@@ -271,7 +276,14 @@ def refuse_unreadable(
     if broken:
         files = name_some([images[index] for index in broken], len(images))
         or_masks = ", or their masks," if masks else ""
-        raise DataError(f"{files} in {root}{or_masks} cannot be read; {remedy}")
+        why = ""
+        for file in (images[broken[0]], *(masks[broken[0] :][:1])):
+            try:
+                _verify(root / file)
+            except BROKEN as error:
+                why = f" ({_reason(error)})"
+                break
+        raise DataError(f"{files} in {root}{or_masks} cannot be read{why}; {remedy}")
 
 
 def name_some(names: Sequence[str], total: int) -> str:

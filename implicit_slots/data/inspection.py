@@ -14,9 +14,9 @@ def describe(source: Source, batch: Batch) -> list[str]:
       batch: some of its examples, that are counted and measured.
     """
     lines = [f"{len(source):,} examples"]
-    for name, leaf in batch.items():
+    for name, leaf in sorted(batch.items()):
         fields = leaf if isinstance(leaf, dict) else {"": leaf}
-        for field, values in fields.items():
+        for field, values in sorted(fields.items()):
             shape = " x ".join(str(side) for side in values.shape[1:]) or "scalar"
             key = f"{name}.{field}" if field else name
             lines.append(f"  {key:<24} {values.dtype!s:<8} {shape}")
@@ -30,7 +30,7 @@ def describe(source: Source, batch: Batch) -> list[str]:
     if counts is not None:
         numbers, times = np.unique(counts, return_counts=True)
         pairs = zip(numbers, times, strict=True)
-        text = ", ".join(f"{n} in {t} images" for n, t in pairs)
+        text = ", ".join(f"{n} in {t} image{'s' * bool(t > 1)}" for n, t in pairs)
         lines.append(f"  number of objects: {text}")
         if "segmentation" in batch:
             ground = np.mean(batch["segmentation"] == 0)

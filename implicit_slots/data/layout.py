@@ -44,7 +44,16 @@ def cache_folder(cache: str, identity: Mapping[str, Any]) -> Path:
 
 def is_finished(folder: Path) -> bool:
     """Whether a folder claims to be a whole cache; `Prepared` checks the claim."""
-    return os.path.isfile(folder / MANIFEST) and "hash" in read_manifest(folder)
+    try:
+        (folder / MANIFEST).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise DataError(
+            f"the cache {folder} cannot be read ({error.strerror}); change its "
+            "permissions, or name another with --config.data.cache=FOLDER"
+        ) from error
+    return "hash" in read_manifest(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -251,7 +251,15 @@ class MultiObject(FrameSource):
         ):
             names.add("mask")
         where = self.where(index)
-        features = self._parse(self._records[self._start + index], names, where)
+        record = self._records[self._start + index]
+        try:
+            features = self._parse(record, names, where)
+        except DataError:
+            raise
+        except ValueError as error:
+            raise DataError(
+                f"{where} cannot be understood ({error}); download the file again"
+            ) from error
         pixels = features["image"]
         return Frame(
             # Pillow wants no axis for the one channel of binarised sprites.
@@ -263,7 +271,12 @@ class MultiObject(FrameSource):
     def _parse(
         self, record: bytes, names: Collection[str], where: str
     ) -> dict[str, np.ndarray]:
-        """Features as arrays; `mask` is [entities, height, width] in all data sets."""
+        """Features as arrays; `mask` is [entities, height, width] in all data sets.
+
+        Raises:
+          ValueError: the record is no example.
+          DataError: it is one of another data set.
+        """
         layout = self._layout
         frame, entities = layout.shape[:2], layout.entities
         shapes = {
@@ -272,20 +285,17 @@ class MultiObject(FrameSource):
             **{name: (entities, *rest) for name, rest in layout.numbers.items()},
             **dict.fromkeys(layout.codes, (entities,)),
         }
-        try:
-            features = parse_example(
-                record, only=names, uint8={"image", "mask", *layout.codes}
-            )
-        except ValueError as error:
-            raise DataError(f"{where} cannot be understood: {error}") from error
+        features = parse_example(
+            record, only=names, uint8={"image", "mask", *layout.codes}
+        )
         arrays = {}
         for name in names:
             size, wanted = len(features.get(name, ())), math.prod(shapes[name])
             if size != wanted:
                 raise DataError(
                     f"{where} has {size} numbers of '{name}' where '{self._dataset}' "
-                    f"has {wanted}; set --config.data.dataset to what is in the file, "
-                    "or --config.data.path to another"
+                    f"has {wanted}; take the configuration of the set that it is, or "
+                    "set --config.data.path to another file"
                 )
             arrays[name] = np.ascontiguousarray(features[name]).reshape(shapes[name])
         if "mask" in arrays and layout.entities_last:
@@ -354,13 +364,14 @@ def _layout(dataset: str, split: str, test_set: str) -> Layout:
             f"--config.data.dataset to one of {', '.join(LAYOUTS)}"
         )
     layout = LAYOUTS[dataset]
-    if dataset == "objects_room" and split == "test":
+    if dataset == "objects_room":
         if test_set not in ROOM_TESTS:
             raise DataError(
                 f"Objects Room has no test set '{test_set}'; set "
                 f"--config.data.test_set to one of {', '.join(ROOM_TESTS)}"
             )
-        layout = ROOM_TESTS[test_set]
+        if split == "test":
+            layout = ROOM_TESTS[test_set]
     if split not in layout.splits:
         raise DataError(
             f"unknown split '{split}'; choose from 'train', 'validation', 'test'"

@@ -14,7 +14,7 @@ import PIL
 from jaxtyping import PyTree
 
 from implicit_slots.data import sources
-from implicit_slots.data.base import Batch, DataError, Example, Source, expand
+from implicit_slots.data.base import Batch, DataError, Example, Source
 from implicit_slots.data.cache import BlockCache, Prepared
 from implicit_slots.data.embedded import Scenes
 from implicit_slots.data.frames import FrameSource, Progress, stack
@@ -68,12 +68,6 @@ def prepare(
         say(f"{split}: {len(files):,} scenes, rendered into {files.folder}")
         return files
     assert isinstance(files, FrameSource | sources.Subset)
-    published = asked.data_set.published.get(split, len(files))
-    if len(files) != published:
-        say(
-            f"{split}: the files hold {len(files):,} of the published {published:,} "
-            "examples"
-        )
     if not folder.is_dir():
         files.check(progress)
     example = files.decode(0)
@@ -82,30 +76,19 @@ def prepare(
     blocks.finish()
     source = Prepared(folder)
     size = sum(file.stat().st_size for file in folder.iterdir())
-    say(f"{split}: {len(source):,} examples, {size / 1e6:,.1f} MB in {folder}")
+    published = asked.data_set.published.get(split, len(source))
+    of = f" (published: {published:,})" if len(source) != published else ""
+    say(f"{split}: {len(source):,} examples{of}, {size / 1e6:,.1f} MB in {folder}")
     return source
 
 
 def _open_or_download(asked: sources.Request, say: Callable[[str], Any]) -> Any:
     """The data set's own files; tensorflow-datasets fetches those that it can."""
-    try:
-        return sources.open_files(asked)
-    except DataError as error:
-        hint = asked.data_set.files
-        if asked.data_set.reader is Tfds and not Tfds.is_prepared(
-            asked.arguments["dataset"], asked.arguments["path"]
-        ):
-            say(f"{error}; preparing it")
-            Tfds.download(asked.arguments["dataset"], asked.arguments["path"])
-            return sources.open_files(asked)
-        if hint and not _has_files(asked):
-            raise DataError(f"{error} (it reads {hint})") from error
-        raise
-
-
-def _has_files(asked: sources.Request) -> bool:
-    path = asked.arguments.get("path", "")
-    return bool(path) and os.path.exists(expand(path))
+    if asked.data_set.reader is Tfds:
+        dataset, path = asked.arguments["dataset"], asked.arguments["path"]
+        if not Tfds.is_prepared(dataset, path):
+            Tfds.download(dataset, path, say)
+    return sources.open_files(asked)
 
 
 def _blocks(
@@ -141,8 +124,8 @@ def _blocks(
         ) from error
     if not folder.is_dir() and free < need:
         raise DataError(
-            f"{folder.parent} has {free / 1e9:.1f} GB free and the examples need "
-            f"{need / 1e9:.1f} GB; make room, or name another folder with "
+            f"{folder.parent} has {free / 1e6:,.1f} MB free and the examples need "
+            f"{need / 1e6:,.1f} MB; make room, or name another folder with "
             "--config.data.cache=FOLDER"
         )
     return BlockCache(

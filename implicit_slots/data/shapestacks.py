@@ -181,7 +181,13 @@ def _read_list(root: Path, split_set: str, split: str, variant: str) -> list[str
     try:
         scenarios = file.read_text().split()
     except (OSError, ValueError) as error:
-        there = list_folder(root / "splits") if os.path.isdir(root / "splits") else []
+        if not os.path.isdir(root / "splits"):
+            raise DataError(
+                f"there is no folder {root / 'splits'}; unpack ShapeStacks' splits "
+                "there, or set --config.data.path to the folder that holds recordings "
+                "and splits"
+            ) from error
+        there = list_folder(root / "splits")
         raise DataError(
             f"there is no readable list of scenarios {file}; unpack ShapeStacks' "
             f"splits into {root / 'splits'} or choose --config.data.split_set from "

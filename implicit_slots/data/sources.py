@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
+from implicit_slots.config import Config
 from implicit_slots.data.base import Batch, DataError, Example, Source, expand
 from implicit_slots.data.cache import Prepared
 from implicit_slots.data.clevr_mirror import ClevrMirror
@@ -53,7 +55,8 @@ class DataSet:
       reader: the class that reads it.
       fixed: arguments of the reader that the name stands for.
       published: number of examples of each split, where the publication says.
-      files: what a user has to put below `path`, and where to get it.
+      files: what a user has to put below `path`, and where to get it; empty where
+        the reader itself says so.
     """
 
     reader: Callable[..., Source]
@@ -86,7 +89,8 @@ class Request:
         return cache_folder(cache, self.identity) if cache else None
 
 
-_DSPRITES = {"train": 60_000, "validation": 1_000, "test": 320}
+_FIRST_60000 = {"train": 60_000, "validation": 1_000, "test": 320}
+_SPRITES = ("binarized", "colored_on_grayscale", "colored_on_colored")
 
 SOURCES: Mapping[str, DataSet] = {
     "scenes": DataSet(Scenes),
@@ -94,42 +98,25 @@ SOURCES: Mapping[str, DataSet] = {
         ImageFolder,
         files="images/, optional masks/ with the same names, optional scenes.json",
     ),
-    "tfds": DataSet(Tfds, files="a data set that tensorflow-datasets prepared"),
+    "tfds": DataSet(Tfds),
     "clevr": DataSet(
         Tfds,
         {"dataset": "clevr"},
         {"train": 70_000, "validation": 15_000, "test": 15_000},
-        "clevr/3.1.0/ as tensorflow-datasets prepares it",
     ),
     "clevr_with_masks": DataSet(
         MultiObject,
         {"dataset": "clevr_with_masks"},
         {"train": 70_000, "validation": 15_000, "test": 15_000},
-        "clevr_with_masks_train.tfrecords from "
-        "gs://multi-object-datasets/clevr_with_masks/",
     ),
     **{
-        f"multi_dsprites_{colours}": DataSet(
-            MultiObject,
-            {"dataset": f"multi_dsprites_{colours}"},
-            _DSPRITES,
-            f"multi_dsprites_{colours}.tfrecords from "
-            "gs://multi-object-datasets/multi_dsprites/",
-        )
-        for colours in ("binarized", "colored_on_grayscale", "colored_on_colored")
+        name: DataSet(MultiObject, {"dataset": name}, _FIRST_60000)
+        for name in (*(f"multi_dsprites_{kind}" for kind in _SPRITES), "tetrominoes")
     },
     "objects_room": DataSet(
         MultiObject,
         {"dataset": "objects_room"},
-        {"test": 922},
-        "objects_room_train.tfrecords and objects_room_test_<test_set>.tfrecords from "
-        "gs://multi-object-datasets/objects_room/",
-    ),
-    "tetrominoes": DataSet(
-        MultiObject,
-        {"dataset": "tetrominoes"},
-        _DSPRITES,
-        "tetrominoes_train.tfrecords from gs://multi-object-datasets/tetrominoes/",
+        {"train": 980_000, "validation": 10_000, "test": 922},
     ),
     "clevr_mirror": DataSet(
         ClevrMirror, files="images/*.png and scenes/*.json of the same names"
@@ -139,33 +126,28 @@ SOURCES: Mapping[str, DataSet] = {
         files="recordings/, splits/ and, for masks, iseg/, from "
         "shapestacks.robots.ox.ac.uk",
     ),
-    "clevrtex": DataSet(ClevrTex, files="clevrtex_<variant>/ as it is unpacked"),
+    "clevrtex": DataSet(
+        ClevrTex,
+        files="clevrtex_<variant>/ as it is unpacked, from "
+        "robots.ox.ac.uk/~vgg/data/clevrtex",
+    ),
     "coco": DataSet(
         Coco,
-        {},
-        {"train": 118_287, "validation": 5_000, "test": 5_000},
-        "train2017/, val2017/ and annotations/ from cocodataset.org",
+        published={"train": 118_287, "validation": 5_000, "test": 5_000},
+        files="train2017/, val2017/ and annotations/, from cocodataset.org",
     ),
     "coco_tfds": DataSet(
         Tfds,
         {"dataset": "coco/2017_panoptic"},
         {"train": 118_287, "validation": 5_000, "test": 5_000},
-        "coco/2017_panoptic/1.1.0/ as tensorflow-datasets prepares it",
     ),
     "shapes3d": DataSet(
         Tfds,
         {"dataset": "shapes3d"},
         {"train": 400_000, "validation": 29_999, "test": 29_999},
-        "shapes3d/2.0.0/ as tensorflow-datasets prepares it",
     ),
-    **{
-        name: DataSet(
-            Tfds,
-            {"dataset": f"{name}/128x128"},
-            files=f"{name}/128x128/1.0.0/ from gs://kubric-public/tfds/",
-        )
-        for name in ("movi_a", "movi_c")
-    },
+    "movi_a": DataSet(Tfds, {"dataset": "movi_a/128x128"}),
+    "movi_c": DataSet(Tfds, {"dataset": "movi_c/128x128"}),
 }
 
 
@@ -283,7 +265,13 @@ def open_files(
     Raises:
       DataError: they are not there or cannot be used.
     """
-    source = asked.data_set.reader(**asked.arguments, keys=keys)
+    try:
+        source = asked.data_set.reader(**asked.arguments, keys=keys)
+    except DataError as error:
+        path, files = asked.arguments.get("path", ""), asked.data_set.files
+        if files and not os.path.exists(expand(path)):
+            raise DataError(f"{error}; it reads {files}") from error
+        raise
     most = asked.usage["keep_objects"]
     if most == 0:
         return source
@@ -358,6 +346,6 @@ def resolved(path: str) -> str:
     return str(expand(path).resolve()) if path else ""
 
 
-def usage_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def usage_of(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `USAGE` in a section, with defaults for those it does not have."""
     return {option: config.get(option, default) for option, default in USAGE.items()}

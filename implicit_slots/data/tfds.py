@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -182,7 +182,9 @@ class Tfds(FrameSource):
         return find(dataset, data_dir(path)) is not None
 
     @staticmethod
-    def download(dataset: str, path: str = "") -> None:
+    def download(
+        dataset: str, path: str = "", say: Callable[[str], Any] = print
+    ) -> None:
         """Downloads and prepares a data set as array_record files; needs TensorFlow.
 
         tensorflow-datasets shows its own progress. What is prepared already, it leaves.
@@ -190,6 +192,7 @@ class Tfds(FrameSource):
         Args:
           dataset: the data set's name, with `/config` and `:version` where wanted.
           path: where to prepare it; empty for tensorflow-datasets' own default.
+          say: is told when it begins.
 
         Raises:
           DataError: TensorFlow is missing, there is no such data set, or the download
@@ -208,6 +211,7 @@ class Tfds(FrameSource):
                 "reading it does not; install them with: pip install "
                 "'implicit_slots[tfds]'"
             )
+        say(f"downloading and preparing data set '{dataset}' in {root}")
         try:
             builder: Any = tfds.builder(dataset, data_dir=str(root))
             builder.download_and_prepare(file_format="array_record")

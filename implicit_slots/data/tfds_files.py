@@ -63,9 +63,17 @@ def find(dataset: str, root: Path) -> Path | None:
     try:
         if (root / INFO).is_file():
             return root
-        home = root / name
-        if not home.is_dir():
+        # The path may also be that of the data set, or of its configuration.
+        parts = len(Path(name).parts)
+        homes = [root / name, *(base / name for base in root.parents[:parts])]
+        homes = [
+            h
+            for place, h in enumerate(homes)
+            if h.is_dir() and (place == 0 or h == root or h.parent == root)
+        ]
+        if not homes:
             return None
+        home = homes[0]
         versions = [
             folder
             for folder in home.iterdir()
@@ -80,9 +88,9 @@ def find(dataset: str, root: Path) -> Path | None:
         raise _unreadable(root, error) from error
     if not versions and configurations:
         raise DataError(
-            f"data set '{name}' has configurations in {root}; set "
-            "--config.data.dataset to one of "
-            f"{', '.join(f'{name}/{c}' for c in configurations)}"
+            f"{home} has no version of data set '{name}' but "
+            f"{', '.join(configurations)}; set --config.data.dataset="
+            f"{name}/{configurations[0]} if that is the one, or --config.data.path={home} if the data set lies in there"
         )
     return max(versions, key=_version_number, default=None)
 
@@ -147,8 +155,8 @@ def describe(dataset: str, path: str) -> Description:
     asked = dataset.partition(":")[0]
     if asked not in (description.dataset, description.name):
         raise DataError(
-            f"{folder} holds data set '{description.dataset}', not '{dataset}'; set "
-            f"--config.data.dataset={description.dataset} or another --config.data.path"
+            f"{folder} holds data set '{description.dataset}', not '{dataset}'; take "
+            "the configuration of that set, or set another --config.data.path"
         )
     return description
 

@@ -180,6 +180,46 @@ def test_processes_that_start_at_once_share_one_folder(tmp_path):
     assert (sorted(first.asked), sorted(second.asked)) == ([0], [4, 8])
 
 
+def test_the_order_of_attributes_is_none_of_the_manifests(tmp_path):
+    """A reader may name them in the order of a set, which changes by process."""
+    opened(Maker(), tmp_path).read(np.arange(10))
+    maker = Maker()
+    example = {
+        "image": EXAMPLE["image"],
+        "objects": dict(reversed(EXAMPLE["objects"].items())),
+    }
+    cache = BlockCache(maker, example, count=10, block=4, folder=tmp_path / "cache")
+    check(cache.read(np.arange(10)), np.arange(10))
+    assert maker.asked == []
+
+
+def test_a_cache_that_was_replaced_is_not_written_to(tmp_path):
+    """Of two processes with other manifests, the later one has the folder."""
+    first, second = Maker(), Maker()
+    old = opened(first, tmp_path, files=1)
+    old.read(np.array([0]))
+    new = opened(second, tmp_path, files=2)
+    with pytest.raises(DataError, match="was replaced by another process while this"):
+        old.read(np.array([9]))
+    check(new.read(np.arange(10)), np.arange(10))
+    assert second.asked == [0, 4, 8]
+    new.finish()
+    check(Prepared(tmp_path / "cache").batch(np.arange(10)), np.arange(10))
+
+
+def test_changed_bytes_are_made_again_while_they_can_be(tmp_path):
+    opened(Maker(), tmp_path).read(np.arange(10))
+    flip(tmp_path / "cache" / "image.npy")
+    maker = Maker()
+    cache = opened(maker, tmp_path)
+    check(cache.read(np.arange(10)), np.arange(10))
+    assert maker.asked == [8]
+    cache.verify(lambda blocks, desc: blocks)
+    flip(tmp_path / "cache" / "image.npy")
+    with pytest.raises(DataError, match="block 2 has another checksum"):
+        cache.verify(lambda blocks, desc: blocks)
+
+
 @pytest.fixture
 def finished(tmp_path):
     cache = opened(Maker(), tmp_path, seed=3)
@@ -200,6 +240,15 @@ def test_a_finished_cache_is_read_without_its_maker(finished):
         np.load(finished / "image.npy"), source.batch(np.arange(10))["image"]
     )
     source.verify(lambda blocks, desc: blocks)
+
+
+def test_a_finished_cache_of_something_else_is_refused(finished):
+    source = Prepared(finished)
+    source.check({"seed": 3})
+    with pytest.raises(DataError, match=r"\(its seed is 3, not 4\); remove the folder"):
+        source.check({"seed": 4})
+    with pytest.raises(DataError, match=r"\(its split is None, not 'test'\)"):
+        source.check({"split": "test"})
 
 
 def flip(file, place=-1):

@@ -130,7 +130,7 @@ def remove(root, pattern):
         (
             lambda root: (root / "images").rename(root / "pictures"),
             {},
-            r"folder .*images cannot be listed \(No such file",
+            r"no folder .*images; unpack it there",
         ),
         (
             lambda root: (root / "scenes/CLEVR_mirror_000000.json").write_text("[]"),

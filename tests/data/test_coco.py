@@ -321,7 +321,7 @@ def code(counts, size=(HEIGHT, WIDTH)):
         (
             lambda root: (root / "val2017").rename(root / "val"),
             {},
-            r"folder .*/val2017 cannot be listed \(No such file",
+            r"there is no folder .*/val2017; unpack it there, or set",
         ),
         (
             lambda root: [f.unlink() for f in (root / "val2017").iterdir()],

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,10 +98,11 @@ def test_the_manifest_says_what_it_is(section, pictures):
 def test_a_second_run_decodes_nothing(section, monkeypatch):
     prepared(section)
 
-    def fail(self, index):
-        raise AssertionError("decoded again")
+    def fail(*_):
+        raise AssertionError("looked into again")
 
-    monkeypatch.setattr(ImageFolder, "read", fail)
+    for method in ("read", "check", "count_objects"):
+        monkeypatch.setattr(ImageFolder, method, fail)
     _, lines = prepared(section)
     assert "already prepared" in lines[0]
 
@@ -186,7 +188,7 @@ def test_too_little_room_is_said_before_anything_is_written(section, monkeypatch
         free = 1000
 
     monkeypatch.setattr(preparation.shutil, "disk_usage", lambda folder: Usage)
-    with pytest.raises(DataError, match=r"GB free and the examples need"):
+    with pytest.raises(DataError, match=r"MB free and the examples need"):
         prepared(section)
     assert list(Path(section.cache).iterdir()) == []
 
@@ -205,7 +207,7 @@ def test_other_options_are_another_cache(section):
 
 def test_files_that_changed_since_are_refused_by_preparing(section, pictures, tmp_path):
     copy = tmp_path / "copy"
-    os.system(f"cp -r {pictures} {copy}")
+    shutil.copytree(pictures, copy)
     section.path = str(copy)
     prepared(section)
     (copy / "images" / "train" / "new.png").write_bytes(
@@ -218,6 +220,54 @@ def test_files_that_changed_since_are_refused_by_preparing(section, pictures, tm
         DataError, match=r"the cache .* was made from other files than are in"
     ):
         prepared(section)
+
+
+def test_a_cache_of_other_files_is_refused(section, pictures, tmp_path):
+    """By content: copies are welcome, and so is a machine without any files."""
+    for place in ("here", "there", "nowhere"):
+        shutil.copytree(pictures, tmp_path / place / "pictures")
+    section.path = str(tmp_path / "here" / "pictures")
+    prepared(section)
+    section.path = str(tmp_path / "there" / "pictures")
+    assert isinstance(sources.build(section, "train"), Prepared)
+    (tmp_path / "there" / "pictures" / "images" / "train" / "007.png").unlink()
+    with pytest.raises(DataError, match="was made from other files than are in"):
+        sources.build(section, "train")
+    shutil.rmtree(tmp_path / "nowhere" / "pictures")
+    section.path = str(tmp_path / "nowhere" / "pictures")
+    assert isinstance(sources.build(section, "train"), Prepared)
+
+
+def test_a_renamed_cache_is_refused(section):
+    """What is not what was asked for does not pass under its name."""
+    prepared(section)
+    asked = sources.request(section, "train").folder
+    section.crop = "none"
+    other = sources.request(section, "train").folder
+    assert asked is not None and other is not None
+    asked.rename(other)
+    with pytest.raises(DataError, match=r"\(its crop is 'center', not 'none'\)"):
+        sources.build(section, "train")
+
+
+def test_two_preparations_at_once_do_not_disturb_each_other(section):
+    program = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}]
+from ml_collections import ConfigDict
+from implicit_slots.data import preparation
+preparation.prepare(ConfigDict({section.to_dict()!r}), "train", workers=1)
+"""
+    both = [
+        subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors.decode()
+    source = sources.build(section, "train")
+    section.cache = ""
+    check_equal(source, sources.build(section, "train"))
 
 
 def test_a_damaged_cache_is_refused_by_the_run(section):

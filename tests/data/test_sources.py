@@ -31,6 +31,7 @@ HIDDEN = collections.defaultdict(
         "clevr": {"frame_step", "masks"},
         "shapes3d": {"frame_step", "masks"},
         "movi_a": {"masks"},
+        "tfds": {"frame_step", "masks"},
         "movi_c": {"masks"},
         "clevr_with_masks": {"test_set"},
         "multi_dsprites_colored_on_grayscale": {"test_set"},
@@ -148,6 +149,47 @@ def test_scenes_on_disk_serve_the_next_run(rendered, tmp_path):
         assert len(rendered) == 3, other
 
 
+def test_prepared_scenes_can_be_verified(rendered, tmp_path):
+    source = build(cache=str(tmp_path))
+    assert isinstance(source, sources.Scenes) and source.folder is not None
+    silent = lambda iterable, **_: iterable  # noqa: E731
+    with pytest.raises(DataError, match="is not finished; prepare it first"):
+        source.verify(silent)
+    source.render_all(silent)
+    assert [first for _, _, (first, *_) in rendered[1:]] == [0, 8, 16]
+    source.verify(silent)
+    np.testing.assert_array_equal(
+        np.load(source.folder / "image.npy"), source.batch(np.arange(20))["image"]
+    )
+
+
+def test_options_of_other_splits_do_not_touch_a_splits_cache():
+    section = {
+        "name": "objects_room",
+        "path": "nowhere",
+        "resolution": 8,
+        "max_objects": 6,
+        "cache": "cache",
+        "splits": {"train": "0:9", "validation": "9:12", "test": ""},
+        "test_set": "empty_room",
+    }
+    changed = {
+        **section,
+        "splits": {"train": "0:9", "validation": "8:12", "test": ""},
+        "test_set": "six_objects",
+    }
+    same = {
+        split: len(
+            {
+                sources.request(ml_collections.ConfigDict(s), split).folder
+                for s in (section, changed)
+            }
+        )
+        for split in sources.SPLITS
+    }
+    assert same == {"train": 1, "validation": 2, "test": 2}
+
+
 def test_scenes_of_another_renderer_are_drawn_again(rendered, tmp_path, monkeypatch):
     """The cache knows the renderer by its source code."""
     build(cache=str(tmp_path)).batch(np.arange(20))
@@ -221,7 +263,6 @@ def test_every_data_set_has_a_configuration_and_a_line_in_the_docs():
     for name in others:
         assert name in docs, name
     assert others <= {
-        "tfds",
         "coco_tfds",
         "multi_dsprites_binarized",
         "multi_dsprites_colored_on_colored",

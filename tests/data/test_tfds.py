@@ -226,7 +226,7 @@ def test_what_is_not_prepared_is_one_sentence(path, tmp_path):
     assert (
         f"gsutil -m cp -r gs://kubric-public/tfds/movi_a/256x256 {tmp_path}/movi_a/"
     ) in said(error)
-    with pytest.raises(DataError, match="holds data set 'clevr', not 'movi_a'; set"):
+    with pytest.raises(DataError, match="holds data set 'clevr', not 'movi_a'; take"):
         Tfds(dataset="movi_a", path=f"{path}/clevr/3.1.0", split="train", resolution=8)
     with pytest.raises(DataError, match=r"has 2 objects, more than max_objects = 1"):
         clevr(path, max_objects=1)[0]

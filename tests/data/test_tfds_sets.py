@@ -275,7 +275,7 @@ def test_panoptic_records_that_do_not_fit_are_one_sentence(coco_path, tmp_path):
         coco(tmp_path)[0]
     with pytest.raises(DataError, match="unknown masks 'all'; set"):
         coco(coco_path, masks="all")
-    with pytest.raises(DataError, match=r"dataset to one of coco/2017_panoptic$"):
+    with pytest.raises(DataError, match=r"dataset=coco/2017_panoptic if that is"):
         Tfds(dataset="coco", path=str(coco_path), split="train", resolution=8)
 
 
