@@ -90,7 +90,8 @@ def find(dataset: str, root: Path) -> Path | None:
         raise DataError(
             f"{home} has no version of data set '{name}' but "
             f"{', '.join(configurations)}; set --config.data.dataset="
-            f"{name}/{configurations[0]} if that is the one, or --config.data.path={home} if the data set lies in there"
+            f"{name}/{configurations[0]} if that is the one, or "
+            f"--config.data.path={home} if the data set lies in there"
         )
     return max(versions, key=_version_number, default=None)
 
