@@ -1,6 +1,8 @@
 """A SLATE that compiles in seconds."""
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 
 import jax
 from flax import nnx
@@ -15,6 +17,18 @@ QUICKLY = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
+
+
+@contextlib.contextmanager
+def compiled_quickly() -> Iterator[None]:
+    """Everything that is compiled meanwhile is compiled as `QUICKLY` says."""
+    careful = jax.jit
+    jax.jit = functools.partial(careful, compiler_options=QUICKLY)  # pyright: ignore
+    try:
+        yield
+    finally:
+        jax.jit = careful
+
 
 RESOLUTION, VOCAB, WIDTH, HEADS = 16, 7, 8, 2
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from small_slate import compiled_quickly
 
 from configs import scenes
 from experiments import digits_deq, solver_comparison
@@ -13,20 +14,21 @@ from implicit_slots.training.run import load, run
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run of ten steps."""
+    """A smoke run: the programs that tests/training/test_run.py compiles too."""
     workdir = tmp_path_factory.mktemp("runs") / "smoke"
     config = scenes.get_config("smoke")
     config.data.cache = ""
-    config.update(num_steps=10, validate_every=10, draw_every=10)
-    run(config, workdir)
+    with compiled_quickly():
+        run(config, workdir)
     return workdir
 
 
 def test_solver_comparison(workdir, tmp_path, capsys):
     sizes = "--images=3 --judged=2 --steps=9 --rounds=2".split()
-    solver_comparison.main(
-        ["--smoke", f"--workdir={workdir}", f"--out={tmp_path}", *sizes]
-    )
+    with compiled_quickly():
+        solver_comparison.main(
+            ["--smoke", f"--workdir={workdir}", f"--out={tmp_path}", *sizes]
+        )
     table = (tmp_path / "solver_comparison.md").read_text()
     assert table in capsys.readouterr().out
     assert (tmp_path / "solver_comparison.png").stat().st_size > 10_000

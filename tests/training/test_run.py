@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from small_slate import compiled_quickly
 
 from configs import folder, scenes
 from implicit_slots.training.checkpoint import Checkpoints
@@ -15,6 +16,12 @@ from implicit_slots.training.run import run, write_json
 from implicit_slots.training.writer import MetricWriter, read_metrics
 
 CLEVR = pathlib.Path(__file__).parents[3] / "shared" / "data" / "clevr_blender"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    with compiled_quickly():
+        yield
 
 
 def smoke(**changes):
