@@ -64,8 +64,8 @@ def main() -> None:
     parser.add_argument("--cached", type=benchmarking.positive, default=CACHED)
     parser.add_argument("--out", type=Path, default=Path("experiments/results/data"))
     flags = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         lay_frames(flags.frames, folder / "clevr" / "images" / "train")
         results = {
             "cache": time_cache(folder / "arrays", flags),
@@ -143,7 +143,7 @@ def time_cache(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
     everything = Prepared(folder)
     images = Prepared(folder, keys=("image",))
     contestants = {
-        f"{what}, {threads} threads": (source, threads)
+        f"{what}, {count_threads(threads)}": (source, threads)
         for what, source in (("images", images), ("everything", everything))
         for threads in (0, 1, 2)
     }
@@ -154,7 +154,7 @@ def time_decoding(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
     """Images/s decoded on the fly, and prepared, by threads."""
     source = sources.open_files(sources.request(section(folder / "clevr"), "train"))
 
-    contestants = {f"{n} threads": (Fresh(source), n) for n in flags.workers}
+    contestants = {count_threads(n): (Fresh(source), n) for n in flags.workers}
     results = turns(flags.rounds, contestants, seconds=2.0)
     for workers in flags.workers:
         rates = []
@@ -164,8 +164,13 @@ def time_decoding(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
             preparation.prepare(data, "train", say=lambda line: None, workers=workers)
             rates.append(FRAMES / (time.perf_counter() - began))
             shutil.rmtree(folder / "prepared")
-        results[f"prepare, {workers} threads"] = summary(rates)
+        results[f"prepare, {count_threads(workers)}"] = summary(rates)
     return results
+
+
+def count_threads(threads: int) -> str:
+    """Of the reading threads, in a table."""
+    return {0: "no thread", 1: "1 thread"}.get(threads, f"{threads} threads")
 
 
 def turns(
@@ -216,7 +221,10 @@ def time_training(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
         "prepared, on the host": (cached, {}),
         "prepared, on the device": (cached, {"placement": "device"}),
         **{
-            f"decoded on the fly, {n} threads": (Fresh(from_files), {"workers": n})
+            f"decoded on the fly, {count_threads(n)}": (
+                Fresh(from_files),
+                {"workers": n},
+            )
             for n in flags.workers
         },
     }
@@ -285,7 +293,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Bars of images/s, with the wanted rate, and of the share spent waiting."""
+    """Bars of images/s, with the wanted rate, and of steps/s with their waiting."""
     figure, (rates, waits) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     bars = {f"cache: {k}": v["median"] for k, v in results["cache"].items()} | {
         f"PNG: {k}": v["median"] for k, v in results["decoding"].items()
@@ -295,9 +303,15 @@ def draw(results: dict[str, Any], path: Path) -> None:
     rates.set(xscale="log", xlabel="images per second", title="From files to batches")
     rates.invert_yaxis()
     rates.legend(loc="lower right")
-    shares = {k: 100 * v["data_wait"]["median"] for k, v in results["training"].items()}
-    waits.barh(list(shares), list(shares.values()), color="#AA8822")
-    waits.set(xlabel="% of the time", xlim=(0, 100), title="Waiting for the next batch")
+    training = results["training"]
+    steps = [found["steps_per_second"]["median"] for found in training.values()]
+    drawn = waits.barh(list(training), steps, color="#AA8822")
+    waits.bar_label(
+        drawn,
+        [f"{f['data_wait']['median']:.1%} waiting" for f in training.values()],
+        label_type="center",
+    )
+    waits.set(xlabel="steps per second", title="Training on them")
     waits.invert_yaxis()
     figure.savefig(path, dpi=120)
     plt.close(figure)
