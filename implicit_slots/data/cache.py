@@ -93,9 +93,9 @@ class BlockCache:
         except OSError as error:
             raise DataError(_unwritable(folder, error)) from error
         present = np.flatnonzero(self._blocks)
-        for block in _sample(present):  # Bytes that have changed are made again.
-            if not self._is_intact(block):
-                self._blocks[block] = 0
+        for place in _sample(present):  # Bytes that have changed are made again.
+            if not self._is_intact(place):
+                self._blocks[place] = 0
 
     def read(
         self, indices: Int[np.ndarray, " batch"], keys: Collection[str] | None = None

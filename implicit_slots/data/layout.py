@@ -155,7 +155,8 @@ def write_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
 def lock(folder: Path) -> Iterator[None]:
     """Keeps other processes from laying out or sealing the same folder meanwhile."""
     with (folder.parent / f".{folder.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # Some file systems have no locks.
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -68,10 +68,18 @@ def prepare(
         say(f"{split}: {len(files):,} scenes, rendered into {files.folder}")
         return files
     assert isinstance(files, FrameSource | sources.Subset)
-    if not folder.is_dir():
+    is_new = not folder.is_dir()
+    if is_new:
         files.check(progress)
     example = files.decode(0)
     blocks = _blocks(asked, files, example, folder)
+    if not is_new:
+        done = sum(blocks.has(block) for block in range(blocks.num_blocks))
+        say(
+            f"{split}: going on after {done} of {blocks.num_blocks} blocks"
+            if done
+            else f"{split}: starting anew, nothing that was there can be used"
+        )
     _write(blocks, progress, workers or os.cpu_count() or 1)
     blocks.finish()
     source = Prepared(folder)
