@@ -5,22 +5,15 @@ import json
 import pytest
 from small_slate import compiled_quickly
 
-from configs import scenes
 from experiments import digits_deq, solver_comparison
 from implicit_slots.fixed_point import Implicit
 from implicit_slots.training.errors import UserError
-from implicit_slots.training.run import load, run
+from implicit_slots.training.run import load
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A smoke run: the programs that tests/training/test_run.py compiles too."""
-    workdir = tmp_path_factory.mktemp("runs") / "smoke"
-    config = scenes.get_config("smoke")
-    config.data.cache = ""
-    with compiled_quickly():
-        run(config, workdir)
-    return workdir
+def workdir(smoke_run):
+    return smoke_run[0]
 
 
 def test_solver_comparison(workdir, tmp_path, capsys):

@@ -124,7 +124,7 @@ class ImageFolder(FrameSource):
         if self._masks and self.wants("segmentation"):
             mask = read_mask(self._root / self._masks[index])
         objects = None
-        if self._objects and self.wants("objects"):
+        if self.wants("objects") and self._objects:
             objects = self._objects[index]
         return Frame(image, mask, objects)
 

@@ -26,6 +26,8 @@ from implicit_slots.data.base import DataError, expand
 MANIFEST = "manifest.json"
 BLOCKS = "blocks.npy"
 PRESENT = 1 << 32
+# Of the manifest, what does not change the examples.
+APART = ("hash", "path")
 
 
 def cache_folder(cache: str, identity: Mapping[str, Any]) -> Path:
@@ -96,7 +98,8 @@ def is_whole(folder: Path, manifest: Mapping[str, Any]) -> bool:
     """Whether a folder belongs to this manifest and all its files have their size."""
     try:
         found = json.loads((folder / MANIFEST).read_text())
-        found.pop("hash", None)
+        found = {k: v for k, v in found.items() if k not in APART}
+        manifest = {k: v for k, v in manifest.items() if k not in APART}
         fields = open_fields(folder, manifest["fields"])
         blocks = np.load(folder / BLOCKS)
         return (

@@ -69,12 +69,12 @@ def prepare(
         return files
     assert isinstance(files, FrameSource | sources.Subset)
     is_new = not folder.is_dir()
-    if is_new:
-        files.check(progress)
     example = files.decode(0)
     blocks = _blocks(asked, files, example, folder)
+    done = sum(blocks.has(block) for block in range(blocks.num_blocks))
+    if not done:
+        files.check(progress)
     if not is_new:
-        done = sum(blocks.has(block) for block in range(blocks.num_blocks))
         say(
             f"{split}: going on after {done} of {blocks.num_blocks} blocks"
             if done

@@ -253,7 +253,7 @@ def request(
     if isinstance(splits := identity.get("splits"), Mapping):
         identity["splits"] = splits.get(split)  # The other splits' are not its own.
     if name == "folder":
-        identity["folder"] = expand(arguments["path"]).resolve().name
+        identity["folder"] = os.path.basename(resolved(arguments["path"]))
     return Request(data_set, arguments, usage, identity)
 
 
@@ -269,7 +269,7 @@ def open_files(
         source = asked.data_set.reader(**asked.arguments, keys=keys)
     except DataError as error:
         path, files = asked.arguments.get("path", ""), asked.data_set.files
-        if files and not os.path.exists(expand(path)):
+        if files and not (path and os.path.exists(expand(path))):
             raise DataError(f"{error}; it reads {files}") from error
         raise
     most = asked.usage["keep_objects"]
@@ -298,8 +298,14 @@ def check_files(asked: Request, source: Prepared) -> None:
     try:
         files: Any = asked.data_set.reader(**asked.arguments)
         now = json.loads(json.dumps(files.fingerprint()))
-    except DataError:
-        return
+    except DataError as error:
+        path = asked.arguments.get("path", "")
+        if not _are_there(asked):
+            return
+        raise DataError(
+            f"the cache {asked.folder} was made from {source.manifest.get('path')} and "
+            f"cannot be compared with {path}: {error}"
+        ) from error
     if now != source.manifest.get("files"):
         raise DataError(
             f"the cache {asked.folder} was made from other files than are in "
@@ -307,6 +313,14 @@ def check_files(asked: Request, source: Prepared) -> None:
             "cache and prepare it again, or name another with "
             "--config.data.cache=FOLDER"
         )
+
+
+def _are_there(asked: Request) -> bool:
+    """Whether the files of a data set seem to be at its path, whole or not."""
+    path = asked.arguments.get("path", "")
+    if asked.data_set.reader is Tfds:
+        return Tfds.is_prepared(asked.arguments["dataset"], path)
+    return bool(path) and os.path.exists(expand(path))
 
 
 class Subset(Source):
@@ -343,7 +357,7 @@ def bar(iterable: Any, **options: Any) -> Any:
 
 def resolved(path: str) -> str:
     """A path as manifests have it, empty for a data set's default."""
-    return str(expand(path).resolve()) if path else ""
+    return os.path.realpath(expand(path)) if path else ""
 
 
 def usage_of(config: Config | Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,12 @@ def find(dataset: str, root: Path) -> Path | None:
       DataError: a configuration has to be named, or a folder may not be read.
     """
     name, _, version = dataset.partition(":")
+    if not name:
+        raise DataError(
+            "no data set of tensorflow-datasets is named; set "
+            "--config.data.dataset=NAME"
+        )
+    root = Path(os.path.abspath(root))  # For the sake of its parents.
     try:
         if (root / INFO).is_file():
             return root
@@ -153,7 +160,13 @@ def describe(dataset: str, path: str) -> Description:
             f"{folder / INFO} does not describe a data set of tensorflow-datasets: "
             f"{first_line(error)}; prepare or download it again"
         ) from error
-    asked = dataset.partition(":")[0]
+    asked, _, version = dataset.partition(":")
+    if version not in ("", description.version):
+        raise DataError(
+            f"{folder} holds version {description.version} of data set '{asked}', not "
+            f"{version}; set --config.data.dataset={asked}:{description.version} or "
+            "another --config.data.path"
+        )
     if asked not in (description.dataset, description.name):
         raise DataError(
             f"{folder} holds data set '{description.dataset}', not '{dataset}'; take "

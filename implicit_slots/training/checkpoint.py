@@ -1,6 +1,7 @@
 """Checkpoints with Orbax, and the guard that a workdir belongs to one model."""
 
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -93,8 +94,16 @@ class Checkpoints:
         self._manager.close()
 
 
-def check_same_run(config: Config, workdir: pathlib.Path) -> None:
+def check_same_run(
+    config: Config, workdir: pathlib.Path, *, training: bool = True
+) -> None:
     """Refuses a workdir that holds another configuration's run.
+
+    Args:
+      config: of this run.
+      workdir: where the other may be.
+      training: whether the run is to go on, and not only to be evaluated: then its
+        data must be where they were, or nothing would tell them from others.
 
     Raises:
       UserError: naming the first key that differs.
@@ -114,13 +123,22 @@ def check_same_run(config: Config, workdir: pathlib.Path) -> None:
             f"{path} is not a run's configuration; choose another --workdir"
         ) from error
     now = _flat(json.loads(config.to_json()))
-    for key in sorted((before.keys() | now.keys()) - MAY_CHANGE):
+    may_change = MAY_CHANGE if training else MAY_CHANGE | {"data.path"}
+    for key in sorted((before.keys() | now.keys()) - may_change):
+        if key == "data.path" and _is_one_place(before.get(key), now.get(key)):
+            continue
         if before.get(key) != now.get(key):
             raise UserError(
                 f"{workdir} holds another run: its {key} is {before.get(key)!r}, this "
                 f"configuration's is {now.get(key)!r}; choose another --workdir or set "
                 "that key back"
             )
+
+
+def _is_one_place(path: str | None, other: str | None) -> bool:
+    if not path or not other:
+        return False
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def _flat(section: Any, prefix: str = "") -> dict[str, Any]:

@@ -124,7 +124,8 @@ class Sent(Feed):
             began = time.perf_counter()
             item = self._sent.get()
             self.waited += time.perf_counter() - began
-        if isinstance(item, Exception):
+        if isinstance(item, BaseException):
+            self._sent.put(item)  # For whoever asks again.
             raise item
         return item
 
@@ -140,10 +141,10 @@ class Sent(Feed):
             while not self._closed.is_set():
                 try:
                     item = shard_batch(next(reader), mesh)
-                except Exception as error:
+                except BaseException as error:
                     item = error
                 self._sent.put(item)
-                if isinstance(item, Exception):
+                if isinstance(item, BaseException):
                     return
 
 

@@ -75,10 +75,10 @@ def train(run: Run, state: TrainState) -> TrainState:
     window: list[metrics.Collection] = []
     logged = None
     clock = _Clock(start, batches)
-    # The step gives the old state up, and the picture of what training starts from
-    # can wait until after the first step.
-    untrained = jax.tree.map(jnp.copy, state.params) if start == 0 else None
     with contextlib.closing(batches), _progress(start, end) as bar:
+        # The step gives the old state up, and the picture of what training starts
+        # from can wait until after the first step.
+        untrained = jax.tree.map(jnp.copy, state.params) if start == 0 else None
         for step in range(start + 1, end + 1):
             batch = batches.next(after=logged)
             state, logged = run.steps.train(state, batch)

@@ -95,7 +95,7 @@ def run(
     training = mode == "train"
     enable_compilation_cache()
     check(config, mode)
-    check_same_run(config, workdir)
+    check_same_run(config, workdir, training=training)
     mesh = build_mesh(config.batch_size)
 
     try:

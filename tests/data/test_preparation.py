@@ -233,6 +233,9 @@ def test_a_cache_of_other_files_is_refused(section, pictures, tmp_path):
     (tmp_path / "there" / "pictures" / "images" / "train" / "007.png").unlink()
     with pytest.raises(DataError, match="was made from other files than are in"):
         sources.build(section, "train")
+    (tmp_path / "there" / "pictures" / "masks" / "train" / "008.png").unlink()
+    with pytest.raises(DataError, match=r"cannot be compared with .* have no mask of"):
+        sources.build(section, "train")
     shutil.rmtree(tmp_path / "nowhere" / "pictures")
     section.path = str(tmp_path / "nowhere" / "pictures")
     assert isinstance(sources.build(section, "train"), Prepared)

@@ -375,3 +375,25 @@ def test_downloading_prepares_what_is_read(tmp_path, monkeypatch, kind):
         if split != "test":
             counts = source.count_objects(lambda indices, desc: indices)
             assert counts.tolist() == [2 - i % 2 for i in found]
+
+
+@pytest.mark.parametrize("place", ["clevr", "clevr/3.1.0", "."])
+def test_the_path_may_be_that_of_the_set_or_of_a_version(path, monkeypatch, place):
+    """Relative or not."""
+    assert len(clevr(os.path.join(path, place))) == 3
+    monkeypatch.chdir(os.path.join(path, place))
+    assert len(clevr(".")) == 3
+
+
+def test_a_name_and_a_version_must_fit(path):
+    with pytest.raises(DataError, match="no data set of tensorflow-datasets is named"):
+        Tfds(dataset="", path=path, split="train", resolution=8)
+    with pytest.raises(
+        DataError, match=r"holds version 3\.1\.0 of .*, not 3\.0\.0; set"
+    ):
+        Tfds(
+            dataset="clevr:3.0.0",
+            path=os.path.join(path, "clevr", "3.1.0"),
+            split="train",
+            resolution=8,
+        )

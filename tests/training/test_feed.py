@@ -196,6 +196,8 @@ def test_an_error_comes_with_its_own_batch():
             jax.tree.map(np.testing.assert_array_equal, batches.next(), steps[step])
         with pytest.raises(DataError, match=r"image x\.png cannot be read"):
             batches.next()
+        with pytest.raises(DataError, match=r"image x\.png cannot be read"):
+            batches.next()
 
 
 def test_only_idle_devices_count_as_waiting():

@@ -10,9 +10,12 @@ import pytest
 from small_slate import compiled_quickly
 
 from configs import folder, scenes
+from implicit_slots.data import sources
+from implicit_slots.data.pipeline import TrainBatches
 from implicit_slots.training.checkpoint import Checkpoints
 from implicit_slots.training.errors import UserError
-from implicit_slots.training.run import run, write_json
+from implicit_slots.training.run import build, run, write_json
+from implicit_slots.training.state import Purpose, purpose_key, split_model
 from implicit_slots.training.writer import MetricWriter, read_metrics
 
 CLEVR = pathlib.Path(__file__).parents[3] / "shared" / "data" / "clevr_blender"
@@ -41,11 +44,8 @@ def final_state(workdir):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A smoke run that nothing interrupted."""
-    workdir = tmp_path_factory.mktemp("runs") / "finished"
-    summary = run(smoke(), workdir, command="python -m implicit_slots.main")
-    return workdir, summary
+def finished(smoke_run):
+    return smoke_run
 
 
 def test_a_run_leaves_what_the_contract_says(finished):
@@ -146,9 +146,21 @@ def test_diagnostics_and_backward_solve_are_logged(tmp_path):
         assert 0 <= line["diagnosed_residual"] < 1
 
 
-def test_another_seed_is_another_run(finished, tmp_path):
-    summary = run(smoke(seed=1), tmp_path / "other")
-    assert summary["validation/loss"] != finished[1]["validation/loss"]
+def test_another_seed_is_another_run():
+    """Other parameters, other batches, other noise; each of all three."""
+    one, other = (
+        jax.tree.leaves(split_model(build(smoke(seed=seed)))[1]) for seed in (0, 1)
+    )
+    drawn = [i for i, leaf in enumerate(one) if np.unique(leaf).size > 1]
+    assert len(drawn) > 20
+    assert not any(np.array_equal(one[i], other[i]) for i in drawn)
+    config = smoke()
+    train = sources.build(config.data, "train")
+    order, another = (TrainBatches(train, 8, seed).indices(9) for seed in (0, 1))
+    assert not np.array_equal(order, another)
+    for purpose in Purpose:
+        key, second = (purpose_key(seed, purpose, 5) for seed in (0, 1))
+        assert key != second
 
 
 def test_evaluation_scores_the_test_split_and_trains_nothing(finished, tmp_path):
