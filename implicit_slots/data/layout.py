@@ -9,7 +9,6 @@ blocks.npy      uint64 per block: 0 while it is missing, else 2^32 + CRC-32 of i
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -158,7 +157,10 @@ def write_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
 def lock(folder: Path) -> Iterator[None]:
     """Keeps other processes from laying out or sealing the same folder meanwhile."""
     with (folder.parent / f".{folder.name}.lock").open("w") as file:
-        with contextlib.suppress(OSError):  # Some file systems have no locks.
+        # Some file systems have no locks, and Windows has others.
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
