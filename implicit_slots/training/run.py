@@ -150,15 +150,8 @@ def run(
         f"{jax.devices()[0].platform} device(s), workdir {workdir}",
         flush=True,
     )
-    most = config.data.max_objects
-    if 0 < config.data.get("keep_objects", 0) < most:
-        most = config.data.keep_objects
-    if most >= config.model.num_slots:
-        print(
-            f"note: images may hold {most} objects and a ground, "
-            f"for {config.model.num_slots} slots: some slots then share; "
-            "--config.model.num_slots and --config.data.keep_objects are the keys"
-        )
+    if note := crowding(config):
+        print(note)
     old = read_summary(workdir)
     unfinished = training and int(state.step) < config.num_steps
     try:
@@ -315,6 +308,20 @@ def describe(train: sources.Source | None, held_out: dict[str, sources.Source]) 
             "same --config makes that faster)"
         )
     return text
+
+
+def crowding(config: Config) -> str:
+    """A note where images may hold more than slots can tell apart, or nothing."""
+    most = config.data.max_objects
+    if 0 < config.data.get("keep_objects", 0) < most:
+        most = config.data.keep_objects
+    if most < config.model.num_slots:
+        return ""
+    return (
+        f"note: images may hold {most} objects and a ground, for "
+        f"{config.model.num_slots} slots: some slots then share; "
+        "--config.model.num_slots and --config.data.keep_objects are the keys"
+    )
 
 
 def summarise(

@@ -14,7 +14,7 @@ from implicit_slots.data import sources
 from implicit_slots.data.pipeline import TrainBatches
 from implicit_slots.training.checkpoint import Checkpoints
 from implicit_slots.training.errors import UserError
-from implicit_slots.training.run import build, run, write_json
+from implicit_slots.training.run import build, crowding, run, write_json
 from implicit_slots.training.state import Purpose, purpose_key, split_model
 from implicit_slots.training.writer import MetricWriter, read_metrics
 
@@ -144,6 +144,19 @@ def test_diagnostics_and_backward_solve_are_logged(tmp_path):
         # No eigenvalue of one image's J is above its largest singular value.
         assert line["spectral_radius"] <= 1.001 * line["spectral_norm"]
         assert 0 <= line["diagnosed_residual"] < 1
+
+
+@pytest.mark.parametrize(
+    ("most", "kept", "slots", "said"),
+    [(4, 0, 5, ""), (5, 0, 5, "hold 5 objects"), (10, 6, 7, ""), (10, 7, 7, "hold 7 ")],
+)
+def test_more_objects_than_slots_are_noted(most, kept, slots, said):
+    """One slot is the ground's."""
+    config = smoke()
+    config.data.update(max_objects=most, keep_objects=kept)
+    config.model.num_slots = slots
+    note = crowding(config)
+    assert bool(note) == bool(said) and said in note
 
 
 def test_another_seed_is_another_run():
