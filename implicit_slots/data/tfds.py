@@ -209,7 +209,7 @@ class Tfds(FrameSource):
             raise DataError(
                 f"preparing data set '{dataset}' needs {' and '.join(lacking)}, which "
                 "reading it does not; install them with: pip install "
-                "'implicit_slots[tfds]'"
+                "tensorflow-cpu importlib_resources"
             )
         say(f"downloading and preparing data set '{dataset}' in {root}")
         try:

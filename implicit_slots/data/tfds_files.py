@@ -126,9 +126,8 @@ def describe(dataset: str, path: str) -> Description:
         check_known(dataset, root)
         raise DataError(
             f"data set '{dataset}' is not prepared in {root}; `python -m "
-            "implicit_slots.data prepare` with the same --config does that, after pip "
-            "install 'implicit_slots[tfds]' (preparing needs TensorFlow, reading does "
-            "not); or set --config.data.path to where it is"
+            "implicit_slots.data prepare` with the same --config does that (for which "
+            "it needs TensorFlow; reading does not); or set --config.data.path to where it is"
         )
     try:
         with (folder / INFO).open("rb"):

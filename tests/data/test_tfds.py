@@ -209,8 +209,8 @@ def test_what_is_not_prepared_is_one_sentence(path, tmp_path):
     with pytest.raises(DataError) as error:
         clevr(tmp_path)
     assert (
-        "`python -m implicit_slots.data prepare` with the same --config does that, "
-        "after pip install 'implicit_slots[tfds]'"
+        "`python -m implicit_slots.data prepare` with the same --config does that (for "
+        "which it needs TensorFlow; reading does not)"
     ) in said(error)
     with pytest.raises(DataError, match="no split 'validation', only test, train"):
         clevr(path, "validation")
