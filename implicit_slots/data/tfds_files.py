@@ -127,8 +127,8 @@ def describe(dataset: str, path: str) -> Description:
         raise DataError(
             f"data set '{dataset}' is not prepared in {root}; `python -m "
             "implicit_slots.data prepare` with the same --config does that (for which "
-            "it needs TensorFlow; reading does not); or set --config.data.path to where "
-            "it is"
+            "it needs TensorFlow; reading does not); or set --config.data.path to "
+            "where it is"
         )
     try:
         with (folder / INFO).open("rb"):
