@@ -8,23 +8,13 @@ Used by: IODINE, Slot Attention, Invariant Slot Attention: seven slots.
 Cost and expected result: not yet measured.
 """
 
-from configs import base
+from configs import base, clevr_with_masks
 from implicit_slots.config import Config
 
 
 def get_config(variant: str | None = None) -> Config:
     """Returns the configuration; see `base.set_variant` for the variants."""
-    data = base.files(
-        "clevr_with_masks",
-        resolution=128,
-        max_objects=10,
-        crop="clevr",
-        path="data/clevr_with_masks",
-    )
-    data.keep_objects = 6
-    data.splits = base.splits(
-        train="0:70000", validation="70000:85000", test="85000:100000"
-    )
-    config = base.get_config("clevr6", data)
+    config = base.get_config("clevr6", clevr_with_masks.data())
+    config.data.keep_objects = 6
     config.model.num_slots = 7
     return base.set_variant(config, variant)

@@ -16,16 +16,21 @@ from implicit_slots.config import Config
 
 def get_config(variant: str | None = None) -> Config:
     """Returns the configuration; see `base.set_variant` for the variants."""
-    data = base.files(
+    config = base.get_config("clevr_with_masks", data())
+    config.model.num_slots = 11
+    return base.set_variant(config, variant)
+
+
+def data() -> Config:
+    """Data section: the record file as Slot Attention reads it."""
+    section = base.files(
         "clevr_with_masks",
         resolution=128,
         max_objects=10,
         crop="clevr",
         path="data/clevr_with_masks",
     )
-    data.splits = base.splits(
+    section.splits = base.splits(
         train="0:70000", validation="70000:85000", test="85000:100000"
     )
-    config = base.get_config("clevr_with_masks", data)
-    config.model.num_slots = 11
-    return base.set_variant(config, variant)
+    return section

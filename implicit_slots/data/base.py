@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 Example = dict[str, Any]
 Batch = dict[str, Any]
@@ -65,6 +65,27 @@ class Source(abc.ABC):
         return jax.tree.map(lambda leaf: leaf[0], self.batch(np.array([index])))
 
 
+def mark_present(
+    count: int, max_objects: int, where: str
+) -> Bool[np.ndarray, " {max_objects}"]:
+    """The array `present` of a scene whose objects come first.
+
+    Args:
+      count: number of its objects.
+      max_objects: length of the array.
+      where: the scene's name in a sentence.
+
+    Raises:
+      DataError: more objects than fit.
+    """
+    if count > max_objects:
+        raise DataError(
+            f"{where} has {count} objects, more than max_objects = {max_objects}; set "
+            f"--config.data.max_objects={count} or more"
+        )
+    return np.arange(max_objects) < count
+
+
 def pack_objects(
     objects: Sequence[Mapping[str, Any]], max_objects: int, where: str
 ) -> dict[str, np.ndarray]:
@@ -83,13 +104,8 @@ def pack_objects(
     """
     if not isinstance(objects, Sequence):
         raise DataError(f"{where} has no list of objects but {objects!r}")
-    if len(objects) > max_objects:
-        raise DataError(
-            f"{where} has {len(objects)} objects, more than max_objects = "
-            f"{max_objects}; set --config.data.max_objects={len(objects)} or more"
-        )
     arrays: dict[str, np.ndarray] = {
-        "present": np.arange(max_objects) < len(objects),
+        "present": mark_present(len(objects), max_objects, where),
         **{name: np.zeros(max_objects, np.int32) for name in CLEVR_CODES},
         "rotation": np.zeros(max_objects, np.float32),
         "position": np.zeros((max_objects, 3), np.float32),

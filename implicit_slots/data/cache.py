@@ -189,9 +189,7 @@ class BlockCache:
         self._blocks.flush()
 
     def _is_intact(self, block: int) -> bool:
-        rows = slice(block * self._block, (block + 1) * self._block)
-        values = {name: field[rows] for name, field in self._fields.items()}
-        return bool(self._blocks[block] == PRESENT + layout.checksum(values))
+        return layout.is_intact(self._fields, self._blocks, block, self._block)
 
     def _check_inodes(self) -> None:
         assert self._folder is not None
@@ -223,10 +221,7 @@ class Prepared(Source):
         try:
             self._count: int = self.manifest["count"]
             self._block: int = self.manifest["block"]
-            self._fields = {
-                name: np.load(folder / f"{name}.npy", mmap_mode="r")
-                for name in self.manifest["fields"]
-            }
+            self._fields = layout.open_fields(folder, self.manifest["fields"])
             self._blocks = np.load(folder / BLOCKS)
             found = layout.describe_fields(self._fields, self._count)
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
@@ -272,9 +267,7 @@ class Prepared(Source):
 
     def _verify(self, blocks: Iterable[int]) -> None:
         for block in blocks:
-            rows = slice(block * self._block, (block + 1) * self._block)
-            values = {name: field[rows] for name, field in self._fields.items()}
-            if self._blocks[block] != PRESENT + layout.checksum(values):
+            if not layout.is_intact(self._fields, self._blocks, block, self._block):
                 raise DataError(layout.mismatch(self._folder, _other_bytes(block)))
 
 

@@ -14,7 +14,7 @@ from implicit_slots.data.files import (
     list_folder,
     name_some,
     read_image,
-    read_json,
+    read_objects,
     refuse_unreadable,
 )
 from implicit_slots.data.frames import Frame, FrameSource, Progress
@@ -131,11 +131,8 @@ class ClevrMirror(FrameSource):
 
     def _read_objects(self, index: int) -> list[dict[str, Any]]:
         """The objects as the scene's file lists them."""
-        scene = read_json(self._root / "scenes" / f"{self._stems[index]}.json")
-        match scene:
-            case {"objects": list() as objects}:
-                return objects
-        raise DataError(
-            f"scene {self._scene(index)} has no list of objects; unpack it again, or "
-            "move the folder of scenes away to do without attributes"
+        return read_objects(
+            self._root / "scenes" / f"{self._stems[index]}.json",
+            "unpack it again, or move the folder of scenes away to do without "
+            "attributes",
         )

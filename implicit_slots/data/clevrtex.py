@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from implicit_slots.data.base import DataError
+from implicit_slots.data.base import DataError, mark_present
 from implicit_slots.data.files import (
     count_ids,
     data_folder,
     digest,
     name_some,
     read_image,
-    read_json,
     read_mask,
+    read_objects,
     refuse_unreadable,
     walk_folder,
 )
@@ -115,18 +115,14 @@ class ClevrTex(FrameSource):
         if not self._has_scenes or not self.wants("objects"):
             return Frame(image, mask)
         count = self._count(index)
-        if count > self.max_objects:
-            raise DataError(
-                f"scene {self._root / stem}.json has {count} objects, more than "
-                f"max_objects = {self.max_objects}; set "
-                f"--config.data.max_objects={count} or more"
-            )
+        scene = f"scene {self._root / stem}.json"
+        present = mark_present(count, self.max_objects, scene)
         if mask is not None and mask.max() > count:
             raise DataError(
                 f"mask {self._root / stem}_flat.png has object {mask.max()}, but "
                 f"{stem}.json describes {count}; download both again"
             )
-        return Frame(image, mask, {"present": np.arange(self.max_objects) < count})
+        return Frame(image, mask, {"present": present})
 
     def check(self, progress: Progress) -> None:
         """Looks into every picture and mask, without decoding it.
@@ -191,7 +187,4 @@ class ClevrTex(FrameSource):
     def _count(self, index: int) -> int:
         """Number of objects that a scene's file describes."""
         file = self._root / f"{self._stems[index]}.json"
-        match read_json(file):
-            case {"objects": list() as objects}:
-                return len(objects)
-        raise DataError(f"scene {file} has no list of objects; unpack it again")
+        return len(read_objects(file, "unpack it again"))

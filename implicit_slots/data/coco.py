@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from implicit_slots.data.base import DataError
+from implicit_slots.data.base import DataError, mark_present
 from implicit_slots.data.coco_shapes import (
     decode_runs,
     draw_polygons,
     import_pycocotools,
+    number_segments,
 )
 from implicit_slots.data.files import (
     data_folder,
@@ -143,13 +144,13 @@ class Coco(FrameSource):
             return Frame(image)
         segmentation = None
         if self.wants("segmentation") and self._kind == "panoptic":
-            segmentation = _number_segments(self._root / self._mask(index), scene)
+            segmentation = _read_segments(self._root / self._mask(index), scene)
         elif self.wants("segmentation"):
             segmentation = self._draw(scene, image.size, index)
         count = len(scene.regions)
         labels = np.zeros(self.max_objects, np.int32)
         labels[:count] = [region.category for region in scene.regions]
-        present = np.arange(self.max_objects) < count
+        present = mark_present(count, self.max_objects, self.where(index))
         return Frame(image, segmentation, {"present": present, "label": labels})
 
     def check(self, progress: Progress) -> None:
@@ -243,12 +244,8 @@ class Coco(FrameSource):
                 f"{file}; unpack images and annotations of the same year"
             )
         for index, identity in enumerate(self._ids):
-            if (count := len(scenes[identity].regions)) > self.max_objects:
-                raise DataError(
-                    f"{self.where(index)} has {count} objects, more than max_objects "
-                    f"= {self.max_objects}; set --config.data.max_objects={count} or "
-                    "more"
-                )
+            count = len(scenes[identity].regions)
+            mark_present(count, self.max_objects, self.where(index))
         return scenes
 
     def _draw(
@@ -309,16 +306,14 @@ def _segments(annotations: Iterable[Mapping[str, Any]]) -> dict[int, Scene]:
     return scenes
 
 
-def _number_segments(file: Path, scene: Scene) -> UInt8[np.ndarray, "height width"]:
-    """Ids of a panoptic mask whose segments are numbered R + 256 G + 65536 B.
+def _read_segments(file: Path, scene: Scene) -> UInt8[np.ndarray, "height width"]:
+    """Ids of a panoptic mask, whose colours number the segments.
 
     Raises:
       DataError: it cannot be read, or has a segment that is not described.
     """
-    colours = read_mask(file, colour=True)[..., :3].astype(np.int32)
-    found, places = np.unique(
-        colours @ np.array([1, 256, 65536], np.int32), return_inverse=True
-    )
+    colours = read_mask(file, colour=True)[..., :3]
+    found, places = np.unique(number_segments(colours), return_inverse=True)
     # 0 is what nobody annotated.
     ids = dict.fromkeys([0, *scene.crowds], 0)
     ids |= {region.shape: k for k, region in enumerate(scene.regions, start=1)}

@@ -1,11 +1,11 @@
-"""COCO's polygons and run-length codes to pixels."""
+"""COCO's polygons, run-length codes and panoptic colours to pixels."""
 
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int32, UInt8
 
 from implicit_slots.data.base import DataError
 
@@ -24,6 +24,16 @@ def import_pycocotools() -> ModuleType:
             "pip install pycocotools, or set --config.data.masks=none"
         ) from error
     return mask
+
+
+def number_segments(
+    colours: UInt8[np.ndarray, "height width 3"],
+) -> Int32[np.ndarray, "height width"]:
+    """The segments of a panoptic mask: R + 256 G + 65536 B.
+
+    Source: https://cocodataset.org/#format-data.
+    """
+    return colours.astype(np.int32) @ np.array([1, 256, 65536], np.int32)
 
 
 def draw_polygons(

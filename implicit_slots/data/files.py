@@ -131,6 +131,22 @@ def read_json(file: Path) -> Any:
         raise unreadable(file, error) from error
 
 
+def read_objects(file: Path, remedy: str) -> list[dict[str, Any]]:
+    """The list of objects of a scene's JSON file.
+
+    Args:
+      file: the scene's.
+      remedy: what to do without one, for the sentence.
+
+    Raises:
+      DataError: it cannot be read, or has no such list.
+    """
+    match read_json(file):
+        case {"objects": list() as objects}:
+            return objects
+    raise DataError(f"scene {file} has no list of objects; {remedy}")
+
+
 def read_image(file: Path) -> Image.Image:
     """A picture with its pixels, in the mode in which it is stored.
 

@@ -183,6 +183,22 @@ def checksum(block: Mapping[str, np.ndarray]) -> int:
     return crc
 
 
+def is_intact(
+    fields: Mapping[str, np.ndarray], blocks: np.ndarray, number: int, size: int
+) -> bool:
+    """Whether a block is there with the bytes of its checksum.
+
+    Args:
+      fields: all arrays, of which `size` examples are a block.
+      blocks: the content of `blocks.npy`.
+      number: of the block.
+      size: examples to a block.
+    """
+    rows = slice(number * size, (number + 1) * size)
+    block = {name: field[rows] for name, field in fields.items()}
+    return bool(blocks[number] == PRESENT + checksum(block))
+
+
 def mismatch(folder: Path, why: str) -> str:
     """The sentence for a folder that is not what it says."""
     return (

@@ -379,6 +379,15 @@ def _layout(dataset: str, split: str, test_set: str) -> Layout:
     return layout
 
 
+def split_sizes(dataset: str) -> dict[str, int]:
+    """Number of examples of each split, where `splits` leaves it as it is."""
+    ranges = {
+        split: _range(split, _layout(dataset, split, "six_objects").splits[split])
+        for split in ("train", "validation", "test")
+    }
+    return {split: stop - start for split, (start, stop) in ranges.items()}
+
+
 def _range(split: str, numbers: str) -> tuple[int, int]:
     """First record of a split, and the one behind its last."""
     matched = SPLIT.fullmatch(numbers)

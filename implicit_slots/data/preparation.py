@@ -57,9 +57,8 @@ def prepare(
         raise DataError(
             "there is no cache to prepare; name one with --config.data.cache=FOLDER"
         )
-    source = sources.open_prepared(asked)
+    source = sources.open_prepared(asked, compare=True)
     if source is not None:
-        sources.check_files(asked, source)
         say(f"{split}: {len(source):,} examples, already prepared in {folder}")
         return source
     files = _open_or_download(asked, say)
@@ -93,9 +92,9 @@ def prepare(
 def _open_or_download(asked: sources.Request, say: Callable[[str], Any]) -> Any:
     """The data set's own files; tensorflow-datasets fetches those that it can."""
     if asked.data_set.reader is Tfds:
-        dataset, path = asked.arguments["dataset"], asked.arguments["path"]
-        if not Tfds.is_prepared(dataset, path):
-            Tfds.download(dataset, path, say)
+        dataset = asked.arguments["dataset"]
+        if not Tfds.is_prepared(dataset, asked.path):
+            Tfds.download(dataset, asked.path, say)
     return sources.open_files(asked)
 
 
@@ -117,7 +116,7 @@ def _blocks(
     block = min(BLOCK, count)
     manifest = {
         **asked.identity,
-        "path": sources.resolved(asked.arguments.get("path", "")),
+        "path": sources.resolved(asked.path),
         "files": files.fingerprint(),
         "pillow": PIL.__version__,
     }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Integer
 
-from implicit_slots.data.base import DataError
+from implicit_slots.data.base import DataError, mark_present
 from implicit_slots.data.files import (
     data_folder,
     digest,
@@ -108,7 +108,8 @@ class ShapeStacks(FrameSource):
         labels = None
         if self._maps and self.wants("segmentation"):
             labels = _read_labels(self._root / self._maps[index], height)
-        return Frame(image, labels, {"present": np.arange(self.max_objects) < height})
+        present = mark_present(height, self.max_objects, self.where(index))
+        return Frame(image, labels, {"present": present})
 
     def check(self, progress: Progress) -> None:
         """Looks into every picture and map, without decoding it.
@@ -164,12 +165,8 @@ class ShapeStacks(FrameSource):
                 "number of objects (h=…); use ShapeStacks' own splits"
             )
         height = int(match[1])
-        if height > self.max_objects:
-            raise DataError(
-                f"scenario {scenario} in {self._root} has {height} objects, more than "
-                f"max_objects = {self.max_objects}; set "
-                f"--config.data.max_objects={height} or more"
-            )
+        where = f"scenario {scenario} in {self._root}"
+        mark_present(height, self.max_objects, where)
         return height
 
 

@@ -25,7 +25,7 @@ from implicit_slots.data.embedded import Scenes
 from implicit_slots.data.folder import ImageFolder
 from implicit_slots.data.frames import FrameSource, Progress
 from implicit_slots.data.layout import cache_folder, is_finished
-from implicit_slots.data.multi_object import MultiObject
+from implicit_slots.data.multi_object import LAYOUTS, MultiObject, split_sizes
 from implicit_slots.data.shapestacks import ShapeStacks
 from implicit_slots.data.tfds import Tfds
 
@@ -83,14 +83,16 @@ class Request:
     identity: Mapping[str, Any]
 
     @property
+    def path(self) -> str:
+        """Where the data set's files are; empty for its default, or if it has none."""
+        return self.arguments.get("path", "")
+
+    @property
     def folder(self) -> Path | None:
         """Where these examples lie once they are prepared; None without a cache."""
         cache = self.usage["cache"]
         return cache_folder(cache, self.identity) if cache else None
 
-
-_FIRST_60000 = {"train": 60_000, "validation": 1_000, "test": 320}
-_SPRITES = ("binarized", "colored_on_grayscale", "colored_on_colored")
 
 SOURCES: Mapping[str, DataSet] = {
     "scenes": DataSet(Scenes),
@@ -104,20 +106,10 @@ SOURCES: Mapping[str, DataSet] = {
         {"dataset": "clevr"},
         {"train": 70_000, "validation": 15_000, "test": 15_000},
     ),
-    "clevr_with_masks": DataSet(
-        MultiObject,
-        {"dataset": "clevr_with_masks"},
-        {"train": 70_000, "validation": 15_000, "test": 15_000},
-    ),
     **{
-        name: DataSet(MultiObject, {"dataset": name}, _FIRST_60000)
-        for name in (*(f"multi_dsprites_{kind}" for kind in _SPRITES), "tetrominoes")
+        name: DataSet(MultiObject, {"dataset": name}, split_sizes(name))
+        for name in LAYOUTS
     },
-    "objects_room": DataSet(
-        MultiObject,
-        {"dataset": "objects_room"},
-        {"train": 980_000, "validation": 10_000, "test": 922},
-    ),
     "clevr_mirror": DataSet(
         ClevrMirror, files="images/*.png and scenes/*.json of the same names"
     ),
@@ -182,9 +174,15 @@ def build(
 
 
 def open_prepared(
-    asked: Request, keys: Collection[str] | None = None
+    asked: Request, keys: Collection[str] | None = None, *, compare: bool = False
 ) -> Prepared | None:
     """The cache of a request, if it is finished.
+
+    Args:
+      asked: the request.
+      keys: what its batches hold; None for all there is.
+      compare: whether to compare it with the files at `path`, also where it was made
+        from files of the same path.
 
     Raises:
       DataError: it is not what was asked for.
@@ -193,8 +191,7 @@ def open_prepared(
         return None
     source = Prepared(asked.folder, keys)
     source.check(asked.identity)
-    path = asked.arguments.get("path", "")
-    if resolved(path) != source.manifest.get("path"):
+    if compare or resolved(asked.path) != source.manifest.get("path"):
         check_files(asked, source)
     return source
 
@@ -268,8 +265,8 @@ def open_files(
     try:
         source = asked.data_set.reader(**asked.arguments, keys=keys)
     except DataError as error:
-        path, files = asked.arguments.get("path", ""), asked.data_set.files
-        if files and not (path and os.path.exists(expand(path))):
+        files = asked.data_set.files
+        if files and not (asked.path and os.path.exists(expand(asked.path))):
             raise DataError(f"{error}; it reads {files}") from error
         raise
     most = asked.usage["keep_objects"]
@@ -299,17 +296,16 @@ def check_files(asked: Request, source: Prepared) -> None:
         files: Any = asked.data_set.reader(**asked.arguments)
         now = json.loads(json.dumps(files.fingerprint()))
     except DataError as error:
-        path = asked.arguments.get("path", "")
         if not _are_there(asked):
             return
         raise DataError(
             f"the cache {asked.folder} was made from {source.manifest.get('path')} and "
-            f"cannot be compared with {path}: {error}"
+            f"cannot be compared with {asked.path}: {error}"
         ) from error
     if now != source.manifest.get("files"):
         raise DataError(
             f"the cache {asked.folder} was made from other files than are in "
-            f"{asked.arguments.get('path') or 'the default folder'} now; remove that "
+            f"{asked.path or 'the default folder'} now; remove that "
             "cache and prepare it again, or name another with "
             "--config.data.cache=FOLDER"
         )
@@ -317,10 +313,9 @@ def check_files(asked: Request, source: Prepared) -> None:
 
 def _are_there(asked: Request) -> bool:
     """Whether the files of a data set seem to be at its path, whole or not."""
-    path = asked.arguments.get("path", "")
     if asked.data_set.reader is Tfds:
-        return Tfds.is_prepared(asked.arguments["dataset"], path)
-    return bool(path) and os.path.exists(expand(path))
+        return Tfds.is_prepared(asked.arguments["dataset"], asked.path)
+    return bool(asked.path) and os.path.exists(expand(asked.path))
 
 
 class Subset(Source):

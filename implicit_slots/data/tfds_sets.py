@@ -9,7 +9,14 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, Integer
 from PIL import Image, UnidentifiedImageError
 
-from implicit_slots.data.base import CLEVR_CODES, DataError, pack_objects
+from implicit_slots.data.base import (
+    CLEVR_CODES,
+    DataError,
+    mark_present,
+    pack_objects,
+)
+from implicit_slots.data.coco_shapes import number_segments
+from implicit_slots.data.files import BROKEN
 
 Record = Mapping[str, Any]
 Objects = dict[str, np.ndarray]
@@ -57,7 +64,7 @@ def decode_image(encoded: bytes, what: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(encoded))
         image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except BROKEN as error:
         # Pillow's own sentence names an object in memory.
         why = "no image" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
@@ -115,14 +122,6 @@ class Images:
         """
         return None
 
-    def _present(self, count: int, where: str) -> Bool[np.ndarray, " max_objects"]:
-        if count > self.max_objects:
-            raise DataError(
-                f"{where} has {count} objects, more than max_objects = "
-                f"{self.max_objects}; set --config.data.max_objects={count} or more"
-            )
-        return np.arange(self.max_objects) < count
-
     def _padded(self, values: Any, dtype: type) -> np.ndarray:
         """One value an object, or one array, followed by zeros."""
         values = np.asarray(values, dtype)
@@ -166,7 +165,7 @@ class Shapes3d(Images):
     def objects(self, record: Record, frame: int, where: str) -> Objects:
         """`present`, and a label for each factor, such as `floor_hue` int32 [K]."""
         return {
-            "present": self._present(1, where),
+            "present": mark_present(1, self.max_objects, where),
             **{
                 factor: self._padded(record[f"label_{factor}"], np.int32)
                 for factor in SHAPES3D_FACTORS
@@ -240,16 +239,11 @@ class CocoPanoptic(Images):
     def segmentation(
         self, record: Record, frame: int, where: str
     ) -> Int32[np.ndarray, "height width"]:
-        """Ids from the colours of `panoptic_image`: R + 256 G + 65536 B is a segment.
-
-        Source: https://cocodataset.org/#format-data.
-        """
+        """Ids from the colours of `panoptic_image`, which number the segments."""
         picture = decode_image(record["panoptic_image"][0], f"the mask of {where}")
-        codes = np.asarray(picture.convert("RGB")).astype(np.int32) @ np.array(
-            [1, 256, 65536], np.int32
-        )
+        codes = number_segments(np.asarray(picture.convert("RGB")))
         segments = np.asarray(record["panoptic_objects/id"])[self._kept(record)]
-        self._present(len(segments), where)
+        mark_present(len(segments), self.max_objects, where)
         ids = np.zeros(codes.shape, np.int32)
         for place, segment in enumerate(segments):
             ids[codes == segment] = place + 1
@@ -259,7 +253,7 @@ class CocoPanoptic(Images):
         """`present`, and `label` int32 [K], 0 … 79 for things, to 132 for stuff."""
         labels = np.asarray(record["panoptic_objects/label"])[self._kept(record)]
         return {
-            "present": self._present(len(labels), where),
+            "present": mark_present(len(labels), self.max_objects, where),
             "label": self._padded(labels, np.int32),
         }
 
@@ -331,7 +325,7 @@ class Movi(Images):
         the words are CLEVR's; `category` is the set's. Hidden instances are present.
         """
         count = int(record["metadata/num_instances"][0])
-        present = self._present(count, where)
+        present = mark_present(count, self.max_objects, where)
         size = [record[f"metadata/{side}"][0] for side in ("width", "height")]
         positions = np.reshape(record["instances/positions"], (count, self.frames, 3))
         places = np.reshape(

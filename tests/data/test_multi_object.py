@@ -5,15 +5,14 @@ below: three Tetrominoes scenes and two of binarised sprites.
 """
 
 import gzip
-import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pytest
 from PIL import Image
+from prepared import frame
 from tensorflow_datasets import proto
 
 from implicit_slots.data.base import DataError
@@ -96,17 +95,9 @@ def serialised(features):
     return example.SerializeToString()
 
 
-def masked(data):
-    crc = google_crc32c.value(data)
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32)
-
-
 def save(file, scenes):
     """A gzip-compressed TFRecord file without TensorFlow."""
-    content = b""
-    for data in map(serialised, scenes):
-        length = struct.pack("<Q", len(data))
-        content += length + masked(length) + data + masked(data)
+    content = b"".join(frame(serialised(scene)) for scene in scenes)
     file.write_bytes(gzip.compress(content, 1))
 
 

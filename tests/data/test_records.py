@@ -9,9 +9,9 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pytest
+from prepared import frame
 from tensorflow_datasets import proto
 
 from implicit_slots.data import records, unpacking
@@ -19,17 +19,6 @@ from implicit_slots.data.base import DataError
 from implicit_slots.data.records import RecordFile, parse_example
 
 messages: Any = proto.tf_example_pb2  # Made at run time: no checker knows them.
-
-
-def masked(data):
-    crc = google_crc32c.value(data)
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32)
-
-
-def frame(data):
-    """A record as TensorFlow frames it."""
-    length = struct.pack("<Q", len(data))
-    return length + masked(length) + data + masked(data)
 
 
 def content(number, size):
