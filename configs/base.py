@@ -22,6 +22,8 @@ def get_config(name: str, data: Config) -> Config:
     config.seed = 0
     config.num_steps = 250_000
     config.batch_size = 50  # over all devices
+    config.accumulate = 1  # parts of a batch, of which one at a time is in memory
+    config.sharding = "replicated"  # or "fsdp": a share of the state on each device
 
     # Or "bfloat16": products alone; parameters, softmaxes and losses stay float32.
     config.precision = "float32"
@@ -55,9 +57,16 @@ def get_config(name: str, data: Config) -> Config:
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 3e-4  # peak, of everything but the dVAE
     config.optimizer.dvae_learning_rate = 3e-4
-    config.optimizer.warmup_steps = 30_000  # linear; the dVAE has none
-    config.optimizer.schedule = "constant"  # or "cosine" to 0 at num_steps
-    config.optimizer.clip_max_norm = 1.0  # ∞-norm; inf: no clipping
+    config.optimizer.warmup_steps = 30_000  # linear; the dVAE has none; 0: none
+    # Or "constant", "half_life", "cosine" to 0 at num_steps.
+    config.optimizer.schedule = "plateau"
+    config.optimizer.plateau_patience = 4  # validations without improvement
+    config.optimizer.plateau_factor = 0.5  # on all rates, each time
+    config.optimizer.half_life = 100_000.0  # in steps
+    config.optimizer.clip = "max_norm"  # or "l2", over all parameters; "none"
+    config.optimizer.clip_limit = 1.0
+    # Of a moving average of the parameters, which is then what is evaluated; 0: none.
+    config.optimizer.ema_decay = 0.0
 
     config.temperature = ConfigDict()  # of the Gumbel-softmax: a cosine
     config.temperature.start = 1.0
@@ -72,12 +81,29 @@ def get_config(name: str, data: Config) -> Config:
     config.diagnostics.krylov = 40  # products with J for the spectral radius
     config.diagnostics.powers = 20  # products before those
 
+    config.nonfinite = ConfigDict()  # losses or gradients that are not finite
+    config.nonfinite.skip = True  # leaves such a step out
+    config.nonfinite.stop_after = 20  # so many in a row stop the run
+
+    config.alarms = ConfigDict()  # sentences in the log; inf: never
+    config.alarms.enabled = True
+    config.alarms.gradient_growth = 100.0  # times the median of the last 20 logged
+    config.alarms.spectral_norm = 100.0  # of J; needs diagnostics.every
+    config.alarms.mask_similarity = 0.9  # ARI of two images' masks
+    config.alarms.largest_slot = 0.95  # share of the image
+    config.alarms.attention_entropy = 0.98  # 1: spread evenly over the slots
+    config.alarms.patience = 3  # validations in a row, for the last three
+
+    config.profile = ConfigDict()  # writes a trace to the workdir's profile/
+    config.profile.start = 0  # first step traced; 0: none
+    config.profile.steps = 5
+
     # In steps. Logged training values are means since the last logged step.
     config.log_every = 100
     config.validate_every = 5_000
     config.draw_every = 5_000
     config.checkpoint_every = 5_000
-    config.keep_checkpoints = 3
+    config.keep_checkpoints = 3  # the last ones; beside them the best one is kept
     config.num_pictures = 8  # rows of the reconstruction grid
     config.num_scored = 512  # images rendered through the slots for the summary
     return config

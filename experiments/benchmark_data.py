@@ -213,7 +213,7 @@ def time_training(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
     optimizer = build_optimizer(config.optimizer, params, num_steps=config.num_steps)
     mesh = build_mesh(config.batch_size)
     steps = build_steps(graphdef, optimizer, config)
-    state = replicate(initial_state(params, optimizer), mesh)
+    state = replicate(initial_state(params, optimizer, config.optimizer), mesh)
     from_files = sources.build(config.data, "train", ("image",))
     cached = sources.build(prepared, "train", ("image",))
 

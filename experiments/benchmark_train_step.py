@@ -75,7 +75,8 @@ def build_ours(
     train: Any = build_steps(graphdef, optimizer, config).train
     image = benchmarking.draw_images(configuration)
     state, batch = jax.device_put(
-        (initial_state(params, optimizer), {"image": image}), jax.devices()[0]
+        (initial_state(params, optimizer, config.optimizer), {"image": image}),
+        jax.devices()[0],
     )
     begin = time.perf_counter()
     compiled = train.lower(state, batch).compile()

@@ -354,20 +354,26 @@ def _write_run(
     from flax import nnx
 
     from implicit_slots.training import run
-    from implicit_slots.training.checkpoint import CONFIG_FILE
+    from implicit_slots.training.checkpoint import (
+        CHECKPOINT_FOLDER,
+        CONFIG_FILE,
+        Checkpoints,
+    )
     from implicit_slots.training.optimizer import build_optimizer
     from implicit_slots.training.state import initial_state, split_model
+    from implicit_slots.training.workdir import write_json
 
     run.check(config, "train")
     _, shapes = split_model(nnx.eval_shape(lambda: run.build(config)))
     optimizer = build_optimizer(config.optimizer, shapes, num_steps=config.num_steps)
     params = jax.tree.map(jnp.asarray, from_official(weights, shapes))
     try:
-        checkpoints = run.open_workdir(config, workdir, training=True)
+        workdir.mkdir(parents=True, exist_ok=True)
+        checkpoints = Checkpoints(workdir / CHECKPOINT_FOLDER, keep=None)
         with contextlib.closing(checkpoints):
-            checkpoints.save(initial_state(params, optimizer))
+            checkpoints.save(initial_state(params, optimizer, config.optimizer))
         # Last: a workdir without it is refused, not trained from the beginning.
-        run.write_json(workdir / CONFIG_FILE, json.loads(config.to_json()))
+        write_json(workdir / CONFIG_FILE, json.loads(config.to_json()))
     except BaseException:
         shutil.rmtree(workdir, ignore_errors=True)
         raise

@@ -3,8 +3,10 @@
 import os
 import pathlib
 import shlex
+import signal
 import sys
 import time
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -14,6 +16,9 @@ from implicit_slots.training.allocator import keep_freed_memory
 
 _BEGAN = time.perf_counter()
 
+# "Temporary failure, try again": of sysexits.h.
+RESUME_ME = os.EX_TEMPFAIL
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, with an optional :variant.", lock_config=True
 )
@@ -21,29 +26,89 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where everything is written; runs/<name> unless told otherwise."
 )
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate"], "Train, or evaluate a trained model."
+    "mode",
+    "train",
+    ["train", "evaluate", "replay"],
+    "Train, evaluate a trained model, or replay the step at which a run stopped.",
+)
+_CHECKPOINT = flags.DEFINE_enum(
+    "checkpoint",
+    "latest",
+    ["latest", "best"],
+    "What to evaluate: the latest checkpoint, or the one of the best validation loss.",
+)
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ["auto", "on", "off"],
+    "Whether this is one of several processes; auto: where a cluster says so.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0, where no cluster tells."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes, where no cluster tells."
+)
+_PROCESS_INDEX = flags.DEFINE_integer(
+    "process_index", None, "Which of them this is, from 0, where no cluster tells."
 )
 flags.mark_flag_as_required("config")
 
 
 def main(_: list[str]) -> None:
-    """Runs what the flags say; exits with 1 on what the user can put right."""
+    """Runs what the flags say.
+
+    Exits with 1 on what the user can put right, and with 75 ("try again") where the run
+    was told to stop and the same command goes on.
+    """
+    # Before the loop, which saves first, and after it, nothing can be lost. An exception
+    # could be swallowed wherever Python is called by C++.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(RESUME_ME))
     # Orbax and clu report every file they touch at INFO.
     logging.set_verbosity(logging.WARNING)
     keep_freed_memory()
     # After the flags are parsed: --help needs no JAX.
     from implicit_slots.data.base import DataError
+    from implicit_slots.training import processes
     from implicit_slots.training.errors import UserError
+    from implicit_slots.training.preemption import Preempted
     from implicit_slots.training.run import run
 
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or os.path.join("runs", config.name))
     try:
-        run(config, workdir, mode=_MODE.value, command=_command(), began=_BEGAN)
+        if where := processes.initialize(
+            _DISTRIBUTED.value,
+            coordinator=_COORDINATOR.value,
+            count=_NUM_PROCESSES.value,
+            index=_PROCESS_INDEX.value,
+        ):
+            print(where, flush=True)
+        run(
+            config,
+            workdir,
+            mode=_MODE.value,
+            checkpoint=_CHECKPOINT.value,
+            command=_command(),
+            began=_BEGAN,
+        )
+    except Preempted as stop:
+        # All processes end here together.
+        if processes.is_main():
+            print(
+                f"told to stop: saved at step {stop.step}; the same command resumes "
+                f"{workdir}",
+                file=sys.stderr,
+            )
+        sys.exit(RESUME_ME)
     except (UserError, DataError) as error:
-        sys.exit(f"error: {error}")
+        processes.leave(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"stopped; the same command resumes {workdir}")
+        processes.leave(f"stopped; the same command resumes {workdir}")
+    except Exception as error:
+        if processes.lost_another(error):
+            processes.leave("error: another process of this run ended; it says why")
+        processes.leave(traceback.format_exc().rstrip())
 
 
 def _command() -> str:

@@ -12,11 +12,17 @@ from implicit_slots.config import Config
 from implicit_slots.models.slate import SLATE
 from implicit_slots.training.state import split_model
 
-# What runs once or twice is not worth optimising.
+# What runs once or twice is not worth optimising. XLA's older code for fusions is
+# compiled several times faster than MLIR's, and needs the same temporary memory to 64
+# bytes.
 QUICKLY = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
 }
+# The same for programs of their own, in XLA_FLAGS.
+QUICKLY_FLAGS = " ".join(f"--{name}={value}" for name, value in QUICKLY.items())
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The benchmarks run, and what they count and write is what they say."""
 
+import functools
 import json
 import math
 import os
@@ -113,7 +114,12 @@ def test_flops_are_those_of_the_traced_step():
             config.optimizer, params, num_steps=config.num_steps
         )
         train = build_steps(graphdef, optimizer, config).train
-        state = jax.eval_shape(lambda p, o=optimizer: initial_state(p, o), params)
+        state = jax.eval_shape(
+            functools.partial(
+                initial_state, optimizer=optimizer, config=config.optimizer
+            ),
+            params,
+        )
         image = jax.ShapeDtypeStruct((16, 64, 64, 3), "uint8")
         program = jax.make_jaxpr(train)(state, {"image": image})
         traced[adjoint] = 2 * multiply_adds(program.jaxpr)

@@ -90,6 +90,19 @@ class SLATE(nnx.Module):
       rngs: source of the initial parameters.
     """
 
+    # Its parameters' top-level names in the order in which a pass uses them.
+    stages = (
+        "dvae",
+        "embedding",
+        "positions",
+        "encoder_norm",
+        "encoder_mlp",
+        "slot_attention",
+        "slot_projection",
+        "decoder",
+        "out",
+    )
+
     def __init__(
         self,
         *,

@@ -1,19 +1,30 @@
 """Checkpoints with Orbax, and the guard that a workdir belongs to one model."""
 
+import contextlib
+import errno
 import json
+import logging as standard_logging
 import os
 import pathlib
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypedDict
 
+import google_crc32c
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
 from implicit_slots.config import Config
+from implicit_slots.training import processes
 from implicit_slots.training.errors import UserError
 from implicit_slots.training.state import TrainState
+from implicit_slots.training.workdir import write_text
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_FOLDER = "checkpoints"
+BEST_FOLDER = "best"
+DAMAGED_FOLDER = "damaged"
+CHECKSUM_FILE = "checksums.json"
 
 # What a run may change when it goes on; anything else makes it another run.
 MAY_CHANGE = {
@@ -23,6 +34,17 @@ MAY_CHANGE = {
     "draw_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "sharding",
+    "nonfinite.stop_after",
+    "alarms.enabled",
+    "alarms.gradient_growth",
+    "alarms.spectral_norm",
+    "alarms.mask_similarity",
+    "alarms.largest_slot",
+    "alarms.attention_entropy",
+    "alarms.patience",
+    "profile.start",
+    "profile.steps",
     "num_pictures",
     "num_scored",
     "diagnostics.every",
@@ -41,57 +63,196 @@ MAY_CHANGE = {
 }
 
 
-class Checkpoints:
-    """The checkpoints of one workdir.
+class Loop(TypedDict):
+    """What a checkpoint holds of the loop, beside the state.
 
-    Args:
-      workdir: the run's directory; they lie in its `checkpoints/`.
-      keep: how many of the latest to keep.
+    Attributes:
+      window: the leaves of the training metrics since the last logged step, merged;
+        nothing where that is the checkpoint's own step.
+      best: the lowest validation loss so far; null if there was none.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, keep: int):
-        self._manager = ocp.CheckpointManager(
-            (workdir / CHECKPOINT_FOLDER).resolve(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                create=True,
-                # On CPU a background write would read the arrays in place while the
-                # next step, which is given their memory, already writes there.
-                enable_async_checkpointing=False,
-            ),
+    window: list[float]
+    best: float | None
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be read, or holds other numbers than were written."""
+
+
+class Checkpoints:
+    """The checkpoints of one folder, written by all processes together.
+
+    Each holds arrays and JSON, no pickles. Orbax renames it to its name when it is
+    complete; a checksum of each file is added then.
+
+    Args:
+      folder: where they lie; created if it is not there.
+      keep: how many of the latest to keep; None: all.
+    """
+
+    def __init__(self, folder: pathlib.Path, *, keep: int | None):
+        self.folder = folder.resolve()
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=True,
+            # What a killed process left of its last one.
+            cleanup_tmp_directories=True,
+            # On CPU a background write would read the arrays in place while the
+            # next step, which is given their memory, already writes there.
+            enable_async_checkpointing=False,
         )
+        with _silenced():
+            self._manager = ocp.CheckpointManager(self.folder, options=self._options)
 
-    def latest_step(self) -> int | None:
-        """Returns the step of the latest complete checkpoint, or None."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """Returns the steps of the complete checkpoints, latest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
 
-    def save(self, state: TrainState) -> None:
-        """Writes a checkpoint of the state at its step."""
-        self._manager.save(int(state.step), args=ocp.args.StandardSave(state._asdict()))
-
-    def restore(self, like: TrainState) -> TrainState:
-        """Reads the latest checkpoint into the shapes and shardings of `like`.
+    def save(self, state: TrainState, loop: Loop | None = None) -> None:
+        """Writes a checkpoint of the state at its step, over one that is there.
 
         Raises:
-          UserError: if it cannot be read.
+          UserError: if it cannot be written; those before it are as they were.
         """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-        step = self.latest_step()
+        step = int(state.step)
+        loop = loop or Loop(window=[], best=None)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state._asdict()),
+            loop=ocp.args.JsonSave(loop),
+        )
         try:
-            restored = self._manager.restore(
-                step, args=ocp.args.StandardRestore(abstract)
-            )
+            with _silenced():
+                self._manager.save(step, args=items, force=True)
+            # A checkpoint that a kill leaves without is whole all the same.
+            if processes.is_main():
+                sums = json.dumps(_checksums(self.folder / str(step)))
+                write_text(self.folder / str(step) / CHECKSUM_FILE, sums)
         except Exception as error:  # Orbax raises whatever its storage layer raises
             raise UserError(
-                f"the checkpoint of step {step} in {self._manager.directory} cannot be "
-                f"read; remove {self._manager.directory / str(step)} to resume from "
-                f"the one before ({type(error).__name__})"
+                f"the checkpoint of step {step} cannot be written to {self.folder} "
+                f"({_reason(error)}); those before it are whole: make room there "
+                "and start the same command again"
             ) from error
-        return TrainState(**restored)
+
+    def read(self, step: int, like: TrainState) -> tuple[TrainState, Loop]:
+        """Reads one checkpoint into the shapes and shardings of `like`.
+
+        Raises:
+          Damaged: if it cannot be read or is not what was written.
+        """
+        # Before Orbax reads: it would load numbers that were changed.
+        damage = self._damage(step) if processes.is_main() else ""
+        if not processes.agree(not damage):
+            raise Damaged(damage)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), loop=ocp.args.JsonRestore()
+        )
+        try:
+            with _silenced():
+                found = self._manager.restore(step, args=items)
+            return TrainState(**found["state"]), Loop(**found["loop"])
+        except Exception as error:  # Orbax raises whatever its storage layer raises
+            raise Damaged(_reason(error)) from error
+
+    def _damage(self, step: int) -> str:
+        """What is wrong with a checkpoint's files, or nothing."""
+        folder = self.folder / str(step)
+        try:
+            wanted = json.loads((folder / CHECKSUM_FILE).read_text())
+        except FileNotFoundError:
+            return ""
+        except ValueError:
+            return f"{CHECKSUM_FILE} cannot be read"
+        found = _checksums(folder)
+        for name in sorted(wanted.keys() | found.keys()):
+            if name not in found:
+                return f"{name} is missing"
+            if wanted.get(name) != found[name]:
+                return f"{name} is not as it was written"
+        return ""
+
+    def set_aside(self, step: int) -> pathlib.Path:
+        """Moves a checkpoint out of the way; returns where it lies now."""
+        target = self.folder.parent / DAMAGED_FOLDER / str(step)
+        if processes.is_main():
+            while target.exists():
+                target = target.with_name(f"{target.name}-again")
+            target.parent.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(target)
+        processes.barrier("set aside")
+        self._manager.reload()
+        return target
 
     def close(self) -> None:
         """Lets go of the directory."""
         self._manager.close()
+
+
+def restore(
+    checkpoints: Checkpoints, like: TrainState, *, set_aside: bool
+) -> tuple[TrainState, Loop] | None:
+    """Reads the latest checkpoint that is whole; None if there is none at all.
+
+    Args:
+      checkpoints: where to look.
+      like: gives shapes and shardings.
+      set_aside: whether damaged ones are moved out of the way; else they are left.
+
+    Raises:
+      UserError: if there are checkpoints and each is damaged.
+    """
+    damaged: dict[int, Damaged] = {}
+    for step in checkpoints.steps():
+        try:
+            found = checkpoints.read(step, like)
+        except Damaged as damage:
+            damaged[step] = damage
+            continue
+        for other, damage in damaged.items():
+            place = checkpoints.folder / str(other)
+            moved = f"; now {checkpoints.set_aside(other)}" if set_aside else ""
+            processes.say(f"the checkpoint {place} is damaged ({damage}){moved}")
+        return found
+    if damaged:
+        step, damage = next(iter(damaged.items()))
+        raise UserError(
+            f"no checkpoint of {checkpoints.folder} can be read (step {step}: "
+            f"{damage}); start again with another --workdir"
+        )
+    return None
+
+
+def _checksums(folder: pathlib.Path) -> dict[str, int]:
+    """Of every file of a checkpoint, by its name within."""
+    return {
+        str(file.relative_to(folder)): google_crc32c.value(file.read_bytes())
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != CHECKSUM_FILE
+    }
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Keeps Orbax from showing a traceback for each array of a damaged or full disk."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    # What its tasks and threads have to say may come at any time later.
+    standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _reason(error: Exception) -> str:
+    """The point of a storage error, whose text may be pages."""
+    text = str(error)
+    for known in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
+        if os.strerror(known) in text:
+            return os.strerror(known)
+    return text.split(":")[0].splitlines()[0][:80] if text else type(error).__name__
 
 
 def check_same_run(

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -15,18 +14,26 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics
 from jaxtyping import PyTree
-from tqdm import tqdm
 
 from implicit_slots import visualisation
 from implicit_slots.config import Config
 from implicit_slots.data import pipeline
+from implicit_slots.data.base import DataError
 from implicit_slots.data.sources import Source, usage_of
-from implicit_slots.training import feed
+from implicit_slots.training import checkpoint, feed, nonfinite, processes, replay
+from implicit_slots.training.alarms import Alarms
 from implicit_slots.training.checkpoint import Checkpoints
+from implicit_slots.training.preemption import Notice, Preempted
+from implicit_slots.training.program import compile_step
+from implicit_slots.training.progress import Progress
 from implicit_slots.training.sharding import shard_batch
 from implicit_slots.training.state import TrainState
 from implicit_slots.training.step import Steps
+from implicit_slots.training.trace import Trace
 from implicit_slots.training.writer import MetricWriter
+
+# Steps that are dispatched before their predecessors have ended.
+AHEAD = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +47,8 @@ class Run:
       steps: the compiled functions.
       train: training data; None to evaluate.
       validation: held-out data.
-      checkpoints: of this workdir.
+      checkpoints: the latest ones of this workdir.
+      best: the one of the lowest validation loss.
       writer: of this workdir.
       began: when the run began, by `time.perf_counter`.
     """
@@ -52,76 +60,221 @@ class Run:
     train: Source | None
     validation: Source
     checkpoints: Checkpoints
+    best: Checkpoints
     writer: MetricWriter
     began: float
 
 
-def train(run: Run, state: TrainState) -> TrainState:
-    """Trains from `state` to `config.num_steps`; returns the last state."""
-    config = run.config
-    start, end = int(state.step), config.num_steps
+def train(
+    run: Run, state: TrainState, so_far: checkpoint.Loop, notice: Notice
+) -> TrainState:
+    """Trains to `config.num_steps`.
+
+    Args:
+      run: what is trained.
+      state: where training goes on.
+      so_far: what the checkpoint that the state is from held of the loop.
+      notice: tells when to stop early.
+
+    Returns:
+      The last state.
+
+    Raises:
+      Preempted: told to stop; the state is saved.
+      NonFiniteRun: too many steps in a row were skipped.
+    """
+    usage = usage_of(run.config.data)
     assert run.train is not None
-    usage = usage_of(config.data)
     batches = feed.train_batches(
         run.train,
         run.mesh,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start_step=start,
+        batch_size=run.config.batch_size,
+        seed=run.config.seed,
+        start_step=int(state.step),
         placement=usage["placement"],
         workers=usage["workers"],
         flip=usage["flip"],
     )
-    window: list[metrics.Collection] = []
-    logged = None
-    clock = _Clock(start, batches)
-    with contextlib.closing(batches), _progress(start, end) as bar:
-        # The step gives the old state up, and the picture of what training starts
-        # from can wait until after the first step.
-        untrained = jax.tree.map(jnp.copy, state.params) if start == 0 else None
-        for step in range(start + 1, end + 1):
-            batch = batches.next(after=logged)
-            state, logged = run.steps.train(state, batch)
-            window.append(logged)
-            if step == start + 1:
-                jax.block_until_ready(state)
+    silent = not processes.is_main()
+    start, end = int(state.step), run.config.num_steps
+    with (
+        contextlib.closing(batches),
+        contextlib.closing(Progress(start, end, batches, silent=silent)) as progress,
+        contextlib.closing(Trace(run.workdir, run.config.profile)) as trace,
+    ):
+        return _Loop(run, state, so_far, notice, batches, progress, trace).run()
+
+
+class _Loop:
+    """The state of a training loop between steps; see `train`."""
+
+    def __init__(
+        self,
+        run: Run,
+        state: TrainState,
+        so_far: checkpoint.Loop,
+        notice: Notice,
+        batches: feed.Feed,
+        progress: Progress,
+        trace: Trace,
+    ):
+        self._run = run
+        self._state = state
+        self._start = int(state.step)
+        self._saved = self._start
+        self._notice = notice
+        self._batches = batches
+        self._progress = progress
+        self._trace = trace
+        self._alarms = Alarms(run.config.alarms, run.writer.history)
+        self._skipped = int(state.faults.skipped)
+        self._best = so_far["best"]
+        self._earlier = so_far["window"]
+        self._window: list[metrics.Collection] = []
+        self._step = run.steps.train
+
+    def run(self) -> TrainState:
+        run, end = self._run, self._run.config.num_steps
+        logged = None
+        for step in range(self._start + 1, end + 1):
+            if self._notice.reached(step):
+                self._save(step - 1)
+                raise Preempted(step - 1)
+            try:
+                batch = self._batches.next(after=logged)
+            except DataError:
+                if jax.process_count() == 1:  # Saving takes all of them.
+                    self._save(step - 1)
+                raise
+            untrained = None
+            if step == self._start + 1:
+                program = compile_step(run.steps.train, self._state, batch)
+                self._progress.write(str(program))
+                self._step = program.step
+                if self._start == 0:
+                    # The step gives the old state up, and the picture of what
+                    # training starts from can wait until after the first step.
+                    untrained = jax.tree.map(jnp.copy, self._state.params)
+            self._trace.before(step)
+            self._state, logged = self._step(self._state, batch)
+            self._window.append(logged)
+            # JAX would take orders without end; a notice to stop waits for them all.
+            jax.block_until_ready(self._window[-1 - AHEAD : -AHEAD])
+            self._trace.after(step, logged)
+            if step == self._start + 1:
+                jax.block_until_ready(self._state)
                 seconds = time.perf_counter() - run.began
-                bar.write(f"first step done {seconds:.1f} s after the start")
+                self._progress.write(f"first step done {seconds:.1f} s after the start")
                 if untrained is not None:
                     draw(run, untrained, 0)
-                    untrained = None
-                clock.restart(step)
-            if _due(step, config.log_every, end):
-                values = _mean(window)
-                values |= clock.rate(step)
-                run.writer.write(step, "train", values)
-                window = []
-                _say(bar, step, end, "train", values)
-            if _due(step, config.validate_every, end):
-                with clock.paused():
-                    values = validate(run, state, run.validation)
-                    run.writer.write(step, "validation", values)
-                    _say(bar, step, end, "validation", values)
-            every = config.diagnostics.every
-            if every and _due(step, every, end):
-                with clock.paused():
-                    values = diagnose(run, state.params)
-                    run.writer.write(step, "validation", values)
-            if _due(step, config.draw_every, end):
-                with clock.paused():
-                    draw(run, state.params, step)
-            if _due(step, config.checkpoint_every, end):
-                with clock.paused():
-                    run.checkpoints.save(state)
-            bar.update()
-    return state
+                self._progress.restart(step)
+            self._due(step)
+            self._progress.advance()
+        return self._state
+
+    def _due(self, step: int) -> None:
+        """Whatever is to be done after this step."""
+        config, run = self._run.config, self._run
+
+        def due(every: int) -> bool:
+            return every > 0 and (step % every == 0 or step == config.num_steps)
+
+        saves, validates = due(config.checkpoint_every), due(config.validate_every)
+        if due(config.log_every) or validates or saves:
+            self._look_for_faults()
+        if due(config.log_every):
+            values = _computed(self._merged()) | self._progress.rate(step)
+            if self._skipped:
+                values["skipped"] = float(self._skipped)
+            if run.steps.observe is not None:
+                values["rate_scale"] = float(self._state.plateau.scale)
+            self._window, self._earlier = [], []
+            self._log(step, "train", values)
+        if validates:
+            with self._progress.paused():
+                values = validate(run, self._state, run.validation)
+                self._log(step, "validation", values)
+                self._validated(step, values["loss"])
+        if due(config.diagnostics.every):
+            with self._progress.paused():
+                values = diagnose(run, self._state.evaluated)
+                self._write(step, "validation", values)
+        if due(config.draw_every):
+            with self._progress.paused():
+                draw(run, self._state.evaluated, step)
+        if saves:
+            with self._progress.paused():
+                self._save(step)
+
+    def _log(self, step: int, split: str, values: dict[str, float]) -> None:
+        self._progress.say(step, split, values)
+        self._write(step, split, values)
+
+    def _write(self, step: int, split: str, values: dict[str, float]) -> None:
+        self._run.writer.write(step, split, values)
+        for sentence in self._alarms.check(step, split, values):
+            self._progress.write(f"alarm: {sentence}")
+
+    def _validated(self, step: int, loss: float) -> None:
+        """Lowers the rates if that is due, and keeps the best state."""
+        run = self._run
+        if run.steps.observe is not None:
+            plateau = run.steps.observe(self._state.plateau, loss)
+            self._state = self._state._replace(plateau=plateau)
+        if math.isfinite(loss) and (self._best is None or loss < self._best):
+            self._best = loss
+            if step not in run.best.steps():
+                run.best.save(self._state, self._record())
+
+    def _look_for_faults(self) -> None:
+        """Reports skipped steps; stops the run after too many in a row."""
+        run = self._run
+        faults = jax.device_get(self._state.faults)
+        if faults.skipped > self._skipped:
+            count, self._skipped = faults.skipped - self._skipped, int(faults.skipped)
+            sentence = nonfinite.explain(faults, run.steps.checks)
+            self._progress.write(
+                f"{count} step{'s were' if count > 1 else ' was'} skipped, "
+                f"{self._skipped} in all; the last: {sentence}"
+            )
+        settings = run.config.nonfinite
+        if settings.skip and faults.in_a_row >= settings.stop_after:
+            assert run.train is not None
+            replay.write(run.config, run.workdir, run.train, self._state)
+            raise nonfinite.NonFiniteRun(
+                nonfinite.last_words(faults, run.steps.checks, run.workdir)
+            )
+
+    def _save(self, step: int) -> None:
+        """Saves the state after `step`, unless that is done."""
+        if step != self._saved:
+            self._run.checkpoints.save(self._state, self._record())
+            self._saved = step
+
+    def _record(self) -> checkpoint.Loop:
+        window = self._earlier
+        if self._window:
+            window = [float(leaf) for leaf in jax.tree.leaves(self._merged())]
+        return checkpoint.Loop(window=window, best=self._best)
+
+    def _merged(self) -> metrics.Collection:
+        """The training metrics since the last logged step, merged in their order."""
+        window = jax.device_get(self._window)
+        if self._earlier:
+            leaves, structure = jax.tree.flatten(window[0])
+            earlier = [
+                np.asarray(value, leaf.dtype)
+                for value, leaf in zip(self._earlier, leaves, strict=True)
+            ]
+            window = [jax.tree.unflatten(structure, earlier), *window]
+        return functools.reduce(lambda a, b: a.merge(b), window)
 
 
 def validate(run: Run, state: TrainState, source: Source) -> dict[str, float]:
     """Returns the mean losses, and foreground ARI where there are masks."""
     return _mean(
         [
-            run.steps.validate(state.params, state.step, batch, number)
+            run.steps.validate(state.evaluated, state.step, batch, number)
             for number, batch in enumerate(_evaluation(run, source))
         ]
     )
@@ -136,7 +289,7 @@ def score(run: Run, state: TrainState, source: Source) -> dict[str, float]:
     batches = math.ceil(run.config.num_scored / run.config.batch_size)
     return _mean(
         [
-            run.steps.score(state.params, batch, number)
+            run.steps.score(state.evaluated, batch, number)
             for number, batch in enumerate(islice(_evaluation(run, source), batches))
         ]
     )
@@ -154,17 +307,18 @@ def draw(run: Run, params: PyTree, step: int) -> None:
     """Saves the reconstruction grid of the first held-out images."""
     count = min(run.config.num_pictures, len(run.validation))
     examples = run.validation.batch(np.arange(count))
-    rendered = run.steps.reconstruct(params, examples["image"], 0)
+    # Every process computes its part of it.
+    rendered = jax.device_get(run.steps.reconstruct(params, examples["image"], 0))
+    if not processes.is_main():
+        return
     picture = visualisation.reconstruction_grid(
         examples["image"],
-        np.asarray(rendered.dvae),
-        np.asarray(rendered.slots),
-        np.asarray(rendered.attention),
+        rendered.dvae,
+        rendered.slots,
+        rendered.attention,
         examples.get("segmentation"),
     )
-    folder = run.workdir / "images"
-    folder.mkdir(exist_ok=True)
-    visualisation.save_png(picture, folder / f"step_{step:08d}.png")
+    visualisation.save_png(picture, run.workdir / "images" / f"step_{step:08d}.png")
     run.writer.write_image(step, "reconstructions", picture)
 
 
@@ -187,63 +341,12 @@ def _evaluation(run: Run, source: Source) -> Iterator[dict]:
             yield shard_batch(read, run.mesh)
 
 
-def _due(step: int, every: int, end: int) -> bool:
-    return step % every == 0 or step == end
-
-
 def _mean(collections: Sequence[metrics.Collection]) -> dict[str, float]:
     """Merges on the host, so that no step waits for a transfer before it is logged."""
-    merged = functools.reduce(lambda a, b: a.merge(b), jax.device_get(collections))
-    return {name: float(value) for name, value in merged.compute().items()}
+    fetched = jax.device_get(collections)
+    return _computed(functools.reduce(lambda a, b: a.merge(b), fetched))
 
 
-def _progress(start: int, end: int) -> tqdm:
-    """A bar on a terminal; elsewhere `_say` prints plain lines."""
-    return tqdm(
-        total=end,
-        initial=start,
-        unit="step",
-        dynamic_ncols=True,
-        disable=None,
-        file=sys.stderr,
-    )
-
-
-def _say(bar: tqdm, step: int, end: int, split: str, values: dict) -> None:
-    shown = ("loss", "mse", "cross_entropy", "fg_ari")
-    text = "  ".join(f"{n} {values[n]:.4g}" for n in shown if n in values)
-    rate = values.get("steps_per_second")
-    if bar.disable and rate:
-        text += f"  {rate:.1f} steps/s, {(end - step) / rate / 60:.1f} min left"
-    if values.get("data_wait", 0) > 0.1:
-        text += f"  {values['data_wait']:.0%} of the time waiting for data"
-    bar.write(f"step {step:>{len(str(end))}}/{end}  {split:<10} {text}")
-
-
-class _Clock:
-    """The step rate, without the time spent on anything but steps."""
-
-    def __init__(self, step: int, batches: feed.Feed):
-        self._batches = batches
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        """Begins a new window after `step`."""
-        self._began, self._step = time.perf_counter(), step
-        self._waited = self._batches.waited
-
-    def rate(self, step: int) -> dict[str, float]:
-        """Names the speed of the window, if it has any steps; begins a new one."""
-        steps, seconds = step - self._step, time.perf_counter() - self._began
-        waited = self._batches.waited - self._waited
-        self.restart(step)
-        if not steps:
-            return {}
-        return {"steps_per_second": steps / seconds, "data_wait": waited / seconds}
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Takes what happens in the context out of the window."""
-        entered = time.perf_counter()
-        yield
-        self._began += time.perf_counter() - entered
+def _computed(merged: metrics.Collection) -> dict[str, float]:
+    with np.errstate(invalid="ignore"):  # A mean over nothing is NaN.
+        return {name: float(value) for name, value in merged.compute().items()}

@@ -1,4 +1,4 @@
-"""The optimiser of SLATE: two Adam groups, warm-up, clipping by the largest entry."""
+"""The optimiser of SLATE: two Adam groups, schedules, clipping, average of weights."""
 
 from collections.abc import Hashable
 
@@ -9,7 +9,10 @@ from jaxtyping import Array, Float, PyTree
 
 from implicit_slots.config import Config
 
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "half_life", "cosine", "plateau")
+CLIPPINGS = ("none", "l2", "max_norm")
+# Optax wants some tolerance; any smaller loss counts as better in official SLATE.
+_ANY_IMPROVEMENT = 1e-30
 
 
 def build_optimizer(
@@ -18,7 +21,8 @@ def build_optimizer(
     """Builds the optimiser of a configuration's `optimizer` section.
 
     The dVAE's parameters (those below the key "dvae") have a rate of their own and no
-    warm-up; the gradient of all parameters together is clipped first.
+    warm-up; the gradient of all parameters together is clipped first. "plateau" is a
+    constant rate here; see `build_plateau`.
 
     Args:
       config: the section; see configs/base.py.
@@ -26,17 +30,64 @@ def build_optimizer(
       num_steps: where a cosine schedule ends.
 
     Raises:
-      ValueError: if the schedule has no such name.
+      ValueError: if a name or a number is not one of the possible ones.
     """
-    schedule = (config.schedule, num_steps)
+    if config.schedule not in SCHEDULES:
+        raise ValueError(
+            f"optimizer.schedule must be one of {', '.join(SCHEDULES)}, got "
+            f"{config.schedule!r}"
+        )
+    if not config.half_life > 0:
+        raise ValueError(
+            f"optimizer.half_life must be positive, got {config.half_life}"
+        )
+    if not 0 <= config.ema_decay < 1:
+        raise ValueError(
+            f"optimizer.ema_decay must be in [0, 1), got {config.ema_decay}"
+        )
+    decay = _decay(config, num_steps)
+
+    def dvae_rate(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+        return config.dvae_learning_rate * decay(step)
+
+    def main_rate(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+        # Official SLATE counts from one: the first update is not lost.
+        warm = jnp.minimum((step + 1) / max(config.warmup_steps, 1), 1.0)
+        return config.learning_rate * (warm * decay(step))
+
     groups: dict[Hashable, optax.GradientTransformation] = {
-        "dvae": _adam(_rate(config.dvae_learning_rate, 0, *schedule)),
-        "main": _adam(_rate(config.learning_rate, config.warmup_steps, *schedule)),
+        "dvae": _adam(dvae_rate),
+        "main": _adam(main_rate),
     }
     labels = {key: "dvae" if key == "dvae" else "main" for key in params}
-    return optax.chain(
-        clip_by_max_norm(config.clip_max_norm),
-        optax.partition(groups, labels),
+    return optax.chain(_clipping(config), optax.partition(groups, labels))
+
+
+def build_plateau(config: Config) -> optax.GradientTransformationExtraArgs | None:
+    """Builds what lowers all rates when the validation loss stagnates, if configured.
+
+    As official SLATE: after `plateau_patience` evaluations in a row that were no better
+    than the best one so far, all rates are multiplied by `plateau_factor` and the count
+    begins anew. Its state's `scale` is the product of the factors so far.
+
+    Args:
+      config: the section `optimizer`.
+
+    Raises:
+      ValueError: if a number is not one of the possible ones.
+    """
+    if config.schedule != "plateau":
+        return None
+    if config.plateau_patience < 1 or not 0 < config.plateau_factor < 1:
+        raise ValueError(
+            "optimizer.plateau_patience must be at least 1 and plateau_factor in "
+            f"(0, 1), got {config.plateau_patience} and {config.plateau_factor}"
+        )
+    return optax.contrib.reduce_on_plateau(
+        factor=config.plateau_factor,
+        patience=config.plateau_patience,
+        rtol=0.0,
+        atol=_ANY_IMPROVEMENT,
     )
 
 
@@ -45,7 +96,7 @@ def clip_by_max_norm(limit: float) -> optax.GradientTransformation:
 
     The scale is limit / (norm + 1e-6) where that is below one, as PyTorch's
     `clip_grad_norm_(…, "inf")`, which official SLATE uses. Optax has no such
-    transformation. Infinity switches it off.
+    transformation.
     """
 
     def update(updates, state, params=None):
@@ -71,20 +122,31 @@ def _adam(schedule: optax.Schedule) -> optax.GradientTransformation:
     return optax.adam(schedule, b1=0.9, b2=0.999, eps=1e-8)
 
 
-def _rate(peak: float, warmup: int, schedule: str, num_steps: int) -> optax.Schedule:
-    """Linear warm-up to `peak` over `warmup` steps, then as the schedule says."""
-    if schedule not in SCHEDULES:
+def _clipping(config: Config) -> optax.GradientTransformation:
+    if config.clip not in CLIPPINGS:
         raise ValueError(
-            f"optimizer.schedule must be one of {', '.join(SCHEDULES)}, got "
-            f"{schedule!r}"
+            f"optimizer.clip must be one of {', '.join(CLIPPINGS)}, got {config.clip!r}"
         )
+    if config.clip == "none":
+        return optax.identity()
+    if not config.clip_limit > 0:
+        raise ValueError(
+            f"optimizer.clip_limit must be positive, got {config.clip_limit}"
+        )
+    if config.clip == "l2":
+        return optax.clip_by_global_norm(config.clip_limit)
+    return clip_by_max_norm(config.clip_limit)
 
-    def rate(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
-        # Official SLATE counts from one: the first update is not lost.
-        factor = jnp.minimum((step + 1) / max(warmup, 1), 1.0)
-        if schedule == "cosine":
+
+def _decay(config: Config, num_steps: int) -> optax.Schedule:
+    """The factor on all rates, by the number of updates made."""
+    if config.schedule == "cosine":
+
+        def cosine(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
             progress = jnp.minimum(step / num_steps, 1.0)
-            factor *= 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        return peak * factor
+            return 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
-    return rate
+        return cosine
+    if config.schedule == "half_life":
+        return optax.exponential_decay(1.0, config.half_life, 0.5)
+    return optax.constant_schedule(1.0)

@@ -2,12 +2,11 @@
 
 import contextlib
 import json
-import math
 import os
 import pathlib
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from typing import Any
@@ -23,17 +22,27 @@ from implicit_slots.data import pipeline, sources
 from implicit_slots.data.frames import FrameSource
 from implicit_slots.models.build import build_model
 from implicit_slots.models.slate import SLATE
-from implicit_slots.training import feed, loop
+from implicit_slots.training import (
+    feed,
+    loop,
+    preemption,
+    processes,
+    program,
+    replay,
+)
 from implicit_slots.training.checkpoint import (
+    BEST_FOLDER,
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
     Checkpoints,
+    Loop,
     check_same_run,
+    restore,
 )
 from implicit_slots.training.errors import UserError
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.report import write_report
-from implicit_slots.training.sharding import build_mesh, replicate
+from implicit_slots.training.sharding import SHARDINGS, build_mesh, state_sharding
 from implicit_slots.training.state import (
     TrainState,
     count_parameters,
@@ -41,10 +50,18 @@ from implicit_slots.training.state import (
     split_model,
 )
 from implicit_slots.training.step import build_steps
+from implicit_slots.training.workdir import (
+    SUMMARY_FILE,
+    locked,
+    read_summary,
+    write_json,
+    write_text,
+)
 from implicit_slots.training.writer import MetricWriter
 
-MODES = ("train", "evaluate")
-SUMMARY_FILE = "summary.json"
+MODES = ("train", "evaluate", "replay")
+CHECKPOINTS = ("latest", "best")
+PARAMETERS_FILE = "parameters.txt"
 POSITIVE = (
     "num_steps",
     "log_every",
@@ -62,10 +79,14 @@ POSITIVE = (
     "diagnostics.num_examples",
     "diagnostics.krylov",
     "data.workers",
+    "accumulate",
+    "nonfinite.stop_after",
+    "alarms.patience",
+    "profile.steps",
 )
 # What the training step reads of a batch.
 TRAINED_ON = ("image",)
-NOT_NEGATIVE = ("diagnostics.every", "diagnostics.powers")
+NOT_NEGATIVE = ("diagnostics.every", "diagnostics.powers", "profile.start")
 
 
 def run(
@@ -73,106 +94,135 @@ def run(
     workdir: pathlib.Path,
     *,
     mode: str = "train",
+    checkpoint: str = "latest",
     command: str = "",
     began: float | None = None,
 ) -> dict[str, Any]:
     """Trains, or evaluates a trained model, and reports.
 
+    With several processes, all of them call it alike; one of them writes.
+
     Args:
       config: see configs/base.py.
       workdir: where everything is written; a run that lies there is resumed.
-      mode: "train" or "evaluate".
+      mode: "train", "evaluate", or "replay", see replay.py.
+      checkpoint: to evaluate, the "latest" or the "best" by validation loss.
       command: how the run was started, for the report.
       began: when the user started it, by `time.perf_counter`; now if not given.
 
     Returns:
-      What summary.json holds.
+      What summary.json holds; see `replay.run` for what that returns.
 
     Raises:
-      UserError: what the user can put right, in one sentence; nothing was written.
+      UserError: what the user can put right, in one sentence; nothing was written, or
+        the same command goes on from where it stopped.
+      Preempted: SIGTERM or Ctrl-C came; the state is saved.
     """
     began = time.perf_counter() if began is None else began
     training = mode == "train"
     enable_compilation_cache()
-    check(config, mode)
-    check_same_run(config, workdir, training=training)
-    mesh = build_mesh(config.batch_size)
-
-    try:
-        # Shapes alone, which takes no time: a model that cannot be built is refused
-        # before data is opened.
-        graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
-        optimizer = build_optimizer(
-            config.optimizer, shapes, num_steps=config.num_steps
-        )
-        train = None
-        if training:
-            train = sources.build(config.data, "train", TRAINED_ON)
-            # Large enough?
-            pipeline.TrainBatches(train, config.batch_size, config.seed)
-        held_out = {"validation": sources.build(config.data, "validation")}
-        if not training:
-            held_out["test"] = sources.build(config.data, "test")
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    with processes.together():
+        check(config, mode, checkpoint)
+        check_same_run(config, workdir, training=training)
+        mesh = build_mesh(config.batch_size, parts=config.accumulate)
+        try:
+            # Shapes alone, which takes no time: a model that cannot be built is
+            # refused before data is opened.
+            graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
+            optimizer = build_optimizer(
+                config.optimizer, shapes, num_steps=config.num_steps
+            )
+            steps = build_steps(graphdef, optimizer, config, mesh)
+            train, held_out = open_data(config, mode)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     if train is not None:
         # Scenes are rendered on first use: the first ones while the model is built. A
         # failure here comes up again, in the loop.
         ThreadPoolExecutor(1).submit(train.batch, np.arange(1))
     params = split_model(build(config))[1]
-    state = replicate(initial_state(params, optimizer), mesh)
+    state = initial_state(params, optimizer, config.optimizer)
+    if mode == "replay":
+        return replay.run(config, workdir, steps, state)
+    state = jax.device_put(state, state_sharding(state, mesh, config.sharding))
 
-    checkpoints = open_workdir(config, workdir, training)
-    if checkpoints.latest_step() is not None:
-        state = checkpoints.restore(state)
-        if training and int(state.step) > config.num_steps:
-            raise UserError(
-                f"{workdir} is at step {int(state.step)} already, past "
-                f"config.num_steps = {config.num_steps}"
+    with contextlib.ExitStack() as stack, room_in(workdir):
+        with processes.together():
+            open_workdir(config, workdir, training, stack)
+        last, best = (
+            stack.enter_context(contextlib.closing(Checkpoints(workdir / name, keep=n)))
+            for name, n in (
+                (CHECKPOINT_FOLDER, config.keep_checkpoints),
+                (BEST_FOLDER, 1),
             )
-        print(f"resumed {workdir} at step {int(state.step)}")
-    if training:
-        write_json(workdir / CONFIG_FILE, json.loads(config.to_json()))
-    this = loop.Run(
-        config=config,
-        workdir=workdir,
-        mesh=mesh,
-        steps=build_steps(graphdef, optimizer, config),
-        train=train,
-        validation=held_out["validation"],
-        checkpoints=checkpoints,
-        writer=MetricWriter(workdir, step=int(state.step) if training else None),
-        began=began,
-    )
-    print(
-        f"{config.name}: {count_parameters(params):,} parameters, "
-        f"{describe(train, held_out)}, {jax.device_count()} "
-        f"{jax.devices()[0].platform} device(s), workdir {workdir}",
-        flush=True,
-    )
-    if note := crowding(config):
-        print(note)
-    old = read_summary(workdir)
-    unfinished = training and int(state.step) < config.num_steps
-    try:
+        )
+        source = best if checkpoint == "best" else last
+        found = restore(source, state, set_aside=training)
+        so_far = Loop(window=[], best=None)
+        if found is not None:
+            state, so_far = found
+            if training and int(state.step) > config.num_steps:
+                raise UserError(
+                    f"{workdir} is at step {int(state.step)} already, past "
+                    f"config.num_steps = {config.num_steps}"
+                )
+            processes.say(f"resumed {workdir} at step {int(state.step)}")
+        elif not training:
+            raise nothing_to_evaluate(workdir)
+        writes = processes.is_main()
+        if training and writes:
+            write_json(workdir / CONFIG_FILE, json.loads(config.to_json()))
+        writer = MetricWriter(
+            workdir, step=int(state.step) if training and writes else None
+        )
+        stack.callback(writer.close)
+        this = loop.Run(
+            config=config,
+            workdir=workdir,
+            mesh=mesh,
+            steps=steps,
+            train=train,
+            validation=held_out["validation"],
+            checkpoints=last,
+            best=best,
+            writer=writer,
+            began=began,
+        )
+        introduce(this, state.params, held_out)
+        old = read_summary(workdir)
+        unfinished = training and int(state.step) < config.num_steps
         if unfinished:
-            state = loop.train(this, state)
+            with preemption.noticed() as notice:
+                state = loop.train(this, state, so_far, notice)
         summary = summarise(this, state, held_out)
-    finally:
-        checkpoints.close()
-        this.writer.close()
-    if unfinished or not old:
-        summary |= {
-            "command": command,
-            "wall_seconds": round(time.perf_counter() - began, 1),
-            "versions": versions(),
-        }
-    else:
-        # Scored again: how it was trained, and how long that took, stays.
-        summary = old | summary
-    write_json(workdir / SUMMARY_FILE, summary)
-    print(f"report: {write_report(workdir)}")
+        if unfinished or not old:
+            summary |= {
+                "command": command,
+                "wall_seconds": round(time.perf_counter() - began, 1),
+                "versions": versions(),
+            }
+        else:
+            # Scored again: how it was trained, and how long that took, stays.
+            summary = old | summary
+        if writes:
+            write_json(workdir / SUMMARY_FILE, summary)
+            print(f"report: {write_report(workdir)}")
     return summary
+
+
+def open_data(
+    config: Config, mode: str
+) -> tuple[sources.Source | None, dict[str, sources.Source]]:
+    """Opens the training data, to train, and the held-out splits that are scored."""
+    if mode == "replay":
+        return None, {}
+    held_out = {"validation": sources.build(config.data, "validation")}
+    if mode == "evaluate":
+        return None, held_out | {"test": sources.build(config.data, "test")}
+    train = sources.build(config.data, "train", TRAINED_ON)
+    # Large enough?
+    pipeline.TrainBatches(train, config.batch_size, config.seed)
+    return train, held_out
 
 
 def load(workdir: pathlib.Path) -> tuple[Config, SLATE]:
@@ -198,11 +248,14 @@ def load(workdir: pathlib.Path) -> tuple[Config, SLATE]:
     # Drawing parameters that are replaced at once would take seconds.
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     optimizer = build_optimizer(config.optimizer, params, num_steps=config.num_steps)
-    with contextlib.closing(Checkpoints(workdir, keep=1)) as checkpoints:
-        if checkpoints.latest_step() is None:
-            raise UserError(f"{workdir} holds no checkpoint; train there first")
-        state = checkpoints.restore(initial_state(params, optimizer))
-    return config, nnx.merge(graphdef, state.params)
+    like = initial_state(params, optimizer, config.optimizer)
+    folder = workdir / CHECKPOINT_FOLDER
+    # To keep all of them: nothing is written.
+    with contextlib.closing(Checkpoints(folder, keep=None)) as checkpoints:
+        found = restore(checkpoints, like, set_aside=False)
+    if found is None:
+        raise UserError(f"{workdir} holds no checkpoint; train there first")
+    return config, nnx.merge(graphdef, found[0].evaluated)
 
 
 def build(config: Config) -> SLATE:
@@ -219,7 +272,7 @@ def build(config: Config) -> SLATE:
     )
 
 
-def check(config: Config, mode: str) -> None:
+def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
     """Refuses numbers that cannot be trained with.
 
     Raises:
@@ -230,10 +283,10 @@ def check(config: Config, mode: str) -> None:
     usage = sources.usage_of(config.data)
     flat = {
         **dict(config.items()),
-        **{f"model.{key}": value for key, value in config.model.items()},
         **{f"data.{key}": value for key, value in usage.items()},
-        **{f"diagnostics.{key}": value for key, value in config.diagnostics.items()},
     }
+    for section in ("model", "diagnostics", "nonfinite", "alarms", "profile"):
+        flat |= {f"{section}.{key}": value for key, value in config[section].items()}
     for key in POSITIVE:
         if flat[key] < 1:
             raise UserError(f"config.{key} must be at least 1, got {flat[key]}")
@@ -264,37 +317,76 @@ def check(config: Config, mode: str) -> None:
                 f"config.temperature.{key} must be positive, got "
                 f"{config.temperature[key]}"
             )
-    if not config.optimizer.clip_max_norm > 0:
+    if config.sharding not in SHARDINGS:
         raise UserError(
-            "config.optimizer.clip_max_norm must be positive (inf for no clipping), "
-            f"got {config.optimizer.clip_max_norm}"
+            f"config.sharding must be one of {', '.join(SHARDINGS)}, got "
+            f"{config.sharding!r}"
         )
-    if config.checkpoint_every % config.log_every:
-        # Logged values are means since the last logged step; a resumed run must find
-        # that window empty to log what an uninterrupted one logs.
+    if checkpoint not in CHECKPOINTS:
         raise UserError(
-            f"config.checkpoint_every ({config.checkpoint_every}) must be a multiple "
-            f"of config.log_every ({config.log_every})"
+            f"--checkpoint must be one of {', '.join(CHECKPOINTS)}, got {checkpoint!r}"
         )
+    if checkpoint != "latest" and mode != "evaluate":
+        raise UserError("--checkpoint is for --mode=evaluate; runs resume the latest")
 
 
-def open_workdir(config: Config, workdir: pathlib.Path, training: bool) -> Checkpoints:
-    """Finds a run in the workdir, or, to train, creates it.
+def open_workdir(
+    config: Config, workdir: pathlib.Path, training: bool, stack: contextlib.ExitStack
+) -> None:
+    """Finds a run in the workdir, or, to train, creates it and keeps others out.
 
     Raises:
-      UserError: if the workdir cannot be written, or has nothing to evaluate.
+      OSError: if the workdir cannot be written.
+      UserError: if another process writes there, or it has nothing to evaluate.
     """
-    nothing = UserError(f"{workdir} has no checkpoint to evaluate; train there first")
-    if not training and not (workdir / CHECKPOINT_FOLDER).is_dir():
-        raise nothing
+    if not training:
+        if not (workdir / CHECKPOINT_FOLDER).is_dir():
+            raise nothing_to_evaluate(workdir)
+        return
+    if not processes.is_main():
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(locked(workdir))
+    # Before the first checkpoint: a run that is killed in between must be known for
+    # what it is.
+    if not (workdir / CONFIG_FILE).exists():
+        write_json(workdir / CONFIG_FILE, json.loads(config.to_json()))
+
+
+@contextlib.contextmanager
+def room_in(workdir: pathlib.Path) -> Iterator[None]:
+    """Says in a sentence that a file of the workdir could not be written or read."""
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
+        yield
     except OSError as error:
-        raise UserError(f"the workdir {workdir} cannot be written: {error}") from error
-    if not training and checkpoints.latest_step() is None:
-        raise nothing
-    return checkpoints
+        raise UserError(
+            f"the workdir {workdir} cannot be written: {error}; put that right and "
+            "start the same command again"
+        ) from error
+
+
+def nothing_to_evaluate(workdir: pathlib.Path) -> UserError:
+    """What is said of a workdir without a checkpoint."""
+    return UserError(f"{workdir} has no checkpoint to evaluate; train there first")
+
+
+def introduce(
+    this: loop.Run, params: dict, held_out: dict[str, sources.Source]
+) -> None:
+    """Says what is about to run, and writes down every array of the model."""
+    config = this.config
+    line, table = program.overview(params)
+    devices = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
+    if jax.process_count() > 1:
+        devices += f" of {jax.process_count()} processes"
+    processes.say(f"{config.name}: {line}")
+    processes.say(
+        f"{describe(this.train, held_out)}, {devices}, workdir {this.workdir}"
+    )
+    if note := crowding(config):
+        processes.say(note)
+    if this.train is not None and processes.is_main():
+        write_text(this.workdir / PARAMETERS_FILE, table + "\n")
 
 
 def describe(train: sources.Source | None, held_out: dict[str, sources.Source]) -> str:
@@ -338,12 +430,6 @@ def summarise(
     return summary
 
 
-def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
-    """Returns what an earlier session left in summary.json, or nothing."""
-    path = workdir / SUMMARY_FILE
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def enable_compilation_cache() -> None:
     """Keeps compiled programs on disk, so that a second start is fast.
 
@@ -369,14 +455,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Writes a file whole or not at all; what is not finite becomes null."""
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in values.items()
-    }
-    replacement = path.with_suffix(".tmp")
-    replacement.write_text(json.dumps(finite, indent=2) + "\n")
-    replacement.replace(path)

@@ -4,9 +4,29 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jaxtyping import Array, Int, Key, PyTree
+
+from implicit_slots.config import Config
+from implicit_slots.training.optimizer import build_plateau
+
+
+class Faults(NamedTuple):
+    """Steps that were skipped because something was not finite; see nonfinite.py.
+
+    Attributes:
+      skipped: how many since the beginning.
+      in_a_row: how many of them immediately before the next step.
+      last: the step of the last one, counted from one; 0 if there was none.
+      check: which of the checks failed first in it.
+    """
+
+    skipped: Int[Array, ""]
+    in_a_row: Int[Array, ""]
+    last: Int[Array, ""]
+    check: Int[Array, ""]
 
 
 class TrainState(NamedTuple):
@@ -16,11 +36,22 @@ class TrainState(NamedTuple):
       step: updates made so far.
       params: nested dictionary of arrays.
       opt_state: the optimiser's.
+      ema: moving average of the parameters; () without.
+      plateau: what lowers the rates when the validation loss stagnates; () without.
+      faults: the steps that were skipped.
     """
 
     step: Int[Array, ""]
     params: PyTree
     opt_state: PyTree
+    ema: PyTree
+    plateau: PyTree
+    faults: Faults
+
+    @property
+    def evaluated(self) -> PyTree:
+        """The parameters to validate, draw and use: the average where there is one."""
+        return self.ema or self.params
 
 
 class Purpose(IntEnum):
@@ -48,9 +79,26 @@ def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, dict]:
     return graphdef, nnx.to_pure_dict(params)
 
 
-def initial_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first update."""
-    return TrainState(jax.numpy.int32(0), params, optimizer.init(params))
+def initial_state(
+    params: dict, optimizer: optax.GradientTransformation, config: Config
+) -> TrainState:
+    """Returns the state before the first update.
+
+    Args:
+      params: nested dictionary of arrays.
+      optimizer: see optimizer.py.
+      config: the section `optimizer`, which says what else is kept.
+    """
+    plateau = build_plateau(config)
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.init(params),
+        # A copy: the step gives the whole state up, and no array twice.
+        ema=jax.tree.map(jnp.copy, params) if config.ema_decay else (),
+        plateau=() if plateau is None else plateau.init(params),
+        faults=Faults(*(jnp.int32(0) for _ in Faults._fields)),
+    )
 
 
 def count_parameters(params: PyTree) -> int:

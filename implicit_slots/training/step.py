@@ -4,40 +4,70 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from clu import metrics
 from flax import nnx
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Num, PyTree
 
 from implicit_slots.config import Config
+from implicit_slots.evaluation.collapse import (
+    AttentionEntropy,
+    LargestSlot,
+    MaskSimilarity,
+)
 from implicit_slots.evaluation.segmentation import ForegroundARI
 from implicit_slots.fixed_point import diagnostics, fixed_point
+from implicit_slots.models.build import MODELS
 from implicit_slots.models.slate import Reconstruction, squared_error
-from implicit_slots.training.optimizer import max_norm, temperature
+from implicit_slots.training import nonfinite
+from implicit_slots.training.optimizer import build_plateau, max_norm, temperature
+from implicit_slots.training.sharding import replicated, state_sharding
 from implicit_slots.training.state import Purpose, TrainState, purpose_key
 
 Batch = dict[str, Any]
+
+# In the order in which they are computed; the training loss is their sum.
+LOSSES = ("mse", "cross_entropy")
 
 
 def _averages(*names: str) -> dict[str, type[metrics.Metric]]:
     return {name: metrics.Average.from_output(name) for name in names}
 
 
+@flax.struct.dataclass
+class _Temperature(metrics.LastValue):
+    """That of the last step, whether or not it was skipped."""
+
+    # Any: JAX rebuilds a pytree of whatever it is mapped to, not only of arrays.
+    total: Any
+    count: Any
+
+    @classmethod
+    def from_model_output(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, temperature: jax.Array, **_: object
+    ) -> "_Temperature":
+        return cls(temperature, jnp.int32(1))
+
+
 @functools.cache
 def _train_metrics(names: tuple[str, ...]) -> type[metrics.Collection]:
-    """Means over the steps since the last logged one."""
-    return metrics.Collection.create(
-        **_averages(*names), temperature=metrics.LastValue.from_output("temperature")
-    )
+    """Means over the steps since the last logged one that were not skipped."""
+    return metrics.Collection.create(**_averages(*names), temperature=_Temperature)
 
 
-_LOSSES = _averages("loss", "mse", "cross_entropy", "forward_residual")
 # Means over held-out examples, each weighed once; masks can only be scored where the
 # images come with them.
-LossMetrics = metrics.Collection.create(**_LOSSES)
-MaskedMetrics = metrics.Collection.create(**_LOSSES, fg_ari=ForegroundARI)
+_HELD_OUT = {
+    **_averages("loss", *LOSSES, "forward_residual"),
+    "attention_entropy": AttentionEntropy,
+    "largest_slot": LargestSlot,
+    "mask_similarity": MaskSimilarity,
+}
+LossMetrics = metrics.Collection.create(**_HELD_OUT)
+MaskedMetrics = metrics.Collection.create(**_HELD_OUT, fg_ari=ForegroundARI)
 # Squared error per image of what is rendered without noise.
 ReconstructionMetrics = metrics.Collection.create(**_averages("dvae_mse", "slot_mse"))
 
@@ -47,21 +77,31 @@ class Steps(NamedTuple):
 
     Attributes:
       train: (state, batch) -> (state, metrics of the step).
+      observe: (state.plateau, validation loss) -> state.plateau; None where the rates
+        do not depend on it.
+      examine: (state, batch) -> gradient, losses and other means of the step.
       validate: (params, step, batch, number of the batch) -> metrics.
       score: (params, batch, number of the batch) -> `ReconstructionMetrics`.
       reconstruct: (params, images, number of the batch) -> `Reconstruction`.
       diagnose: (params, images) -> what the slots' fixed points are like.
+      checks: what each training step looks at; see `TrainState.faults`.
     """
 
     train: Callable[..., Any]
+    observe: Callable[..., Any] | None
+    examine: Callable[..., Any]
     validate: Callable[..., Any]
     score: Callable[..., Any]
     reconstruct: Callable[..., Any]
     diagnose: Callable[..., Any]
+    checks: tuple[str, ...]
 
 
 def build_steps(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: Config
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Steps:
     """Builds the compiled functions of a run; nothing is compiled before its use.
 
@@ -69,36 +109,39 @@ def build_steps(
       graphdef: the model's structure.
       optimizer: see optimizer.py.
       config: the whole configuration.
+      mesh: the devices; None leaves it to JAX where results lie, which is right for
+        one.
     """
     seed = config.seed
+    whole = None if mesh is None else replicated(mesh)
 
-    def train(state: TrainState, batch: Batch):
-        key = purpose_key(seed, Purpose.TRAIN, state.step)
-        tau = temperature(config.temperature, state.step)
+    def place(tree: PyTree) -> PyTree:
+        if mesh is None or mesh.size == 1:
+            return tree
+        shardings = state_sharding(tree, mesh, config.sharding)
+        return jax.lax.with_sharding_constraint(tree, shardings)
+
+    plateau = build_plateau(config.optimizer)
+    stages = MODELS[config.model.name].stages
+    decay = config.optimizer.ema_decay
+
+    def gradient_of(params, batch: Batch, key, tau):
+        """Of one part of a batch: the gradient, the losses, what else is logged."""
+        model = nnx.merge(graphdef, params)
 
         def loss_of(params, probe):
-            model = nnx.merge(graphdef, params)
-            output = model(
+            output = nnx.merge(graphdef, params)(
                 as_float(batch["image"]), temperature=tau, key=key, probe=probe
             )
             losses = {name: loss.mean() for name, loss in output.losses.items()}
             return sum(losses.values()), (losses, output.stats)
 
         # The probe's gradient is what the backward solve did, if there is one.
-        model = nnx.merge(graphdef, state.params)
         probe = model.backward_probe(len(batch["image"]))
         (loss, (losses, stats)), (gradient, backward) = jax.value_and_grad(
             loss_of, argnums=(0, 1), has_aux=True
-        )(state.params, probe)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        logged = {
-            "loss": loss,
-            **losses,
-            "grad_norm_l2": optax.tree.norm(gradient),
-            "grad_norm_inf": max_norm(gradient),
-            "forward_residual": stats.residual.mean(),
-        }
+        )(params, probe)
+        logged = {"forward_residual": stats.residual.mean()}
         if model.slot_attention.solver.stops:
             logged |= {
                 f"forward_{name}": getattr(stats, name).astype(jnp.float32).mean()
@@ -113,11 +156,54 @@ def build_steps(
                 "backward_residual": residual / jnp.maximum(solved.sum(), 1),
                 "backward_failed": backward.failed.mean(),
             }
-        collection = _train_metrics(tuple(logged))
-        return (
-            TrainState(state.step + 1, params, opt_state),
-            collection.single_from_model_output(**logged, temperature=tau),
+        return gradient, {"loss": loss, **losses}, logged
+
+    def examine(state: TrainState, batch: Batch):
+        key = purpose_key(seed, Purpose.TRAIN, state.step)
+        tau = temperature(config.temperature, state.step)
+        gradient, losses, logged = in_parts(
+            lambda part, key: gradient_of(state.params, part, key, tau),
+            batch,
+            key,
+            config.accumulate,
         )
+        return place(gradient), losses, logged | {"temperature": tau}
+
+    def train(state: TrainState, batch: Batch):
+        gradient, losses, logged = examine(state, batch)
+        tau = logged.pop("temperature")
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        if plateau is not None:
+            scale = state.plateau.scale
+            updates = jax.tree.map(lambda leaf: scale * leaf, updates)
+        params = optax.apply_updates(state.params, updates)
+        norms = [max_norm(gradient[stage]) for stage in stages]
+        logged |= {
+            "grad_norm_l2": optax.tree.norm(gradient),
+            "grad_norm_inf": jnp.max(jnp.stack(norms)),
+        }
+        after = state._replace(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            ema=optax.incremental_update(params, state.ema, 1 - decay)
+            if decay
+            else state.ema,
+        )
+        looked_at = [*(losses[name] for name in LOSSES), *reversed(norms)]
+        finite = jnp.isfinite(jnp.stack(looked_at))
+        after, good = nonfinite.unless_skipped(config.nonfinite, finite, state, after)
+        logged = {**losses, **logged}
+        collection = _train_metrics(tuple(logged))
+        # With an axis, because a mask needs one.
+        means = {name: value[None] for name, value in logged.items()}
+        return place(after), collection.single_from_model_output(
+            **means, temperature=tau, mask=good[None]
+        )
+
+    def observe(state, loss) -> PyTree:
+        assert plateau is not None
+        return plateau.update({}, state, value=loss)[1]
 
     def validate(params, step, batch: Batch, number):
         model = nnx.merge(graphdef, params)
@@ -180,11 +266,49 @@ def build_steps(
     return Steps(
         # The old state is given up for the new one: half the memory.
         train=jax.jit(train, donate_argnums=0),
-        validate=jax.jit(validate),
-        score=jax.jit(score),
-        reconstruct=jax.jit(reconstruct),
-        diagnose=jax.jit(diagnose),
+        observe=None if plateau is None else jax.jit(observe, out_shardings=whole),
+        examine=jax.jit(examine, out_shardings=whole),
+        validate=jax.jit(validate, out_shardings=whole),
+        score=jax.jit(score, out_shardings=whole),
+        reconstruct=jax.jit(reconstruct, out_shardings=whole),
+        diagnose=jax.jit(diagnose, out_shardings=whole),
+        checks=nonfinite.checks(LOSSES, stages),
     )
+
+
+def in_parts(
+    function: Callable[[Batch, Any], PyTree], batch: Batch, key: Any, parts: int
+) -> PyTree:
+    """Returns the mean over the parts of a batch of a function of (part, key).
+
+    One part after the other, so that only one part's activations are in memory. Part
+    i holds the examples i, i + parts, i + 2·parts, …: every device has an equal share
+    of each. With one part the key is the function's own; else it is folded with i.
+
+    Args:
+      function: whose result is a pytree of means over examples.
+      batch: pytree of arrays with a leading batch axis that `parts` divides.
+      key: of the step.
+      parts: how many.
+    """
+    if parts == 1:
+        return function(batch, key)
+
+    def part(index):
+        def take(leaf):
+            split = leaf.reshape(-1, parts, *leaf.shape[1:])
+            return jax.lax.dynamic_index_in_dim(split, index, 1, keepdims=False)
+
+        return function(jax.tree.map(take, batch), jax.random.fold_in(key, index))
+
+    def add(total, index):
+        return jax.tree.map(jnp.add, total, part(index)), None
+
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(part, 0)
+    )
+    total, _ = jax.lax.scan(add, zeros, jnp.arange(parts))
+    return jax.tree.map(lambda leaf: leaf / parts, total)
 
 
 def as_float(

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from implicit_slots.training.workdir import write_text
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -21,23 +23,33 @@ class MetricWriter:
 
     Args:
       workdir: the run's directory.
-      step: the step that the run starts from; None if it will write nothing.
+      step: the step that the run starts from; None if it will write nothing, as in
+        all processes but one.
+
+    Attributes:
+      history: the lines that were there before, up to `step`.
     """
 
     def __init__(self, workdir: pathlib.Path, *, step: int | None):
         self._path = workdir / METRICS_FILE
         self._tensorboard = None
+        self._silent = step is None
+        self.history: list[dict[str, Any]] = []
         if step is None:
             return
         if self._path.exists():
-            kept = [line for line in read_metrics(workdir) if line["step"] <= step]
-            replacement = self._path.with_suffix(".tmp")
-            replacement.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            replacement.replace(self._path)
+            self.history = [
+                line for line in read_metrics(workdir) if line["step"] <= step
+            ]
+            write_text(
+                self._path, "".join(json.dumps(line) + "\n" for line in self.history)
+            )
         self._tensorboard = _tensorboard(workdir)
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Writes the values of one step; what is not finite becomes null."""
+        if self._silent:
+            return
         line = {"step": step, "split": split}
         for name, value in values.items():
             line[name] = value if math.isfinite(value) else None

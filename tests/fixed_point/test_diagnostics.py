@@ -1,5 +1,7 @@
 """Spectra against dense linear algebra, gradient errors against the definition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,22 +100,32 @@ def test_spectra_equal_dense_ones(kind, dim, dtype):
     np.testing.assert_allclose(norm, want, rtol=PERCENT)
 
 
+@functools.cache
+def radius_and_trace():
+    z0 = np.zeros((BATCH, DIM))
+    return jax.jit(
+        lambda params, x: (
+            spectral_radius(affine, params, x, z0, jax.random.key(KEY)),
+            residual_trace(affine, params, x, z0, steps=60),
+        )
+    )
+
+
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_radius_is_the_rate_of_convergence(spectrum):
     params, x, _ = problem(spectrum)
-    radius = spectral_radius(
-        affine, params, x, jnp.zeros((BATCH, DIM)), jax.random.key(KEY)
-    )
+    radius, trace = radius_and_trace()(params, x)
     want = np.abs(np.linalg.eigvals(params["a"])).max()
     np.testing.assert_allclose(radius, want, rtol=1e-6)
-    trace = residual_trace(affine, params, x, jnp.zeros((BATCH, DIM)), steps=60)
     rate = (trace[:, 59] / trace[:, 39]) ** (1 / 20)
     np.testing.assert_allclose(rate, want, rtol=0.05)
 
 
 def test_spectra_on_slot_attention():
     f, params, x, z0 = slot_attention()
-    z = Picard(max_steps=300).solve(lambda z: f(params, x, z), z0).z
+    z = jax.jit(
+        lambda z0: Picard(max_steps=300).solve(functools.partial(f, params, x), z0).z
+    )(z0)
     dense = np.asarray(jax.jit(lambda z: dense_jacobian(f, params, x, z, block=5))(z))
     # The dense Jacobian itself, column by column, by central differences.
     flat = np.asarray(z).reshape(len(z), -1)
@@ -144,8 +156,9 @@ def test_power_iteration_would_lie():
         ratios.append(np.linalg.norm(a @ v) / np.linalg.norm(v))
         v = a @ v / np.linalg.norm(a @ v)
     assert np.abs(np.array(ratios[-5:]) / want - 1).max() > 5 * PERCENT
-    got = spectral_radius(
-        linear, a[None], None, jnp.zeros((1, 40)), jax.random.key(KEY), krylov=40
+    key, z = jax.random.key(KEY), jnp.zeros((1, 40))
+    got = jax.jit(lambda a: spectral_radius(linear, a, None, z, key, krylov=40))(
+        a[None]
     )
     np.testing.assert_allclose(got, want, rtol=PERCENT)
 
@@ -159,22 +172,50 @@ def test_trees_and_half_precision():
         return {"full": full, "half": (0.9 * half).astype(jnp.bfloat16)}
 
     z = {"full": jnp.zeros((BATCH, DIM)), "half": jnp.zeros((BATCH, 2), jnp.bfloat16)}
-    radius = spectral_radius(f, params, x, z, jax.random.key(KEY))
+    radius, dense = jax.jit(
+        lambda z, key: (
+            spectral_radius(f, params, x, z, key),
+            dense_jacobian(f, params, x, z),
+        )
+    )(z, jax.random.key(KEY))
     np.testing.assert_allclose(radius, 0.9, rtol=PERCENT)
-    assert dense_jacobian(f, params, x, z).shape == (BATCH, DIM + 2, DIM + 2)
+    assert dense.shape == (BATCH, DIM + 2, DIM + 2)
 
 
-def error_of(adjoint, solver=Picard(max_steps=200), radius=0.6, **options):  # noqa: B008
-    params, x, g = problem("non-normal", radius=radius)
+def error_of(adjoint, solver=Picard(max_steps=200), **options):  # noqa: B008
+    params, x, g = problem("non-normal")
     z0 = jnp.zeros((BATCH, DIM))
-    return (
-        params,
-        x,
-        g,
-        gradient_error(
+
+    @jax.jit
+    def error(params, x, g):
+        return gradient_error(
             tanh, params, x, z0, g, solver=solver, adjoint=adjoint, **options
-        ),
-    )
+        )
+
+    return error(params, x, g)
+
+
+def with_offset(params, x, z):
+    """An offset's cotangent is u: the affine map's input through the identity."""
+    return tanh(params, x[0], z) + x[1]
+
+
+@functools.cache
+def gradient_of_one(adjoint):
+    """(params, offset, x, g) -> gradients for params and offset, of one example."""
+
+    def loss(params, offset, x, g):
+        found = fixed_point(
+            with_offset,
+            params,
+            (x, offset),
+            jnp.zeros((1, DIM)),
+            solver=Picard(max_steps=200),
+            adjoint=adjoint,
+        )
+        return jnp.sum(found.value * g)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))
 
 
 @pytest.mark.parametrize(
@@ -183,22 +224,12 @@ def error_of(adjoint, solver=Picard(max_steps=200), radius=0.6, **options):  # n
     ids=lambda adjoint: type(adjoint).__name__,
 )
 def test_gradient_error_is_what_its_definition_says(adjoint):
-    params, x, g, error = error_of(adjoint)
+    params, x, g = problem("non-normal")
+    error = error_of(adjoint)
 
     def gradient(adjoint, i):
-        # An offset's cotangent is u: the affine map's input through the identity.
-        def loss(params, offset):
-            found = fixed_point(
-                lambda p, x, z: tanh(p, x[0], z) + x[1],
-                params,
-                (x[i : i + 1], offset),
-                jnp.zeros((1, DIM)),
-                solver=Picard(max_steps=200),
-                adjoint=adjoint,
-            )
-            return jnp.sum(found.value * g[i : i + 1])
-
-        grad = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, jnp.zeros((1, DIM)))
+        one = slice(i, i + 1)
+        grad = gradient_of_one(adjoint)(params, np.zeros((1, DIM)), x[one], g[one])
         leaves = [np.ravel(leaf) for leaf in jax.tree.leaves(grad[0])]
         return np.concatenate(leaves), np.ravel(grad[1])
 
@@ -226,20 +257,20 @@ def test_gradient_error_is_what_its_definition_says(adjoint):
 
 
 def test_exact_adjoint_has_no_gradient_error_and_one_term_has():
-    exact = error_of(Unrolled())[-1]
+    exact = error_of(Unrolled())
     for name, value in exact._asdict().items():
         want = 0 if name.endswith("error") else 1
         np.testing.assert_allclose(value, want, atol=1e-6)
-    one = error_of(Neumann())[-1]
+    one = error_of(Neumann())
     assert np.all(one.cotangent_cosine < 0.999) and np.all(one.cotangent_cosine > 0)
 
 
 def test_oracle_solver_shows_the_error_of_stopping_early():
     early = Picard(max_steps=1)
     exact = Implicit(solver=Dense())
-    own = error_of(exact, solver=early)[-1]
+    own = error_of(exact, solver=early)
     np.testing.assert_allclose(own.params_cosine, 1, rtol=1e-9)
-    full = error_of(exact, solver=early, oracle=Picard(max_steps=300))[-1]
+    full = error_of(exact, solver=early, oracle=Picard(max_steps=300))
     assert np.all(full.params_cosine < 0.999)
 
 

@@ -1,9 +1,12 @@
 """What is computed in which precision, and what is computed again."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.extend.core import jaxprs_in_params
 from reference import FLOAT32, relative_error
 from small_slate import QUICKLY, RESOLUTION, Compiled, section
@@ -116,9 +119,9 @@ def test_recomputed_blocks_are_not_kept_for_the_backward_pass():
     size = {"num_blocks": 4, "width": 64, "num_heads": 4, "vocab_size": 8}
 
     def kept(remat):
-        compiled = Compiled(
-            build_model(section(**size, remat=remat), resolution=32, seed=0)
-        )
+        config = section(**size, remat=remat)
+        model: Any = nnx.eval_shape(lambda: build_model(config, resolution=32, seed=0))
+        compiled = Compiled(model)
 
         def pullback(params, image):
             return jax.vjp(lambda p: loss(compiled.merge(p), image)[0], params)[1]

@@ -9,7 +9,15 @@ import pytest
 import reference
 from flax import nnx
 from reference import FLOAT32, relative_error
-from small_slate import HEADS, RESOLUTION, VOCAB, WIDTH, Compiled, section
+from small_slate import (
+    HEADS,
+    RESOLUTION,
+    VOCAB,
+    WIDTH,
+    Compiled,
+    compiled_quickly,
+    section,
+)
 
 from configs import base
 from implicit_slots.fixed_point import (
@@ -39,6 +47,18 @@ from implicit_slots.models.transformer import TransformerDecoder
 from implicit_slots.training.state import split_model
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    with compiled_quickly():
+        yield
+
+
+def initial(config):
+    """The parameters at 64 × 64; one compilation instead of one for every shape."""
+    build = jax.jit(lambda: split_model(build_model(config, resolution=64, seed=0))[1])
+    return jax.tree.map(np.asarray, build())
 
 
 def losses(model, image, key, deterministic):
@@ -220,8 +240,8 @@ def test_noise_is_a_function_of_the_key(compiled, images, output):
         )
 
     quiet, noisy = (
-        [cross_entropy(deterministic)(compiled.params, key) for key in (3, 4)]
-        for deterministic in (True, False)
+        [draw(compiled.params, key) for key in (3, 4)]
+        for draw in (cross_entropy(True), cross_entropy(False))
     )
     assert relative_error(quiet[0], output.losses["cross_entropy"]) < FLOAT32
     assert not np.array_equal(quiet[0], quiet[1])
@@ -311,8 +331,7 @@ def test_variants_are_the_papers(variant, solver, adjoint):
 
 def test_smooth_positions_make_neighbours_alike():
     config = section(initial_positions="smooth", position_scale=0.5, width=32)
-    model = build_model(config, resolution=64, seed=0)
-    table = np.asarray(model.positions[...])
+    table = initial(config)["positions"]
     assert table.std() == pytest.approx(0.5, rel=0.1)
     grid = table[1:].reshape(16, 16, 32)
     step = np.linalg.norm(grid[1:] - grid[:-1], axis=-1).mean()
@@ -355,8 +374,7 @@ def test_initial_scales_are_official_slates():
     config = section(
         width=width, num_blocks=blocks, vocab_size=512, slot_size=48, dvae_features=32
     )
-    model = build_model(config, resolution=64, seed=0)
-    p = jax.tree.map(np.asarray, split_model(model)[1])
+    p = initial(config)
     gain = (3 * blocks) ** -0.5
     block = p["decoder"]["blocks"][1]
     xavier = np.sqrt(6 / (2 * width))

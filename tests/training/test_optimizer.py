@@ -10,6 +10,7 @@ from reference import FLOAT32, relative_error
 from configs import base
 from implicit_slots.training.optimizer import (
     build_optimizer,
+    build_plateau,
     clip_by_max_norm,
     temperature,
 )
@@ -34,21 +35,73 @@ def test_clipping_scales_the_whole_gradient_by_its_largest_entry():
         assert relative_error(clipped[name], want) < FLOAT32
 
 
-@pytest.mark.parametrize("limit", [float("inf"), 5.0])
-def test_small_gradients_are_not_touched(limit):
+def test_small_gradients_are_not_touched():
     gradient = {"a": jnp.array([0.5, -4.0])}
-    clipped = clipped_by(limit, gradient)
+    clipped = clipped_by(5.0, gradient)
     assert np.array_equal(clipped["a"], gradient["a"])
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_updates_are_adams_with_a_rate_for_each_group(schedule):
+def official_factor(losses, patience=4):
+    """The rates' factor after these validations, as official SLATE's train.py."""
+    best, stagnation, factor = np.inf, 0, 1.0
+    for loss in losses:
+        if loss < best:
+            stagnation, best = 0, loss
+        else:
+            stagnation += 1
+            if stagnation >= patience:
+                factor, stagnation = factor / 2, 0
+    return factor
+
+
+def test_rates_are_halved_when_official_slate_halves_them():
+    plateau: Any = build_plateau(section(schedule="plateau"))
+    state = plateau.init({"a": jnp.ones(1)})
+    rng = np.random.default_rng(0)
+    # Falls, stagnates, falls by the least that float32 tells apart, repeats itself.
+    losses = list(np.r_[200 - np.arange(6), rng.normal(200, 3, 30)].astype("f4"))
+    losses += [np.float32(150), np.nextafter(np.float32(150), np.float32(0))]
+    losses += [losses[-1]] * 9 + [np.float32(np.nan)] * 5
+    factors = []
+    for number, loss in enumerate(losses, 1):
+        _, state = plateau.update({}, state, value=loss)
+        factors.append(float(state.scale))
+        assert factors[-1] == official_factor(losses[:number])
+    assert len(set(factors)) > 5
+    assert build_plateau(section(schedule="constant")) is None
+
+
+DECAYS = {
+    "constant": lambda step: 1,
+    "plateau": lambda step: 1,  # Its factor is in the state; see below.
+    "cosine": lambda step: 0.5 * (1 + np.cos(np.pi * step / 10)),
+    "half_life": lambda step: 0.5 ** (step / 3),
+}
+CLIPPINGS = {
+    "max_norm": lambda gradient: max(np.abs(g).max() for g in gradient.values()) + 1e-6,
+    "l2": lambda gradient: np.sqrt(sum((g**2).sum() for g in gradient.values())),
+    "none": lambda gradient: 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "clip", "warmup"),
+    [
+        ("constant", "max_norm", 4),
+        ("cosine", "l2", 4),
+        ("half_life", "none", 4),
+        ("plateau", "max_norm", 0),
+    ],
+)
+def test_updates_are_adams_with_a_rate_for_each_group(schedule, clip, warmup):
     config = section(
         learning_rate=0.2,
         dvae_learning_rate=0.05,
-        warmup_steps=4,
-        clip_max_norm=1.0,
+        warmup_steps=warmup,
+        clip=clip,
+        clip_limit=1.5,
         schedule=schedule,
+        half_life=3.0,
     )
     params = {"dvae": jnp.array([1.0, 2.0]), "decoder": jnp.array([3.0])}
     optimizer = build_optimizer(config, params, num_steps=10)
@@ -61,11 +114,12 @@ def test_updates_are_adams_with_a_rate_for_each_group(schedule):
         updates, state = optimizer.update(
             {k: jnp.asarray(g, jnp.float32) for k, g in gradient.items()}, state
         )
-        largest = max(np.abs(g).max() for g in gradient.values())
-        decay = 0.5 * (1 + np.cos(np.pi * step / 10)) if schedule == "cosine" else 1
-        rates = {"dvae": 0.05 * decay, "decoder": 0.2 * decay * min(1, (step + 1) / 4)}
+        norm = CLIPPINGS[clip](gradient)
+        decay = DECAYS[schedule](step)
+        warm = min(1, (step + 1) / warmup) if warmup else 1
+        rates = {"dvae": 0.05 * decay, "decoder": 0.2 * decay * warm}
         for name, g in gradient.items():
-            g = g * min(1, 1 / (largest + 1e-6))
+            g = g * (min(1, 1.5 / norm) if norm else 1)
             m, v = moments[name]
             m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
             moments[name] = m, v
@@ -85,6 +139,22 @@ def test_temperature_falls_by_a_cosine_and_stays():
         assert float(temperature(config, step)) == pytest.approx(0.1)
 
 
-def test_unknown_schedule_is_a_sentence():
-    with pytest.raises(ValueError, match=r"optimizer\.schedule must be one of"):
-        build_optimizer(section(schedule="warm"), {"a": jnp.ones(1)}, num_steps=1)
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"schedule": "warm"}, r"optimizer\.schedule must be one of"),
+        ({"clip": "hard"}, r"optimizer\.clip must be one of"),
+        ({"clip_limit": 0.0}, r"optimizer\.clip_limit must be positive"),
+        ({"half_life": 0.0}, r"optimizer\.half_life must be positive"),
+        ({"ema_decay": 1.0}, r"optimizer\.ema_decay must be in \[0, 1\)"),
+    ],
+)
+def test_what_cannot_be_is_a_sentence(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build_optimizer(section(**changes), {"a": jnp.ones(1)}, num_steps=1)
+
+
+@pytest.mark.parametrize("changes", [{"plateau_patience": 0}, {"plateau_factor": 1.0}])
+def test_a_plateau_that_cannot_be_is_a_sentence(changes):
+    with pytest.raises(ValueError, match="plateau_patience must be at least 1 and"):
+        build_plateau(section(schedule="plateau", **changes))

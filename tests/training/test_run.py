@@ -1,11 +1,13 @@
 """Whole runs: what they write, that they resume exactly, and what they refuse."""
 
+import contextlib
 import json
 import pathlib
 import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from small_slate import compiled_quickly
 
@@ -14,8 +16,9 @@ from implicit_slots.data import sources
 from implicit_slots.data.pipeline import TrainBatches
 from implicit_slots.training.checkpoint import Checkpoints
 from implicit_slots.training.errors import UserError
-from implicit_slots.training.run import build, crowding, run, write_json
+from implicit_slots.training.run import build, crowding, run
 from implicit_slots.training.state import Purpose, purpose_key, split_model
+from implicit_slots.training.workdir import LOCK_FILE, write_json
 from implicit_slots.training.writer import MetricWriter, read_metrics
 
 CLEVR = pathlib.Path(__file__).parents[3] / "shared" / "data" / "clevr_blender"
@@ -36,11 +39,12 @@ def smoke(**changes):
 
 def final_state(workdir):
     """The last checkpoint's arrays, as Orbax stored them."""
-    checkpoints = Checkpoints(workdir, keep=3)
-    step = checkpoints.latest_step()
-    state = checkpoints._manager.restore(step)
-    checkpoints.close()
-    return jax.tree.map(np.asarray, state)
+    with contextlib.closing(
+        Checkpoints(workdir / "checkpoints", keep=3)
+    ) as checkpoints:
+        names = ocp.args.Composite(state=ocp.args.StandardRestore())
+        found = checkpoints._manager.restore(checkpoints.steps()[0], args=names)
+    return jax.tree.map(np.asarray, found["state"])
 
 
 @pytest.fixture(scope="module")
@@ -196,15 +200,17 @@ def test_evaluation_scores_the_test_split_and_trains_nothing(finished, tmp_path)
 )
 def test_another_runs_workdir_is_refused_untouched(finished, changes, sentence):
     workdir = finished[0]
-    before = {
-        p: p.stat().st_mtime_ns for p in sorted(workdir.rglob("*")) if p.is_file()
-    }
+
+    def files():
+        found = (path for path in workdir.rglob("*") if path.is_file())
+        return {p: p.stat().st_mtime_ns for p in found if p.name != LOCK_FILE}
+
+    before = files()
     config = smoke()
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=sentence):
         run(config, workdir)
-    after = {p: p.stat().st_mtime_ns for p in sorted(workdir.rglob("*")) if p.is_file()}
-    assert after == before
+    assert files() == before
 
 
 @pytest.mark.parametrize(
@@ -212,7 +218,11 @@ def test_another_runs_workdir_is_refused_untouched(finished, changes, sentence):
     [
         ({"batch_size": 0}, "--config.batch_size to a positive multiple of"),
         ({"num_steps": 0}, r"config\.num_steps must be at least 1, got 0"),
-        ({"checkpoint_every": 7}, r"must be a multiple of config\.log_every \(10\)"),
+        ({"accumulate": 3}, r"1 devices in 3 parts each \(config\.accumulate\)"),
+        ({"sharding": "x"}, r"config\.sharding must be one of replicated, fsdp"),
+        ({"nonfinite.stop_after": 0}, r"nonfinite\.stop_after must be at least 1"),
+        ({"profile.start": -1}, r"profile\.start must not be negative"),
+        ({"alarms.patience": 0}, r"alarms\.patience must be at least 1"),
         ({"batch_size": 65}, "fewer than one batch of 65"),
         ({"data.resolution": 18}, "image size must be divisible by 4, got 18"),
         ({"model.num_slots": 0}, "num_slots must be at least 1"),
@@ -222,7 +232,6 @@ def test_another_runs_workdir_is_refused_untouched(finished, changes, sentence):
         ({"model.attention": "cudnn"}, "needs an NVIDIA GPU and config.precision="),
         ({"precision": "float16"}, "precision must be one of float32, bfloat16, got"),
         ({"temperature.end": 0.0}, r"temperature\.end must be positive, got 0"),
-        ({"optimizer.clip_max_norm": -1.0}, "clip_max_norm must be positive"),
         ({"diagnostics.every": -1}, r"diagnostics\.every must not be negative"),
         ({"diagnostics.krylov": 0}, r"diagnostics\.krylov must be at least 1, got 0"),
         ({"model.adjoint.terms": 0}, "model.adjoint: terms must be at least 1, got 0"),
@@ -255,15 +264,6 @@ def test_running_a_finished_run_again_changes_no_number(finished, tmp_path):
     again = run(smoke(), workdir, command="another")
     assert again == finished[1]
     assert read_metrics(workdir) == read_metrics(finished[0])
-
-
-@pytest.mark.parametrize("mode", ["train", "evaluate"])
-def test_damaged_checkpoint_is_a_sentence(finished, tmp_path, mode):
-    workdir = tmp_path / "copy"
-    shutil.copytree(finished[0], workdir)
-    shutil.rmtree(workdir / "checkpoints" / "20" / "default")
-    with pytest.raises(UserError, match=r"checkpoint of step 20 .* cannot be read"):
-        run(smoke(), workdir, mode=mode)
 
 
 def test_checkpoints_without_a_config_are_refused(finished, tmp_path):

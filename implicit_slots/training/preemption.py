@@ -1,0 +1,70 @@
+"""Being told to stop: the run saves and ends, and the same command goes on."""
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+import jax
+from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+
+class Preempted(Exception):
+    """The run was told to stop; what it had done is saved.
+
+    Attributes:
+      step: the step of the checkpoint that the next start goes on from.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
+
+
+class Notice:
+    """Whether this run was told to stop."""
+
+    def __init__(self):
+        self._given = threading.Event()
+
+    def give(self, number: int, _: FrameType | None) -> None:
+        """Takes the signal; a second Ctrl-C stops at once."""
+        if number == signal.SIGINT:
+            if self._given.is_set():
+                raise KeyboardInterrupt
+            print("stopping: saving first, Ctrl-C again stops at once", file=sys.stderr)
+        self._given.set()
+
+    def reached(self, step: int) -> bool:
+        """Whether to save and stop at this step, the same answer in every process.
+
+        To be asked once for each step, in order.
+        """
+        if jax.process_count() > 1:
+            return reached_preemption_sync_point(step)
+        return self._given.is_set()
+
+
+@contextlib.contextmanager
+def noticed() -> Iterator[Notice]:
+    """Within the context SIGTERM and Ctrl-C are noticed and do not kill.
+
+    With several processes JAX's own preemption service watches for SIGTERM, on any of
+    them, and finds a step that none has begun; Ctrl-C then stops at once. Outside the
+    main thread, where Python takes no signals, nothing is noticed.
+    """
+    notice = Notice()
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if (
+        jax.process_count() > 1
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        signals = []
+    before = {number: signal.signal(number, notice.give) for number in signals}
+    try:
+        yield notice
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

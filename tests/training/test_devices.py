@@ -1,0 +1,171 @@
+"""One run, whatever it runs on: devices, processes, shardings."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from small_slate import QUICKLY_FLAGS, compiled_quickly
+
+from configs import scenes
+from implicit_slots.training.run import run
+from implicit_slots.training.writer import read_metrics
+
+HERE = pathlib.Path(__file__).parent
+# Relative, of losses: sums over the batch are added up in another order.
+TOLERANCE = 1e-5
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def environment(devices):
+    flags = f"--xla_force_host_platform_device_count={devices} {QUICKLY_FLAGS}"
+    path = os.pathsep.join(str(HERE.parents[n]) for n in (0, 1))
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "PYTHONPATH": path,
+    }
+
+
+def steps_on_devices(count, devices, layouts):
+    """What each process of steps_on_devices.py found."""
+    port = free_port()
+    started = [
+        subprocess.Popen(
+            [
+                *[sys.executable, HERE / "steps_on_devices.py"],
+                *[str(number) for number in (index, count, port)],
+                *layouts,
+            ],
+            env=environment(devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+    found = []
+    for process in started:
+        output, errors = process.communicate(timeout=400)
+        assert process.returncode == 0, errors
+        found.append(json.loads(output.splitlines()[-1]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def single():
+    whole = [f"{devices}/replicated/1" for devices in (1, 2, 4, 8)]
+    layouts = [*whole, "4/fsdp/1", "1/replicated/2", "4/fsdp/2"]
+    (found,) = steps_on_devices(1, 8, layouts)
+    return found
+
+
+def assert_same_losses(found, wanted):
+    np.testing.assert_allclose(found["losses"], wanted["losses"], rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "layout", ["2/replicated/1", "4/replicated/1", "8/replicated/1", "4/fsdp/1"]
+)
+def test_losses_do_not_depend_on_the_devices(single, layout):
+    assert_same_losses(single[layout], single["1/replicated/1"])
+
+
+def test_losses_of_parts_do_not_depend_on_the_devices(single):
+    assert_same_losses(single["4/fsdp/2"], single["1/replicated/2"])
+    other = np.subtract(
+        single["1/replicated/2"]["losses"], single["2/replicated/1"]["losses"]
+    )
+    assert np.abs(other).min() > 0.1  # Parts have noise of their own.
+
+
+def test_fully_sharded_arrays_are_split(single):
+    assert single["8/replicated/1"]["split"] == 0
+    assert single["4/fsdp/1"]["split"] > 50
+
+
+def test_four_processes_train_as_one(single):
+    """And all of them know the same."""
+    found = steps_on_devices(4, 1, ["4/replicated/1"])
+    assert all(process == found[0] for process in found)
+    assert_same_losses(found[0]["4/replicated/1"], single["1/replicated/1"])
+
+
+@pytest.fixture(scope="module")
+def preempted(tmp_path_factory):
+    """The workdir of two processes, of which one was told to stop; what they said."""
+    workdir = tmp_path_factory.mktemp("runs") / "preempted"
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [
+                *[sys.executable, "-m", "implicit_slots.main"],
+                *["--config=configs/scenes.py:smoke", "--config.data.cache="],
+                *["--config.sharding=fsdp", f"--workdir={workdir}"],
+                *[f"--coordinator=localhost:{port}", "--num_processes=2"],
+                f"--process_index={index}",
+            ],
+            cwd=HERE.parents[1],
+            env=environment(2),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    first = []
+    output = processes[0].stdout
+    assert output is not None
+    for line in output:
+        first.append(line)
+        if line.startswith("first step done"):
+            # The next thing is to draw, and to compile that takes long enough.
+            processes[1].send_signal(signal.SIGTERM)
+            break
+    said = [process.communicate(timeout=400) for process in processes]
+    codes = [process.returncode for process in processes]
+    return workdir, codes, "".join(first) + said[0][0], said
+
+
+def test_sigterm_to_one_process_saves_and_ends_all(preempted):
+    workdir, codes, _, said = preempted
+    assert codes == [75, 75], said
+    (step,) = [int(p.name) for p in (workdir / "checkpoints").iterdir()]
+    assert 1 <= step < 20
+    assert f"told to stop: saved at step {step}; the same command" in said[0][1]
+
+
+def test_one_process_writes(preempted):
+    workdir, _, first, said = preempted
+    assert "4 cpu device(s) of 2 processes" in first
+    assert "parameters" not in said[1][0] and "step" not in said[1][0]
+    assert (workdir / "parameters.txt").read_text().count("| Name") == 1
+
+
+def test_another_number_of_devices_goes_on(preempted, smoke_run):
+    """Two processes of two devices began; one device ends as if it had done it all."""
+    workdir = preempted[0]
+    config = scenes.get_config("smoke")
+    config.data.cache = ""
+    with compiled_quickly(), contextlib.chdir(HERE.parents[1]):
+        summary = run(config, workdir)
+    reference, wanted = smoke_run
+    for ours, theirs in zip(
+        read_metrics(workdir), read_metrics(reference), strict=True
+    ):
+        assert (ours["step"], ours["split"]) == (theirs["step"], theirs["split"])
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=TOLERANCE)
+    for name in ("validation/loss", "validation/mse", "validation/cross_entropy"):
+        assert summary[name] == pytest.approx(wanted[name], rel=TOLERANCE)
