@@ -61,8 +61,8 @@ def main(_: list[str]) -> None:
     Exits with 1 on what the user can put right, and with 75 ("try again") where the run
     was told to stop and the same command goes on.
     """
-    # Before the loop, which saves first, and after it, nothing can be lost. An exception
-    # could be swallowed wherever Python is called by C++.
+    # Before the loop, which saves first, and after it, nothing can be lost. (C++ that
+    # calls Python may swallow an exception.)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(RESUME_ME))
     # Orbax and clu report every file they touch at INFO.
     logging.set_verbosity(logging.WARNING)

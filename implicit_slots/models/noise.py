@@ -24,7 +24,10 @@ def random_bits(key: Key[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, ".
     key.
     """
     if math.prod(shape) > 2**32:
-        raise ValueError(f"at most 2^32 random words at a time, got shape {shape}")
+        raise ValueError(
+            f"at most 2^32 random words at a time, got shape {shape}; split the batch "
+            "with a larger config.accumulate"
+        )
     seeds = jax.random.bits(key, (2,), jnp.uint32)
     position = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     return _mix(_mix(position ^ seeds[0]) + seeds[1])

@@ -62,7 +62,7 @@ def state_sharding(tree: PyTree, mesh: jax.sharding.Mesh, name: str) -> PyTree:
       name: "replicated" puts all of it on every device. "fsdp" (fully sharded data
         parallel; Rajbhandari et al. 2020, ZeRO) splits every large array along its
         longest axis that the devices divide: parameters, the optimiser's moments
-        and the moving average alike.
+        and the moving average alike. A pass gathers the parameters alone.
     """
 
     def place(leaf: jax.Array) -> NamedSharding:

@@ -121,6 +121,16 @@ def build_steps(
         shardings = state_sharding(tree, mesh, config.sharding)
         return jax.lax.with_sharding_constraint(tree, shardings)
 
+    def gather(params: PyTree) -> PyTree:
+        """The whole parameters on every device, for one pass.
+
+        Left to itself XLA would rather split the products along the parameters, and
+        send the activations of all examples: hundreds of times the bytes.
+        """
+        if mesh is None or mesh.size == 1 or config.sharding == "replicated":
+            return params
+        return jax.lax.with_sharding_constraint(params, replicated(mesh))
+
     plateau = build_plateau(config.optimizer)
     stages = MODELS[config.model.name].stages
     decay = config.optimizer.ema_decay
@@ -161,8 +171,9 @@ def build_steps(
     def examine(state: TrainState, batch: Batch):
         key = purpose_key(seed, Purpose.TRAIN, state.step)
         tau = temperature(config.temperature, state.step)
+        params = gather(state.params)
         gradient, losses, logged = in_parts(
-            lambda part, key: gradient_of(state.params, part, key, tau),
+            lambda part, key: gradient_of(params, part, key, tau),
             batch,
             key,
             config.accumulate,
@@ -206,7 +217,7 @@ def build_steps(
         return plateau.update({}, state, value=loss)[1]
 
     def validate(params, step, batch: Batch, number):
-        model = nnx.merge(graphdef, params)
+        model = nnx.merge(graphdef, gather(params))
         output = model(
             as_float(batch["image"]),
             temperature=temperature(config.temperature, step),
@@ -226,7 +237,8 @@ def build_steps(
 
     def reconstruct(params, image, number) -> Reconstruction:
         key = purpose_key(seed, Purpose.PICTURE, number)
-        return nnx.merge(graphdef, params).reconstruct(as_float(image), key=key)
+        model = nnx.merge(graphdef, gather(params))
+        return model.reconstruct(as_float(image), key=key)
 
     def score(params, batch: Batch, number) -> metrics.Collection:
         image = as_float(batch["image"])
@@ -238,7 +250,7 @@ def build_steps(
         )
 
     def diagnose(params, image) -> dict[str, jax.Array]:
-        model = nnx.merge(graphdef, params)
+        model = nnx.merge(graphdef, gather(params))
         key_slots, key_radius, key_norm = jax.random.split(
             purpose_key(seed, Purpose.DIAGNOSE, 0), 3
         )
