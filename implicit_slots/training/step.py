@@ -140,7 +140,8 @@ def build_steps(
         model = nnx.merge(graphdef, params)
 
         def loss_of(params, probe):
-            output = nnx.merge(graphdef, params)(
+            # Gathered here, so that the gradient is whole too until it is placed.
+            output = nnx.merge(graphdef, gather(params))(
                 as_float(batch["image"]), temperature=tau, key=key, probe=probe
             )
             losses = {name: loss.mean() for name, loss in output.losses.items()}
@@ -171,9 +172,8 @@ def build_steps(
     def examine(state: TrainState, batch: Batch):
         key = purpose_key(seed, Purpose.TRAIN, state.step)
         tau = temperature(config.temperature, state.step)
-        params = gather(state.params)
         gradient, losses, logged = in_parts(
-            lambda part, key: gradient_of(params, part, key, tau),
+            lambda part, key: gradient_of(state.params, part, key, tau),
             batch,
             key,
             config.accumulate,

@@ -2,7 +2,8 @@
 
 Arguments: index of this process, number of processes, port of the first one, and for
 each layout "devices/sharding/parts". Prints a JSON line: by layout the losses of the
-steps, and how many arrays of the final state were split.
+steps, bytes that a device sends in one, by those of the parameters, and how many arrays
+of the final state were split.
 
 What takes time to compile and does not matter is left out: parameters and images are
 NumPy's random numbers.
@@ -12,6 +13,7 @@ import functools
 import json
 import sys
 import traceback
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from flax import nnx
 from small_slate import compiled_quickly
 
 from configs import scenes
+from experiments.collectives import read_collectives
 from implicit_slots.data.base import Source
 from implicit_slots.training import feed, processes, sharding
 from implicit_slots.training.optimizer import build_optimizer
@@ -76,17 +79,21 @@ def train(layout: str) -> dict:
     state = initial_state(params, optimizer, config.optimizer)
     placement = sharding.state_sharding(state, mesh, name)
     state = jax.device_put(state, placement)
-    step = build_steps(graphdef, optimizer, config, mesh).train
+    jitted: Any = build_steps(graphdef, optimizer, config, mesh).train
     batches = feed.train_batches(
         Pictures(), mesh, batch_size=BATCH, seed=0, start_step=0, placement="host"
     )
-    losses = []
+    batch, losses = batches.next(), []
+    step = jitted.lower(state, batch).compile()
     for _ in range(STEPS):
-        state, logged = step(state, batches.next())
+        state, logged = step(state, batch)
+        batch = batches.next()
         losses.append(float(jax.device_get(logged).compute()["loss"]))
     batches.close()
+    sent = sum(found.sent for found in read_collectives(step.as_text()))
     return {
         "losses": losses,
+        "sent": sent / sum(leaf.nbytes for leaf in jax.tree.leaves(numbers)),
         "split": sum(
             not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state)
         ),

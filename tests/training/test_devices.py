@@ -96,6 +96,20 @@ def test_fully_sharded_arrays_are_split(single):
     assert single["4/fsdp/1"]["split"] > 50
 
 
+def test_a_step_sends_the_gradient_and_gathered_parameters_alone(single):
+    """In units of the parameters' bytes; no activation goes from device to device.
+
+    A ring of n devices sends 2·(n − 1)/n for the sum of the gradient, and half of that
+    to gather the parameters.
+    """
+    assert single["1/replicated/1"]["sent"] == 0
+    for devices in (2, 4, 8):
+        ring = 2 * (devices - 1) / devices
+        sent = single[f"{devices}/replicated/1"]["sent"]
+        assert sent == pytest.approx(ring, rel=0.02)
+    assert 1.5 * 0.7 < single["4/fsdp/1"]["sent"] < 1.5 * 1.5 * 1.02
+
+
 def test_four_processes_train_as_one(single):
     """And all of them know the same."""
     found = steps_on_devices(4, 1, ["4/replicated/1"])
