@@ -369,7 +369,7 @@ def _write_run(
     params = jax.tree.map(jnp.asarray, from_official(weights, shapes))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(workdir / CHECKPOINT_FOLDER, keep=None)
+        checkpoints = Checkpoints(workdir / CHECKPOINT_FOLDER, keep=1)
         with contextlib.closing(checkpoints):
             checkpoints.save(initial_state(params, optimizer, config.optimizer))
         # Last: a workdir without it is refused, not trained from the beginning.

@@ -563,7 +563,7 @@ def test_a_workdir_that_cannot_be_finished_is_removed(tmp_path, weights, monkeyp
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(run, "write_json", fail)
+    monkeypatch.setattr("implicit_slots.training.workdir.write_json", fail)
     with pytest.raises(UserError, match="no space left"):
         convert(tmp_path / "model.npz", tmp_path / "run", official_config())
     assert [p.name for p in tmp_path.iterdir()] == ["model.npz"]

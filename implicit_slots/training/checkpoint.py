@@ -88,16 +88,17 @@ class Checkpoints:
 
     Args:
       folder: where they lie; created if it is not there.
-      keep: how many of the latest to keep; None: all.
+      keep: how many of the latest to keep; None: to read only, beside whoever writes.
     """
 
     def __init__(self, folder: pathlib.Path, *, keep: int | None):
         self.folder = folder.resolve()
         self._options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            create=True,
+            read_only=keep is None,
+            create=keep is not None,
             # What a killed process left of its last one.
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=keep is not None,
             # On CPU a background write would read the arrays in place while the
             # next step, which is given their memory, already writes there.
             enable_async_checkpointing=False,

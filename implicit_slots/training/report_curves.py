@@ -37,7 +37,10 @@ METRICS: Mapping[str, tuple[str, str]] = {
     "diagnosed_residual": ("Residual, diagnosed", "of the same images' slots"),
     "attention_entropy": ("Attention entropy", "1 spread evenly, 0 one slot each"),
     "largest_slot": ("Largest slot", "its share of an image"),
-    "mask_similarity": ("Mask similarity", "ARI of two images' masks; 1 position alone"),
+    "mask_similarity": (
+        "Mask similarity",
+        "ARI of two images' masks; 1 position alone",
+    ),
     "skipped": ("Skipped steps", "so far: not finite"),
     "rate_scale": ("Rates' factor", "on a plateau"),
     "grad_norm_l2": ("Gradient, 2-norm", "of all parameters, before clipping"),

@@ -150,8 +150,12 @@ def run(
         with processes.together():
             open_workdir(config, workdir, training, stack)
         last, best = (
-            stack.enter_context(contextlib.closing(Checkpoints(workdir / name, keep=n)))
-            for name, n in (
+            stack.enter_context(
+                contextlib.closing(
+                    Checkpoints(workdir / name, keep=keep if training else None)
+                )
+            )
+            for name, keep in (
                 (CHECKPOINT_FOLDER, config.keep_checkpoints),
                 (BEST_FOLDER, 1),
             )
@@ -250,7 +254,6 @@ def load(workdir: pathlib.Path) -> tuple[Config, SLATE]:
     optimizer = build_optimizer(config.optimizer, params, num_steps=config.num_steps)
     like = initial_state(params, optimizer, config.optimizer)
     folder = workdir / CHECKPOINT_FOLDER
-    # To keep all of them: nothing is written.
     with contextlib.closing(Checkpoints(folder, keep=None)) as checkpoints:
         found = restore(checkpoints, like, set_aside=False)
     if found is None:
@@ -326,6 +329,8 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
         raise UserError(
             f"--checkpoint must be one of {', '.join(CHECKPOINTS)}, got {checkpoint!r}"
         )
+    if mode == "replay" and jax.process_count() > 1:
+        raise UserError("--mode=replay takes one process; leave out the others")
     if checkpoint != "latest" and mode != "evaluate":
         raise UserError("--checkpoint is for --mode=evaluate; runs resume the latest")
 

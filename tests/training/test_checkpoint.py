@@ -151,6 +151,23 @@ def test_what_a_killed_write_left_is_cleared(checkpoints, tmp_path):
         assert again.steps() == [9, 5] and not left.exists()
 
 
+def test_who_reads_does_not_disturb_who_writes(checkpoints, tmp_path):
+    """An evaluation beside a training run, in the middle of a write."""
+    checkpoints.save(state(5))
+    writing = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"
+    writing.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for folder in ("checkpoints", "best"):  # There is no best one yet.
+        with contextlib.closing(Checkpoints(tmp_path / folder, keep=None)) as reader:
+            found = restore(reader, state(seed=1), set_aside=False)
+            if folder == "checkpoints":
+                assert found is not None
+                assert_same(found[0], state(5))
+            else:
+                assert found is None
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_without_checksums_it_is_as_orbax_left_it(checkpoints, tmp_path):
     """Killed between the two: the checkpoint is complete."""
     checkpoints.save(state(5))
