@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 # Uniform numbers have 23 bits and lie in the middle of their interval: never 0 or 1.
 _STEP = 2.0**-23
+# Positions are 32 bits wide.
+MOST_WORDS = 2**32
 
 
 def random_bits(key: Key[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, "..."]:
@@ -23,11 +25,8 @@ def random_bits(key: Key[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, ".
     C. Wellons' hash prospector), each entered with 32 bits that threefry makes of the
     key.
     """
-    if math.prod(shape) > 2**32:
-        raise ValueError(
-            f"at most 2^32 random words at a time, got shape {shape}; split the batch "
-            "with a larger config.accumulate"
-        )
+    if math.prod(shape) > MOST_WORDS:
+        raise ValueError(f"at most 2^32 random words at a time, got shape {shape}")
     seeds = jax.random.bits(key, (2,), jnp.uint32)
     position = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     return _mix(_mix(position ^ seeds[0]) + seeds[1])

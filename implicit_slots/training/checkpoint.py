@@ -93,25 +93,25 @@ class Checkpoints:
 
     def __init__(self, folder: pathlib.Path, *, keep: int | None):
         self.folder = folder.resolve()
-        self._options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            read_only=keep is None,
-            create=keep is not None,
-            # What a killed process left of its last one.
-            cleanup_tmp_directories=keep is not None,
-            # On CPU a background write would read the arrays in place while the
-            # next step, which is given their memory, already writes there.
-            enable_async_checkpointing=False,
-        )
         with _silenced():
-            self._manager = ocp.CheckpointManager(self.folder, options=self._options)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                read_only=keep is None,
+                create=keep is not None,
+                # What a killed process left of its last one.
+                cleanup_tmp_directories=keep is not None,
+                # On CPU a background write would read the arrays in place while the
+                # next step, which is given their memory, already writes there.
+                enable_async_checkpointing=False,
+            )
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, latest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
     def save(self, state: TrainState, loop: Loop | None = None) -> None:
-        """Writes a checkpoint of the state at its step, over one that is there.
+        """Writes a checkpoint of the state at its step.
 
         Raises:
           UserError: if it cannot be written; those before it are as they were.
@@ -130,6 +130,8 @@ class Checkpoints:
                 sums = json.dumps(_checksums(self.folder / str(step)))
                 write_text(self.folder / str(step) / CHECKSUM_FILE, sums)
         except Exception as error:  # Orbax raises whatever its storage layer raises
+            if processes.lost_another(error):
+                raise
             raise UserError(
                 f"the checkpoint of step {step} cannot be written to {self.folder} "
                 f"({_reason(error)}); those before it are whole: make room there "
@@ -150,23 +152,29 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), loop=ocp.args.JsonRestore()
         )
+        found: Any = None
         try:
             with _silenced():
                 found = self._manager.restore(step, args=items)
-            return TrainState(**found["state"]), Loop(**found["loop"])
+            found = TrainState(**found["state"]), Loop(**found["loop"])
         except Exception as error:  # Orbax raises whatever its storage layer raises
-            raise Damaged(_reason(error)) from error
+            damage = _reason(error)
+        if not processes.agree(not damage):
+            raise Damaged(damage)
+        return found
 
     def _damage(self, step: int) -> str:
         """What is wrong with a checkpoint's files, or nothing."""
         folder = self.folder / str(step)
         try:
-            wanted = json.loads((folder / CHECKSUM_FILE).read_text())
+            found = _checksums(folder)
+            wanted = dict(json.loads((folder / CHECKSUM_FILE).read_text()))
         except FileNotFoundError:
             return ""
-        except ValueError:
+        except OSError as error:
+            return f"{error.filename}: {error.strerror}"
+        except (TypeError, ValueError):
             return f"{CHECKSUM_FILE} cannot be read"
-        found = _checksums(folder)
         for name in sorted(wanted.keys() | found.keys()):
             if name not in found:
                 return f"{name} is missing"
@@ -253,7 +261,7 @@ def _reason(error: Exception) -> str:
     for known in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
         if os.strerror(known) in text:
             return os.strerror(known)
-    return text.split(":")[0].splitlines()[0][:80] if text else type(error).__name__
+    return text.strip(": \n").split(":")[0].split("\n")[0][:80] or type(error).__name__
 
 
 def check_same_run(

@@ -138,6 +138,7 @@ class _Loop:
         logged = None
         for step in range(self._start + 1, end + 1):
             if self._notice.reached(step):
+                self._look_for_faults()
                 self._save(step - 1)
                 raise Preempted(step - 1)
             try:
@@ -286,7 +287,7 @@ def score(run: Run, state: TrainState, source: Source) -> dict[str, float]:
     "slot_mse" generates every token from the slots, which takes long: only the first
     `config.num_scored` images count, rounded up to whole batches.
     """
-    batches = math.ceil(run.config.num_scored / run.config.batch_size)
+    batches = math.ceil(run.config.num_scored / _evaluated_at_once(run.config))
     return _mean(
         [
             run.steps.score(state.evaluated, batch, number)
@@ -326,7 +327,7 @@ def _evaluation(run: Run, source: Source) -> Iterator[dict]:
     """Whole passes over a source, without what the metrics do not read."""
     batches = pipeline.evaluation_batches(
         source,
-        run.config.batch_size,
+        _evaluated_at_once(run.config),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=usage_of(run.config.data)["workers"],
@@ -339,6 +340,11 @@ def _evaluation(run: Run, source: Source) -> Iterator[dict]:
                 if name in batch
             }
             yield shard_batch(read, run.mesh)
+
+
+def _evaluated_at_once(config: Config) -> int:
+    """As many examples as a training step has in memory."""
+    return config.batch_size // config.accumulate
 
 
 def _mean(collections: Sequence[metrics.Collection]) -> dict[str, float]:

@@ -28,6 +28,7 @@ class Notice:
 
     def __init__(self):
         self._given = threading.Event()
+        self._asked = False
 
     def give(self, number: int, _: FrameType | None) -> None:
         """Takes the signal; a second Ctrl-C stops at once."""
@@ -42,9 +43,13 @@ class Notice:
 
         To be asked once for each step, in order.
         """
-        if jax.process_count() > 1:
-            return reached_preemption_sync_point(step)
-        return self._given.is_set()
+        if jax.process_count() == 1:
+            return self._given.is_set()
+        # JAX stops at the step after the largest that it was asked for: at 1 if the
+        # signal came before the loop, whatever step this one begins with.
+        early = not self._asked and reached_preemption_sync_point(1)
+        self._asked = True
+        return early or reached_preemption_sync_point(step)
 
 
 @contextlib.contextmanager

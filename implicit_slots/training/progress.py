@@ -76,6 +76,7 @@ class Progress:
         """Shows a line above the bar."""
         if not self._silent:
             self._bar.write(text)
+            sys.stdout.flush()
 
     def advance(self) -> None:
         """Counts a step."""

@@ -24,6 +24,7 @@ from implicit_slots.training.nonfinite import REPLAY_FOLDER
 from implicit_slots.training.sharding import build_mesh, replicate, shard_batch
 from implicit_slots.training.state import Faults, TrainState
 from implicit_slots.training.step import Steps
+from implicit_slots.training.workdir import write_text
 
 BATCH_FILE = "batch.npz"
 REPORT_FILE = "report.txt"
@@ -110,8 +111,8 @@ def run(
             "configuration are not those of the run"
         ]
     text = "\n".join([*_table(rows), "", *last])
-    (folder / REPORT_FILE).write_text(text + "\n")
     print(text)
+    write_text(folder / REPORT_FILE, text + "\n")
     print(f"written to {folder / REPORT_FILE}")
     return {"step": step, "failed": failed}
 

@@ -21,6 +21,8 @@ from implicit_slots.config import Config
 from implicit_slots.data import pipeline, sources
 from implicit_slots.data.frames import FrameSource
 from implicit_slots.models.build import build_model
+from implicit_slots.models.dvae import STRIDE
+from implicit_slots.models.noise import MOST_WORDS
 from implicit_slots.models.slate import SLATE
 from implicit_slots.training import (
     feed,
@@ -143,7 +145,8 @@ def run(
     params = split_model(build(config))[1]
     state = initial_state(params, optimizer, config.optimizer)
     if mode == "replay":
-        return replay.run(config, workdir, steps, state)
+        with room_in(workdir):
+            return replay.run(config, workdir, steps, state)
     state = jax.device_put(state, state_sharding(state, mesh, config.sharding))
 
     with contextlib.ExitStack() as stack, room_in(workdir):
@@ -199,6 +202,9 @@ def run(
             with preemption.noticed() as notice:
                 state = loop.train(this, state, so_far, notice)
         summary = summarise(this, state, held_out)
+        if checkpoint == "best":
+            # Beside the last state's numbers.
+            summary = {f"best/{name}": value for name, value in summary.items()}
         if unfinished or not old:
             summary |= {
                 "command": command,
@@ -313,6 +319,13 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
             'config.model.attention="cudnn" needs an NVIDIA GPU and '
             f'config.precision="bfloat16"; this is a {jax.default_backend()} with '
             f"{config.precision}"
+        )
+    tokens = (config.data.resolution // STRIDE) ** 2 * config.model.vocab_size
+    most = MOST_WORDS // tokens
+    if config.batch_size // config.accumulate > most:
+        raise UserError(
+            f"this model draws noise for at most {most:,} images at a time; split a "
+            f"step's {config.batch_size:,} with --config.accumulate"
         )
     for key in ("start", "end"):
         if not config.temperature[key] > 0:

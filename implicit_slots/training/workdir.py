@@ -61,5 +61,8 @@ def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all."""
     replacement = path.with_suffix(".tmp")
-    replacement.write_text(text)
+    with replacement.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     replacement.replace(path)

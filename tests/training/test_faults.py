@@ -158,7 +158,8 @@ def test_the_best_state_is_kept_and_evaluated(smoke_run, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "run" / "best").iterdir()] == ["10"]
     monkeypatch.undo()
     best = run.run(config, tmp_path / "run", mode="evaluate", checkpoint="best")
-    assert best["step"] == 10
+    assert best["best/step"] == 10 and best["step"] == 20
+    assert best["best/validation/loss"] != best["validation/loss"]
     with pytest.raises(UserError, match="--checkpoint is for --mode=evaluate"):
         run.run(config, tmp_path / "run", checkpoint="best")
 

@@ -219,6 +219,7 @@ def test_another_runs_workdir_is_refused_untouched(finished, changes, sentence):
         ({"batch_size": 0}, "--config.batch_size to a positive multiple of"),
         ({"num_steps": 0}, r"config\.num_steps must be at least 1, got 0"),
         ({"accumulate": 3}, r"1 devices in 3 parts each \(config\.accumulate\)"),
+        ({"batch_size": 2**25}, r"noise for at most .* with --config\.accumulate"),
         ({"sharding": "x"}, r"config\.sharding must be one of replicated, fsdp"),
         ({"nonfinite.stop_after": 0}, r"nonfinite\.stop_after must be at least 1"),
         ({"profile.start": -1}, r"profile\.start must not be negative"),
