@@ -359,11 +359,12 @@ def _write_run(
         CONFIG_FILE,
         Checkpoints,
     )
+    from implicit_slots.training.checks import check
     from implicit_slots.training.optimizer import build_optimizer
     from implicit_slots.training.state import initial_state, split_model
     from implicit_slots.training.workdir import write_json
 
-    run.check(config, "train")
+    check(config, "train")
     _, shapes = split_model(nnx.eval_shape(lambda: run.build(config)))
     optimizer = build_optimizer(config.optimizer, shapes, num_steps=config.num_steps)
     params = jax.tree.map(jnp.asarray, from_official(weights, shapes))

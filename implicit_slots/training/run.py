@@ -21,11 +21,8 @@ from implicit_slots.config import Config
 from implicit_slots.data import pipeline, sources
 from implicit_slots.data.frames import FrameSource
 from implicit_slots.models.build import build_model
-from implicit_slots.models.dvae import STRIDE
-from implicit_slots.models.noise import MOST_WORDS
 from implicit_slots.models.slate import SLATE
 from implicit_slots.training import (
-    feed,
     loop,
     preemption,
     processes,
@@ -41,10 +38,11 @@ from implicit_slots.training.checkpoint import (
     check_same_run,
     restore,
 )
+from implicit_slots.training.checks import check, crowding
 from implicit_slots.training.errors import UserError
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.report import write_report
-from implicit_slots.training.sharding import SHARDINGS, build_mesh, state_sharding
+from implicit_slots.training.sharding import build_mesh, state_sharding
 from implicit_slots.training.state import (
     TrainState,
     count_parameters,
@@ -61,34 +59,9 @@ from implicit_slots.training.workdir import (
 )
 from implicit_slots.training.writer import MetricWriter
 
-MODES = ("train", "evaluate", "replay")
-CHECKPOINTS = ("latest", "best")
 PARAMETERS_FILE = "parameters.txt"
-POSITIVE = (
-    "num_steps",
-    "log_every",
-    "validate_every",
-    "draw_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "num_pictures",
-    "num_scored",
-    "model.vocab_size",
-    "model.dvae_features",
-    "model.width",
-    "model.slot_size",
-    "model.slot_mlp_size",
-    "diagnostics.num_examples",
-    "diagnostics.krylov",
-    "data.workers",
-    "accumulate",
-    "nonfinite.stop_after",
-    "alarms.patience",
-    "profile.steps",
-)
 # What the training step reads of a batch.
 TRAINED_ON = ("image",)
-NOT_NEGATIVE = ("diagnostics.every", "diagnostics.powers", "profile.start")
 
 
 def run(
@@ -281,73 +254,6 @@ def build(config: Config) -> SLATE:
     )
 
 
-def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
-    """Refuses numbers that cannot be trained with.
-
-    Raises:
-      UserError: naming the key.
-    """
-    if mode not in MODES:
-        raise UserError(f"--mode must be one of {', '.join(MODES)}, got {mode!r}")
-    usage = sources.usage_of(config.data)
-    flat = {
-        **dict(config.items()),
-        **{f"data.{key}": value for key, value in usage.items()},
-    }
-    for section in ("model", "diagnostics", "nonfinite", "alarms", "profile"):
-        flat |= {f"{section}.{key}": value for key, value in config[section].items()}
-    for key in POSITIVE:
-        if flat[key] < 1:
-            raise UserError(f"config.{key} must be at least 1, got {flat[key]}")
-    for key in NOT_NEGATIVE:
-        if flat[key] < 0:
-            raise UserError(f"config.{key} must not be negative, got {flat[key]}")
-    if usage["placement"] not in feed.PLACEMENTS:
-        raise UserError(
-            f"config.data.placement must be one of {', '.join(feed.PLACEMENTS)}, got "
-            f"{usage['placement']!r}"
-        )
-    for key in ("dropout", "attention_dropout"):
-        if not 0 <= config.model[key] < 1:
-            raise UserError(
-                f"config.model.{key} must be in [0, 1), got {config.model[key]}"
-            )
-    if config.model.attention == "cudnn" and (
-        jax.default_backend() != "gpu" or config.precision != "bfloat16"
-    ):
-        raise UserError(
-            'config.model.attention="cudnn" needs an NVIDIA GPU and '
-            f'config.precision="bfloat16"; this is a {jax.default_backend()} with '
-            f"{config.precision}"
-        )
-    tokens = (config.data.resolution // STRIDE) ** 2 * config.model.vocab_size
-    most = MOST_WORDS // tokens
-    if config.batch_size // config.accumulate > most:
-        raise UserError(
-            f"this model draws noise for at most {most:,} images at a time; split a "
-            f"step's {config.batch_size:,} with --config.accumulate"
-        )
-    for key in ("start", "end"):
-        if not config.temperature[key] > 0:
-            raise UserError(
-                f"config.temperature.{key} must be positive, got "
-                f"{config.temperature[key]}"
-            )
-    if config.sharding not in SHARDINGS:
-        raise UserError(
-            f"config.sharding must be one of {', '.join(SHARDINGS)}, got "
-            f"{config.sharding!r}"
-        )
-    if checkpoint not in CHECKPOINTS:
-        raise UserError(
-            f"--checkpoint must be one of {', '.join(CHECKPOINTS)}, got {checkpoint!r}"
-        )
-    if mode == "replay" and jax.process_count() > 1:
-        raise UserError("--mode=replay takes one process; leave out the others")
-    if checkpoint != "latest" and mode != "evaluate":
-        raise UserError("--checkpoint is for --mode=evaluate; runs resume the latest")
-
-
 def open_workdir(
     config: Config, workdir: pathlib.Path, training: bool, stack: contextlib.ExitStack
 ) -> None:
@@ -418,20 +324,6 @@ def describe(train: sources.Source | None, held_out: dict[str, sources.Source]) 
             "same --config makes that faster)"
         )
     return text
-
-
-def crowding(config: Config) -> str:
-    """A note where images may hold more than slots can tell apart, or nothing."""
-    most = config.data.max_objects
-    if 0 < config.data.get("keep_objects", 0) < most:
-        most = config.data.keep_objects
-    if most < config.model.num_slots:
-        return ""
-    return (
-        f"note: images may hold {most} objects and a ground, for "
-        f"{config.model.num_slots} slots: some slots then share; "
-        "--config.model.num_slots and --config.data.keep_objects are the keys"
-    )
 
 
 def summarise(

@@ -15,8 +15,9 @@ from configs import folder, scenes
 from implicit_slots.data import sources
 from implicit_slots.data.pipeline import TrainBatches
 from implicit_slots.training.checkpoint import Checkpoints
+from implicit_slots.training.checks import crowding
 from implicit_slots.training.errors import UserError
-from implicit_slots.training.run import build, crowding, run
+from implicit_slots.training.run import build, run
 from implicit_slots.training.state import Purpose, purpose_key, split_model
 from implicit_slots.training.workdir import LOCK_FILE, write_json
 from implicit_slots.training.writer import MetricWriter, read_metrics
