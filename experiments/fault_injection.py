@@ -13,6 +13,7 @@ without that they are left out. `--keep=DIR` takes a copy of what went wrong.
 """
 
 import argparse
+import itertools
 import random
 import signal
 import sys
@@ -102,8 +103,10 @@ def inject_kills(bench: Bench, flags: argparse.Namespace) -> list[dict[str, Any]
     """Kills run after run until all kills are used; a row for each kill."""
     kills = draw_kills(flags.kills, flags.seed)
     rows: list[dict[str, Any]] = []
-    while kills:
-        workdir = bench.folder / f"killed_{len(rows):02d}"
+    for number in itertools.count():
+        if not kills:
+            break
+        workdir = bench.folder / f"killed_{number:02d}"
         mine: list[dict[str, Any]] = []
         wrong: list[str] = []
         while True:
@@ -124,10 +127,11 @@ def inject_kills(bench: Bench, flags: argparse.Namespace) -> list[dict[str, Any]
                 print(fault_report.line(mine[-1]), flush=True)
             elif ended.code:
                 wrong.append(f"not killed, but {ended}")
+            if row is None and kills:
+                # It ended before its instant came.
+                kills[0].when *= 0.8
             if ended.code == 0 or wrong:
                 break
-            if row is None and kills:
-                kills[0].when *= 0.8
         wrong += bench.compare(workdir) if not wrong else []
         if wrong:
             bench.keep(workdir)
