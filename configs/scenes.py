@@ -8,8 +8,8 @@ Expected result (256 validation scenes): foreground ARI of the attention masks 0
     seed 0, squared error of the dVAE 5.6 and through the slots 41.1, summed over an
     image. One version earlier, with other sums in the last digit, seeds 0 and 1 gave
     0.37 and 0.67; 6.4 and 6.3; 69.2 and 41.3. Six runs of a still earlier version
-    reached 0.42 to 0.73; 6.4 to 8.7; 25.8 to 59.0: expect that spread. README.md beside this file says what was tried and what
-    limits it.
+    reached 0.42 to 0.73; 6.4 to 8.7; 25.8 to 59.0: expect that spread. README.md
+    beside this file says what was tried and what limits it.
 """
 
 from configs import base
