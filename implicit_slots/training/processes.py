@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import urllib.request
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -49,6 +50,14 @@ def agree(ok: bool) -> bool:
     if jax.process_count() == 1:
         return ok
     return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
+
+
+def same(text: str) -> bool:
+    """Whether every process has the same text; all must ask together."""
+    if jax.process_count() == 1:
+        return True
+    mine = np.uint32(zlib.crc32(text.encode()))
+    return bool(np.all(multihost_utils.process_allgather(mine) == mine))
 
 
 @contextlib.contextmanager

@@ -96,6 +96,11 @@ def run(
     began = time.perf_counter() if began is None else began
     training = mode == "train"
     enable_compilation_cache()
+    if not processes.same(f"{config.to_json()} {workdir} {mode} {checkpoint}"):
+        raise UserError(
+            "the processes of this run have different configurations, workdirs or "
+            "modes; start all of them with the same command"
+        )
     with processes.together():
         check(config, mode, checkpoint)
         check_same_run(config, workdir, training=training)

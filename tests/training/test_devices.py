@@ -183,3 +183,29 @@ def test_another_number_of_devices_goes_on(preempted, smoke_run):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=TOLERANCE)
     for name in ("validation/loss", "validation/mse", "validation/cross_entropy"):
         assert summary[name] == pytest.approx(wanted[name], rel=TOLERANCE)
+
+
+def test_different_commands_are_refused(tmp_path):
+    """They would wait for each other, or train something else."""
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [
+                *[sys.executable, "-m", "implicit_slots.main"],
+                *["--config=configs/scenes.py:smoke", f"--config.seed={index}"],
+                *[f"--workdir={tmp_path / 'run'}", f"--coordinator=localhost:{port}"],
+                *["--num_processes=2", f"--process_index={index}"],
+            ],
+            cwd=HERE.parents[1],
+            env=environment(1),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=100)
+        assert process.returncode == 1
+        assert "error: the processes of this run have different" in errors
+    assert not (tmp_path / "run").exists()
