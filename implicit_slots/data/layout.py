@@ -144,10 +144,14 @@ def open_fields(folder: Path, names: Collection[str]) -> dict[str, np.ndarray]:
 
 def write_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
     """Writes a manifest so that it is there whole or not at all."""
-    content = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+    write_whole(file, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file so that it is there whole or not at all."""
     temporary = file.with_suffix(".partial")
-    with temporary.open("w") as stream:
-        stream.write(content)
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)

@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from implicit_slots.evaluation.segmentation import adjusted_rand_index
 
+Attention = Float[Array, "batch slots rows columns"]
+
 
 @flax.struct.dataclass
 class _ImageMean(metrics.Average):
@@ -19,6 +21,38 @@ class _ImageMean(metrics.Average):
     # Any: JAX rebuilds a pytree of whatever it is mapped to, not only of arrays.
     total: Any
     count: Any
+
+    @classmethod
+    def from_model_output(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls,
+        attention: Attention,
+        mask: Bool[Array, " batch"] | None = None,
+        **_: object,
+    ) -> "_ImageMean":
+        """Measures a batch.
+
+        Args:
+          attention: Per slot, its weight at each position; sums to one over slots.
+          mask: False for examples that only pad the batch; all count by default.
+          **_: Other outputs of the model, ignored.
+
+        Returns:
+          The state of this batch, to be merged and then computed.
+        """
+        if mask is None:
+            mask = jnp.ones(len(attention), bool)
+        values, counted = cls._measure(attention, mask)
+        return cls(
+            total=jnp.sum(jnp.where(counted, values, 0)),
+            count=jnp.sum(counted, dtype=jnp.int32),
+        )
+
+    @classmethod
+    def _measure(
+        cls, attention: Attention, counted: Bool[Array, " batch"]
+    ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
+        """Returns a value of each image, and which of those that count have one."""
+        raise NotImplementedError
 
     def compute(self) -> Float[Array, ""]:
         """The mean; NaN where nothing counted."""
@@ -36,25 +70,12 @@ class AttentionEntropy(_ImageMean):
     """
 
     @classmethod
-    def from_model_output(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls,
-        attention: Float[Array, "batch slots rows columns"],
-        mask: Bool[Array, " batch"] | None = None,
-        **_: object,
-    ) -> "AttentionEntropy":
-        """Measures a batch.
-
-        Args:
-          attention: Per slot, its weight at each position; sums to one over slots.
-          mask: False for examples that only pad the batch; all count by default.
-          **_: Other outputs of the model, ignored.
-
-        Returns:
-          The state of this batch, to be merged and then computed.
-        """
+    def _measure(
+        cls, attention: Attention, counted: Bool[Array, " batch"]
+    ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
         entropy = jax.scipy.special.entr(attention.astype(jnp.float32)).sum(axis=1)
         largest = math.log(max(attention.shape[1], 2))
-        return cls(**_sum_and_count(entropy.mean(axis=(1, 2)) / largest, mask))
+        return entropy.mean(axis=(1, 2)) / largest, counted
 
 
 @flax.struct.dataclass
@@ -68,23 +89,10 @@ class LargestSlot(_ImageMean):
     """
 
     @classmethod
-    def from_model_output(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls,
-        attention: Float[Array, "batch slots rows columns"],
-        mask: Bool[Array, " batch"] | None = None,
-        **_: object,
-    ) -> "LargestSlot":
-        """Measures a batch.
-
-        Args:
-          attention: Per slot, its weight at each position; sums to one over slots.
-          mask: False for examples that only pad the batch; all count by default.
-          **_: Other outputs of the model, ignored.
-
-        Returns:
-          The state of this batch, to be merged and then computed.
-        """
-        return cls(**_sum_and_count(_shares(attention).max(axis=1), mask))
+    def _measure(
+        cls, attention: Attention, counted: Bool[Array, " batch"]
+    ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
+        return _shares(attention).max(axis=1), counted
 
 
 @flax.struct.dataclass
@@ -104,26 +112,11 @@ class MaskSimilarity(_ImageMean):
     """
 
     @classmethod
-    def from_model_output(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls,
-        attention: Float[Array, "batch slots rows columns"],
-        mask: Bool[Array, " batch"] | None = None,
-        **_: object,
-    ) -> "MaskSimilarity":
-        """Measures a batch.
-
-        Args:
-          attention: Per slot, its weight at each position; sums to one over slots.
-          mask: False for examples that only pad the batch; all count by default.
-          **_: Other outputs of the model, ignored.
-
-        Returns:
-          The state of this batch, to be merged and then computed.
-        """
+    def _measure(
+        cls, attention: Attention, counted: Bool[Array, " batch"]
+    ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
         batch, slots = attention.shape[:2]
-        counted = jnp.sum(_shares(attention) > 0, axis=1) > 1
-        if mask is not None:
-            counted &= mask
+        counted &= jnp.sum(_shares(attention) > 0, axis=1) > 1
         # Rolled rather than sliced: a batch that is split over devices stays whole.
         counted &= jnp.roll(counted, -1) & (jnp.arange(batch) < batch - 1)
         winners = _winners(attention)
@@ -133,29 +126,14 @@ class MaskSimilarity(_ImageMean):
             max_true=slots - 1,
             num_predicted=slots,
         )
-        return cls(**_sum_and_count(similarity, counted))
+        return similarity, counted
 
 
-def _winners(
-    attention: Float[Array, "batch slots rows columns"],
-) -> Int[Array, "batch rows columns"]:
+def _winners(attention: Attention) -> Int[Array, "batch rows columns"]:
     return jnp.argmax(attention, axis=1)
 
 
-def _shares(
-    attention: Float[Array, "batch slots rows columns"],
-) -> Float[Array, "batch slots"]:
+def _shares(attention: Attention) -> Float[Array, "batch slots"]:
     """The share of positions that each slot wins."""
     won = jax.nn.one_hot(_winners(attention), attention.shape[1], axis=1)
     return won.mean(axis=(2, 3))
-
-
-def _sum_and_count(
-    values: Float[Array, " batch"], counted: Bool[Array, " batch"] | None
-) -> dict[str, Array]:
-    if counted is None:
-        counted = jnp.ones(values.shape, bool)
-    return {
-        "total": jnp.sum(jnp.where(counted, values, 0)),
-        "count": jnp.sum(counted, dtype=jnp.int32),
-    }

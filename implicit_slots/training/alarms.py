@@ -127,9 +127,9 @@ class Alarms:
         # many values.
         self._above: dict[str, tuple[int, int]] = {}
         for line in history:
-            self._update(line["step"], line["split"], line)
+            self.check(line["step"], line["split"], line)
 
-    def check(self, step: int, split: str, values: Mapping[str, float]) -> list[str]:
+    def check(self, step: int, split: str, values: Mapping[str, Any]) -> list[str]:
         """Returns a sentence for each alarm that goes off now.
 
         One that stays on is not repeated until a value was within its limit again.
@@ -139,9 +139,6 @@ class Alarms:
           split: under which they are logged: "train" or "validation".
           values: what is logged.
         """
-        return self._update(step, split, values)
-
-    def _update(self, step: int, split: str, values: Mapping[str, Any]) -> list[str]:
         if not self._config.enabled:
             return []
         sentences = []

@@ -15,10 +15,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from implicit_slots.config import Config
+from implicit_slots.data.layout import write_whole
 from implicit_slots.training import processes
 from implicit_slots.training.errors import UserError
 from implicit_slots.training.state import TrainState
-from implicit_slots.training.workdir import write_text
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_FOLDER = "checkpoints"
@@ -128,7 +128,7 @@ class Checkpoints:
             # A checkpoint that a kill leaves without is whole all the same.
             if processes.is_main():
                 sums = json.dumps(_checksums(self.folder / str(step)))
-                write_text(self.folder / str(step) / CHECKSUM_FILE, sums)
+                write_whole(self.folder / str(step) / CHECKSUM_FILE, sums)
         except Exception as error:  # Orbax raises whatever its storage layer raises
             if processes.lost_another(error):
                 raise

@@ -7,7 +7,6 @@ whenever its loop looks.
 
 import pathlib
 from collections.abc import Sequence
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,6 @@ from implicit_slots.training.errors import UserError
 from implicit_slots.training.state import Faults, TrainState
 
 REPLAY_FOLDER = "replay"
-
-Tree = TypeVar("Tree")
 
 
 class NonFiniteRun(UserError):
@@ -71,13 +68,8 @@ def unless_skipped(
         last=jnp.where(bad, step, faults.last),
         check=jnp.where(bad, jnp.argmin(finite), faults.check),
     )
-    chosen = choose(good, after, before)
+    chosen = jax.tree.map(lambda a, b: jnp.where(good, a, b), after, before)
     return chosen._replace(step=step, faults=faults), good
-
-
-def choose(which: Bool[Array, ""], one: Tree, other: Tree) -> Tree:
-    """Returns the leaves of `one` where `which` is true, else those of `other`."""
-    return jax.tree.map(lambda a, b: jnp.where(which, a, b), one, other)
 
 
 def explain(faults: Faults, names: Sequence[str]) -> str:

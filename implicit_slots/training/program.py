@@ -52,8 +52,12 @@ def compile_step(train: Any, state: TrainState, batch: PyTree) -> Program:
     return Program(compiled, seconds, (costs or {}).get("flops"), memory)
 
 
-def overview(params: dict) -> tuple[str, str]:
-    """Returns a line on the parameters of each part, and a table of every array."""
+def overview(params: dict) -> str:
+    """Returns a line on the parameters of each part."""
     parts = ", ".join(f"{k} {count_parameters(v):,}" for k, v in params.items())
-    table = parameter_overview.get_parameter_overview(params, include_stats="sharding")
-    return f"{count_parameters(params):,} parameters: {parts}", table
+    return f"{count_parameters(params):,} parameters: {parts}"
+
+
+def table(params: dict) -> str:
+    """Returns a line on every array: name, shape, type, size and sharding."""
+    return parameter_overview.get_parameter_overview(params, include_stats="sharding")

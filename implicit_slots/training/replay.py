@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 
 from implicit_slots.config import Config
 from implicit_slots.data import pipeline
+from implicit_slots.data.layout import write_whole
 from implicit_slots.data.sources import Source, usage_of
 from implicit_slots.training import nonfinite, processes
 from implicit_slots.training.checkpoint import Checkpoints, Damaged
@@ -24,7 +25,6 @@ from implicit_slots.training.nonfinite import REPLAY_FOLDER
 from implicit_slots.training.sharding import build_mesh, replicate, shard_batch
 from implicit_slots.training.state import Faults, TrainState
 from implicit_slots.training.step import Steps
-from implicit_slots.training.workdir import write_text
 
 BATCH_FILE = "batch.npz"
 REPORT_FILE = "report.txt"
@@ -81,7 +81,7 @@ def run(
             f"{workdir} has no step to replay: a run leaves one when it stops after "
             "config.nonfinite.stop_after skipped steps in a row"
         )
-    checkpoints = Checkpoints(folder / "state", keep=1)
+    checkpoints = Checkpoints(folder / "state", keep=None)
     mesh = build_mesh(config.batch_size, parts=config.accumulate)
     try:
         state, _ = checkpoints.read(checkpoints.steps()[0], replicate(like, mesh))
@@ -112,7 +112,7 @@ def run(
         ]
     text = "\n".join([*_table(rows), "", *last])
     print(text)
-    write_text(folder / REPORT_FILE, text + "\n")
+    write_whole(folder / REPORT_FILE, text + "\n")
     print(f"written to {folder / REPORT_FILE}")
     return {"step": step, "failed": failed}
 

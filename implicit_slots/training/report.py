@@ -8,13 +8,13 @@ import base64
 import html
 import json
 import math
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from implicit_slots.data.layout import write_whole
 from implicit_slots.training.report_curves import METRICS, Curve, format_number, panels
 
 EARLIER_PICTURES = 6
@@ -61,9 +61,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     ]
     page = PAGE.format(title=_text(name), style=STYLE, body="\n".join(sections))
     path = workdir / "report.html"
-    partial = path.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, page)
     return path
 
 

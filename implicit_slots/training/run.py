@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from implicit_slots.config import Config
 from implicit_slots.data import pipeline, sources
 from implicit_slots.data.frames import FrameSource
+from implicit_slots.data.layout import write_whole
 from implicit_slots.models.build import build_model
 from implicit_slots.models.slate import SLATE
 from implicit_slots.training import (
@@ -55,7 +56,6 @@ from implicit_slots.training.workdir import (
     locked,
     read_summary,
     write_json,
-    write_text,
 )
 from implicit_slots.training.writer import MetricWriter
 
@@ -304,18 +304,17 @@ def introduce(
 ) -> None:
     """Says what is about to run, and writes down every array of the model."""
     config = this.config
-    line, table = program.overview(params)
     devices = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
     if jax.process_count() > 1:
         devices += f" of {jax.process_count()} processes"
-    processes.say(f"{config.name}: {line}")
+    processes.say(f"{config.name}: {program.overview(params)}")
     processes.say(
         f"{describe(this.train, held_out)}, {devices}, workdir {this.workdir}"
     )
     if note := crowding(config):
         processes.say(note)
     if this.train is not None and processes.is_main():
-        write_text(this.workdir / PARAMETERS_FILE, table + "\n")
+        write_whole(this.workdir / PARAMETERS_FILE, program.table(params) + "\n")
 
 
 def describe(train: sources.Source | None, held_out: dict[str, sources.Source]) -> str:

@@ -129,7 +129,7 @@ def build_steps(
         """
         if mesh is None or mesh.size == 1 or config.sharding == "replicated":
             return params
-        return jax.lax.with_sharding_constraint(params, replicated(mesh))
+        return jax.lax.with_sharding_constraint(params, whole)
 
     plateau = build_plateau(config.optimizer)
     stages = MODELS[config.model.name].stages

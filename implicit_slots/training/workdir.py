@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from implicit_slots.data.layout import write_whole
 from implicit_slots.training.errors import UserError
 
 LOCK_FILE = ".lock"
@@ -55,14 +56,4 @@ def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in values.items()
     }
-    write_text(path, json.dumps(finite, indent=2) + "\n")
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    replacement = path.with_suffix(".tmp")
-    with replacement.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    replacement.replace(path)
+    write_whole(path, json.dumps(finite, indent=2) + "\n")

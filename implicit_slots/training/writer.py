@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from implicit_slots.training.workdir import write_text
+from implicit_slots.data.layout import write_whole
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -41,7 +41,7 @@ class MetricWriter:
             self.history = [
                 line for line in read_metrics(workdir) if line["step"] <= step
             ]
-            write_text(
+            write_whole(
                 self._path, "".join(json.dumps(line) + "\n" for line in self.history)
             )
         self._tensorboard = _tensorboard(workdir)
