@@ -81,6 +81,19 @@ def get_config(name: str, data: Config) -> Config:
     config.diagnostics.krylov = 40  # products with J for the spectral radius
     config.diagnostics.powers = 20  # products before those
 
+    # Of --mode=evaluate, and during training every so many steps (0: never) on the
+    # validation split. See implicit_slots/evaluation/README.md.
+    config.evaluation = ConfigDict()
+    config.evaluation.split = "test"
+    config.evaluation.inception = ""  # file of Inception-v3 weights, for the FID
+    config.evaluation.masks = ConfigDict({"every": 0, "num_images": 1_000})
+    config.evaluation.rendering = ConfigDict({"every": 0, "num_images": 1_000})
+    config.evaluation.deletion = ConfigDict({"every": 0, "num_images": 32})
+    config.evaluation.deletion.orders = 2  # random orders of deletion, per image
+    config.evaluation.fixed_points = ConfigDict({"every": 0, "num_images": 8})
+    config.evaluation.fixed_points.iterations = 100
+    config.evaluation.fixed_points.initialisations = 64  # of each image
+
     config.nonfinite = ConfigDict()  # losses or gradients that are not finite
     config.nonfinite.skip = True  # leaves such a step out
     config.nonfinite.stop_after = 20  # so many in a row stop the run
@@ -291,3 +304,5 @@ def set_smoke(config: Config) -> None:
         checkpoint_every=10,
         num_pictures=4,
     )
+    config.evaluation.deletion.update(num_images=4, orders=1)
+    config.evaluation.fixed_points.update(num_images=2, initialisations=4)

@@ -110,6 +110,30 @@ class MultiHeadAttention(nnx.Module):
         output = self.project_o(read.reshape(x.shape)).astype(x.dtype)
         return layers.dropout(output, self.dropout, key_output)
 
+    def read(
+        self,
+        x: Float[Array, "batch target dim"],
+        memory: Float[Array, "batch source dim"],
+        present: Bool[Array, "batch source"] | None = None,
+    ) -> tuple[Float[Array, "batch target dim"], Float[Array, "batch target source"]]:
+        """Reads `memory` from `x` without dropout, and says from where.
+
+        Args:
+          x: what reads.
+          memory: what is read.
+          present: which entries of the memory are there, at least one; all if not
+            given.
+
+        Returns:
+          What `__call__` returns, and the weights' mean over the heads.
+        """
+        q, k, v = self._project(x, memory)
+        mask = None if present is None else present[:, None, None]
+        weights = self._weigh(q, k, mask)
+        read = layers.product("bhts,bshd->bthd", weights.astype(v.dtype), v)
+        output = self.project_o(read.reshape(x.shape)).astype(x.dtype)
+        return output, weights.mean(axis=1)
+
     def remember(self, memory: Float[Array, "batch source dim"]) -> KeysValues:
         """Returns the keys and values of a memory, to `recall` from."""
         return KeysValues(
@@ -118,10 +142,14 @@ class MultiHeadAttention(nnx.Module):
         )
 
     def recall(
-        self, x: Float[Array, "batch dim"], known: KeysValues
+        self,
+        x: Float[Array, "batch dim"],
+        known: KeysValues,
+        present: Bool[Array, "batch length"] | None = None,
     ) -> Float[Array, "batch dim"]:
-        """Reads all of `known` from one token; no dropout."""
-        return self._recall(x, self._split_heads(self.project_q(x)), known)
+        """Reads what is present of `known`, or all, from one token; no dropout."""
+        seen = None if present is None else present[:, None]
+        return self._recall(x, self._split_heads(self.project_q(x)), known, seen)
 
     def extend(
         self,
@@ -146,13 +174,13 @@ class MultiHeadAttention(nnx.Module):
         known = KeysValues(
             put(known.keys, k[:, :, None]), put(known.values, v[:, :, None])
         )
-        seen = jnp.arange(known.keys.shape[2]) <= position
+        seen = (jnp.arange(known.keys.shape[2]) <= position)[None, None]
         return self._recall(x, q, known, seen), known
 
     def _recall(self, x, q, known, seen=None):
         logits = layers.product("bhd,bhsd->bhs", q * q.shape[-1] ** -0.5, known.keys)
         if seen is not None:
-            logits = jnp.where(seen[None, None], logits, -jnp.inf)
+            logits = jnp.where(seen, logits, -jnp.inf)
         weights = nnx.softmax(logits, axis=-1).astype(q.dtype)
         read = layers.product("bhs,bhsd->bhd", weights, known.values)
         return self.project_o(read.reshape(x.shape)).astype(x.dtype)
@@ -184,7 +212,11 @@ class MultiHeadAttention(nnx.Module):
             past = jnp.tri(end - start, end, start, dtype=bool)
             read.append(
                 self._attend(
-                    q[:, start:end], k[:, :end], v[:, :end], mask=past, key=group_key
+                    q[:, start:end],
+                    k[:, :end],
+                    v[:, :end],
+                    mask=past[None, None],
+                    key=group_key,
                 )
             )
         return jnp.concatenate(read, axis=1)
@@ -195,15 +227,18 @@ class MultiHeadAttention(nnx.Module):
         k: Heads,
         v: Heads,
         *,
-        mask: Bool[Array, "target source"] | None = None,
+        mask: Bool[Array, "#batch 1 #target source"] | None = None,
         key: jax.Array | None = None,
     ) -> Heads:
+        weights = self._weigh(q, k, mask)
+        weights = layers.dropout(weights, self.attention_dropout, key)
+        return layers.product("bhts,bshd->bthd", weights.astype(v.dtype), v)
+
+    def _weigh(self, q: Heads, k: Heads, mask: jax.Array | None) -> jax.Array:
         logits = layers.product("bthd,bshd->bhts", q * q.shape[-1] ** -0.5, k)
         if mask is not None:
             logits = jnp.where(mask, logits, -jnp.inf)
-        weights = nnx.softmax(logits, axis=-1)
-        weights = layers.dropout(weights, self.attention_dropout, key)
-        return layers.product("bhts,bshd->bthd", weights.astype(v.dtype), v)
+        return nnx.softmax(logits, axis=-1)
 
     def _split_heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.num_heads, -1)

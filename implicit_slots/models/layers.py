@@ -239,3 +239,24 @@ class GRUCell(nnx.Module):
         update = nnx.sigmoid(x_update + h_update)
         new = jnp.tanh(x_new + reset * h_new)
         return (1 - update) * new + update * h
+
+
+def smooth_positions(
+    key: Key[Array, ""], side: int, width: int
+) -> Float[Array, "tokens {width}"]:
+    """Draws position vectors of a square grid that vary slowly over it.
+
+    Each feature is a random mixture, of unit variance, of the products of the four
+    lowest cosines of the row and of the column (the constant left out). With the
+    published independent vectors, slot attention first has to learn which positions
+    are neighbours; with these it clusters neighbours from the first step.
+    """
+    centres = (jnp.arange(side, dtype=jnp.float32) + 0.5) / side
+    frequencies = jnp.arange(4, dtype=jnp.float32)
+    cosines = jnp.cos(jnp.pi * frequencies[:, None] * centres[None, :])
+    basis = jnp.einsum("ir,jc->rcij", cosines, cosines).reshape(side * side, -1)[:, 1:]
+    spread = basis.std(axis=0, keepdims=True)
+    # On the smallest grids the highest cosines are constant: they tell nothing apart.
+    basis = jnp.where(spread > 1e-3, basis / jnp.maximum(spread, 1e-3), 0)
+    mixture = jax.random.normal(key, (basis.shape[1], width))
+    return basis @ mixture / basis.shape[1] ** 0.5

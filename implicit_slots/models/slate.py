@@ -4,17 +4,21 @@ Singh, Deng, Ahn 2022 (arXiv 2110.11405), as in the official code. Its loss is a
 over pixels and tokens, not a mean: see `SlateOutput`.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from implicit_slots.fixed_point import Adjoint, BackwardStats, Solver, Stats
+from implicit_slots.fixed_point import Adjoint, BackwardStats, Solver
 from implicit_slots.models import layers, noise
 from implicit_slots.models.dvae import DVAE, STRIDE, gumbel_softmax
+from implicit_slots.models.outputs import (
+    Encoded,
+    Reconstruction,
+    SlateOutput,
+    TeacherForced,
+)
 from implicit_slots.models.slot_attention import Problem, SlotAttention, SlotsOutput
 from implicit_slots.models.transformer import TransformerDecoder
 
@@ -23,38 +27,6 @@ BOS = 0
 
 # See `SLATE.generate`.
 GENERATION_STAGES = 4
-
-
-class SlateOutput(NamedTuple):
-    """What a training or validation pass returns, per example.
-
-    Attributes:
-      losses: "mse", the dVAE's squared error summed over pixels and channels (images
-        in [0, 1]), and "cross_entropy", the decoder's, summed over the tokens, in
-        nats. The training loss is the sum of the two, averaged over the batch.
-      reconstruction: the dVAE's image from relaxed tokens.
-      attention: each slot's share of each token; sums to one over slots.
-      stats: of the slots' forward solve.
-    """
-
-    losses: dict[str, Float[Array, " batch"]]
-    reconstruction: Float[Array, "batch height width 3"]
-    attention: Float[Array, "batch slots rows columns"]
-    stats: Stats
-
-
-class Reconstruction(NamedTuple):
-    """An image taken apart and rendered again, without noise in the tokens.
-
-    Attributes:
-      dvae: the image from its own most probable tokens, in [0, 1].
-      slots: the image from tokens that the decoder generated from the slots alone.
-      attention: each slot's share of each token; sums to one over slots.
-    """
-
-    dvae: Float[Array, "batch height width 3"]
-    slots: Float[Array, "batch height width 3"]
-    attention: Float[Array, "batch slots rows columns"]
 
 
 class SLATE(nnx.Module):
@@ -82,7 +54,7 @@ class SLATE(nnx.Module):
       straight_through: see `SlotAttention`.
       initial_positions: how the learned position embedding begins. "normal" is the
         published truncated normal, independent at every position; "smooth" gives
-        neighbours similar vectors, see `smooth_positions`.
+        neighbours similar vectors, see `layers.smooth_positions`.
       position_scale: standard deviation of the initial position embedding (1 as
         published; of the normal before its truncation).
       solver: how to iterate slot attention.
@@ -150,7 +122,9 @@ class SLATE(nnx.Module):
             )
         )
         if initial_positions == "smooth":
-            grid = position_scale * smooth_positions(rngs.params(), self.side, width)
+            grid = position_scale * layers.smooth_positions(
+                rngs.params(), self.side, width
+            )
             self.positions[...] = self.positions[...].at[1:].set(grid)
         elif initial_positions != "normal":
             raise ValueError(
@@ -281,6 +255,7 @@ class SLATE(nnx.Module):
         self,
         slots: Float[Array, "batch slots slot_dim"],
         *,
+        present: Bool[Array, "batch slots"] | None = None,
         key: Key[Array, ""] | None = None,
         temperature: Float[Array, ""] | float | None = None,
         top_k: int | None = None,
@@ -293,6 +268,7 @@ class SLATE(nnx.Module):
 
         Args:
           slots: of each image.
+          present: which of them the decoder sees, at least one; all if not given.
           key: draws the tokens; without one each is the most probable.
           temperature: divides the logits before a token is drawn (1 if not given);
             above zero, which is checked of Python's numbers alone.
@@ -334,7 +310,7 @@ class SLATE(nnx.Module):
         stages = min(GENERATION_STAGES, length)
         ends = [length * (stage + 1) // stages for stage in range(stages)]
         first = jnp.full(len(slots), BOS, jnp.int32)
-        carry = first, self.decoder.start(self.slot_projection(slots))
+        carry = first, self.decoder.start(self.slot_projection(slots), present)
         generated = []
         for start, end in zip([0, *ends[:-1]], ends, strict=True):
             token, memory = carry
@@ -351,13 +327,68 @@ class SLATE(nnx.Module):
 
         The key draws the initial slots.
         """
+        encoded = self.encode(image, key=key)
+        return Reconstruction(
+            self.picture(encoded.tokens),
+            self.render(encoded.slots),
+            encoded.attention,
+        )
+
+    def encode(
+        self, image: Float[Array, "batch height width 3"], *, key: Key[Array, ""]
+    ) -> Encoded:
+        """Takes images in [0, 1] apart: tokens without noise, slots; no dropout.
+
+        The key draws the initial slots.
+        """
         ids = self.dvae.encode(image).argmax(axis=-1)
         embedded = self.embed(with_bos(ids.reshape(len(image), -1)))
         slots = self.attend(embedded[:, 1:], key)
-        return Reconstruction(
-            jnp.clip(self.dvae.decode_ids(ids), 0, 1),
-            jnp.clip(self.dvae.decode_ids(self.generate(slots.slots)), 0, 1),
-            self._on_grid(slots.attention),
+        return Encoded(ids, slots.slots, self._on_grid(slots.attention), slots.stats)
+
+    def picture(
+        self, tokens: Int[Array, "batch rows columns"]
+    ) -> Float[Array, "batch height width 3"]:
+        """Returns the dVAE's image of tokens, in [0, 1]."""
+        return jnp.clip(self.dvae.decode_ids(tokens), 0, 1)
+
+    def render(
+        self,
+        slots: Float[Array, "batch slots slot_dim"],
+        *,
+        present: Bool[Array, "batch slots"] | None = None,
+    ) -> Float[Array, "batch height width 3"]:
+        """Returns the image that the decoder makes of slots alone, in [0, 1].
+
+        Args:
+          slots: of each image.
+          present: which of them the decoder sees, at least one; all if not given.
+        """
+        return self.picture(self.generate(slots, present=present))
+
+    def teacher_forced(
+        self,
+        tokens: Int[Array, "batch rows columns"],
+        slots: Float[Array, "batch slots slot_dim"],
+        *,
+        present: Bool[Array, "batch slots"] | None = None,
+    ) -> TeacherForced:
+        """Predicts each token from those before it and the slots; no dropout.
+
+        Args:
+          tokens: of an image.
+          slots: of each image.
+          present: which of them the decoder sees, at least one; all if not given.
+        """
+        targets = tokens.reshape(len(tokens), -1)
+        features, shares = self.decoder.watch(
+            self.embed(with_bos(targets))[:, :-1], self.slot_projection(slots), present
+        )
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(
+            self.out(features), targets
+        )
+        return TeacherForced(
+            cross_entropy.reshape(tokens.shape), self._on_grid(shares.swapaxes(1, 2))
         )
 
     def _on_grid(self, attention: jax.Array) -> jax.Array:
@@ -385,24 +416,3 @@ def squared_error(
 ) -> Float[Array, " batch"]:
     """Returns the squared error per image, summed over pixels and channels."""
     return jnp.sum((image - other) ** 2, axis=(1, 2, 3))
-
-
-def smooth_positions(
-    key: Key[Array, ""], side: int, width: int
-) -> Float[Array, "tokens {width}"]:
-    """Draws position vectors of a square grid that vary slowly over it.
-
-    Each feature is a random mixture, of unit variance, of the products of the four
-    lowest cosines of the row and of the column (the constant left out). With the
-    published independent vectors, slot attention first has to learn which positions
-    are neighbours; with these it clusters neighbours from the first step.
-    """
-    centres = (jnp.arange(side, dtype=jnp.float32) + 0.5) / side
-    frequencies = jnp.arange(4, dtype=jnp.float32)
-    cosines = jnp.cos(jnp.pi * frequencies[:, None] * centres[None, :])
-    basis = jnp.einsum("ir,jc->rcij", cosines, cosines).reshape(side * side, -1)[:, 1:]
-    spread = basis.std(axis=0, keepdims=True)
-    # On the smallest grids the highest cosines are constant: they tell nothing apart.
-    basis = jnp.where(spread > 1e-3, basis / jnp.maximum(spread, 1e-3), 0)
-    mixture = jax.random.normal(key, (basis.shape[1], width))
-    return basis @ mixture / basis.shape[1] ** 0.5

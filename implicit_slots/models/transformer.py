@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from implicit_slots.models import layers
 from implicit_slots.models.attention import KeysValues, MultiHeadAttention
@@ -17,10 +17,12 @@ class BlockMemory(NamedTuple):
     Attributes:
       tokens: keys and values of the tokens so far, with room for the others.
       slots: keys and values of the slots.
+      present: which slots are there; None for all.
     """
 
     tokens: KeysValues
     slots: KeysValues
+    present: Bool[Array, "batch slots"] | None
 
 
 class Block(nnx.Module):
@@ -79,12 +81,27 @@ class Block(nnx.Module):
     ) -> Float[Array, "batch tokens dim"]:
         """Maps tokens to tokens; token t sees the tokens 0 … t and every slot."""
         key_self, key_cross, key_mlp = layers.split_key(key, 3)
-        normed = self.norm_self(x)
-        x = normed if self.is_first else x
-        x = x + self.self_attention(normed, key=key_self)
+        x = self._attend_to_tokens(x, key_self)
         x = x + self.cross_attention(self.norm_cross(x), slots, key=key_cross)
         mlp = self.mlp(self.norm_mlp(x))
         return x + layers.dropout(mlp, self.dropout, key_mlp)
+
+    def watch(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        slots: Float[Array, "batch slots dim"],
+        present: Bool[Array, "batch slots"] | None,
+    ) -> tuple[Float[Array, "batch tokens dim"], Float[Array, "batch tokens slots"]]:
+        """As a call, without dropout; also how each token divides its attention."""
+        x = self._attend_to_tokens(x, None)
+        read, shares = self.cross_attention.read(self.norm_cross(x), slots, present)
+        x = x + read
+        return x + self.mlp(self.norm_mlp(x)), shares
+
+    def _attend_to_tokens(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        normed = self.norm_self(x)
+        x = normed if self.is_first else x
+        return x + self.self_attention(normed, key=key)
 
     def extend(
         self,
@@ -97,7 +114,9 @@ class Block(nnx.Module):
         x = normed if self.is_first else x
         read, tokens = self.self_attention.extend(normed, memory.tokens, position)
         x = x + read
-        x = x + self.cross_attention.recall(self.norm_cross(x), memory.slots)
+        x = x + self.cross_attention.recall(
+            self.norm_cross(x), memory.slots, memory.present
+        )
         return x + self.mlp(self.norm_mlp(x)), memory._replace(tokens=tokens)
 
 
@@ -165,13 +184,45 @@ class TransformerDecoder(nnx.Module):
             x = apply(params, x, slots, block_key)
         return self.norm(x)
 
-    def start(self, slots: Float[Array, "batch slots dim"]) -> list[BlockMemory]:
-        """Returns the memory of no tokens; `make_room` before the first one."""
+    def watch(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        slots: Float[Array, "batch slots dim"],
+        present: Bool[Array, "batch slots"] | None = None,
+    ) -> tuple[Float[Array, "batch tokens dim"], Float[Array, "batch tokens slots"]]:
+        """As a call, without dropout; also where the slots are read.
+
+        Args:
+          x: the embedded tokens.
+          slots: of each image.
+          present: which of them are there, at least one; all if not given.
+
+        Returns:
+          The features, and of each token the shares of its attention to the slots,
+          which sum to one: the mean over blocks and heads.
+        """
+        total = jnp.zeros((*x.shape[:2], slots.shape[1]), jnp.float32)
+        for block in self.blocks:
+            x, shares = block.watch(x, slots, present)
+            total = total + shares
+        return self.norm(x), total / len(self.blocks)
+
+    def start(
+        self,
+        slots: Float[Array, "batch slots dim"],
+        present: Bool[Array, "batch slots"] | None = None,
+    ) -> list[BlockMemory]:
+        """Returns the memory of no tokens; `make_room` before the first one.
+
+        Args:
+          slots: of each image.
+          present: which of them are there, at least one; all if not given.
+        """
         memory = []
         for block in self.blocks:
             of_slots = block.cross_attention.remember(slots)
             nothing = KeysValues(*(part[:, :, :0] for part in of_slots))
-            memory.append(BlockMemory(nothing, of_slots))
+            memory.append(BlockMemory(nothing, of_slots, present))
         return memory
 
     def make_room(self, memory: list[BlockMemory], length: int) -> list[BlockMemory]:
