@@ -4,6 +4,7 @@ import os
 import pathlib
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -12,6 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from implicit_slots.command_line import parse
+from implicit_slots.training import saved
 from implicit_slots.training.allocator import keep_freed_memory
 
 _BEGAN = time.perf_counter()
@@ -23,7 +25,10 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, with an optional :variant.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where everything is written; runs/<name> unless told otherwise."
+    "workdir",
+    None,
+    "Where everything is written; runs/<name> unless told otherwise. Of a run that is "
+    "there, which then needs no --config; to compare evaluations, several: A,B,C.",
 )
 _MODE = flags.DEFINE_enum(
     "mode",
@@ -52,6 +57,9 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 _PROCESS_INDEX = flags.DEFINE_integer(
     "process_index", None, "Which of them this is, from 0, where no cluster tells."
 )
+_DATA = flags.DEFINE_string(
+    "data", None, "To evaluate on other data: the configuration FILE they are from."
+)
 flags.mark_flag_as_required("config")
 
 
@@ -63,7 +71,8 @@ def main(_: list[str]) -> None:
     """
     # Before the loop, which saves first, and after it, nothing can be lost. (C++ that
     # calls Python may swallow an exception.)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(RESUME_ME))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(RESUME_ME))
     # Orbax and clu report every file they touch at INFO.
     logging.set_verbosity(logging.WARNING)
     keep_freed_memory()
@@ -75,6 +84,11 @@ def main(_: list[str]) -> None:
     from implicit_slots.training.run import run
 
     config = _CONFIG.value
+    workdirs = (_WORKDIR.value or "").split(",")
+    if len(workdirs) > 1:
+        sys.exit(_compare(workdirs))
+    if _DATA.value and _MODE.value != "evaluate":
+        sys.exit("error: --data is for --mode=evaluate; --config says what to train on")
     workdir = pathlib.Path(_WORKDIR.value or os.path.join("runs", config.name))
     try:
         if where := processes.initialize(
@@ -115,5 +129,43 @@ def _command() -> str:
     return shlex.join(["python", "-m", "implicit_slots.main", *sys.argv[1:]])
 
 
+def _compare(workdirs: list[str]) -> str | int:
+    """Evaluates each run in a process of its own, then writes a page on all of them."""
+    if _MODE.value != "evaluate":
+        return "error: several workdirs are for --mode=evaluate"
+    for workdir in workdirs:
+        rest = [flag for flag in sys.argv[1:] if not _is("workdir", flag)]
+        command = [sys.executable, "-m", "implicit_slots.main", *rest]
+        # A run that cannot be evaluated is listed in the page.
+        subprocess.run([*command, f"--workdir={workdir}"], check=False)
+    from implicit_slots.training.comparison import write_comparison
+
+    paths = [pathlib.Path(workdir) for workdir in workdirs]
+    common = pathlib.Path(os.path.commonpath([path.resolve() for path in paths]))
+    print(f"report: {write_comparison(paths, common / 'report.html')}")
+    return 0
+
+
+def _is(name: str, flag: str) -> bool:
+    return flag.lstrip("-").split("=")[0] == name and flag.startswith("-")
+
+
+def _value(name: str, argv: list[str]) -> str | None:
+    """A flag's value before the flags are parsed, as --name=value or --name value."""
+    for place, flag in enumerate(argv):
+        if _is(name, flag):
+            return flag.partition("=")[2] if "=" in flag else argv[place + 1]
+    return None
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """As `parse`; a run that is there brings its configuration."""
+    workdir = _value("workdir", argv)
+    if workdir and not any(_is("config", flag) for flag in argv):
+        own = saved.flag(workdir.split(",")[0], _value("data", argv))
+        argv = [argv[0], own, *argv[1:]]
+    return parse(argv)
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=_parse)

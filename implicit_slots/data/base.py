@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt8
 
 Example = dict[str, Any]
 Batch = dict[str, Any]
@@ -57,6 +57,26 @@ class Source(abc.ABC):
           `segmentation` and `shadow` int32 [batch, H, W] and `objects`, a dictionary
           of arrays [batch, max_objects, …] with `present` bool [batch, max_objects].
         """
+
+    def without(
+        self,
+        indices: Int[np.ndarray, " batch"],
+        removed: Bool[np.ndarray, "batch objects"],
+    ) -> UInt8[np.ndarray, "batch height width 3"] | None:
+        """Images of the same scenes without some of their objects.
+
+        Their shadows and reflections go too, and what they hid is seen.
+
+        Args:
+          indices: as for `batch`.
+          removed: which objects, by their place in the arrays of `objects`; true for
+            one that is not there changes nothing.
+
+        Returns:
+          None where the source cannot draw its scenes again.
+        """
+        del indices, removed
+        return None
 
     def __getitem__(self, index: int) -> Example:
         """One example: a batch's entry without its leading axis."""

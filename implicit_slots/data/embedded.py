@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int, UInt8
 
 from implicit_slots.data import rendering, scenes
 from implicit_slots.data.base import Batch, DataError, Source
@@ -124,6 +124,8 @@ class Scenes(Source):
             "count": self._size,
         }
         self._keys = keys
+        self._block = block
+        self._arguments = arguments
         # Hosts that share a file system must not share memory-mapped files.
         if cache and jax.process_count() > 1:
             cache = os.path.join(cache, f"process-{jax.process_index()}")
@@ -143,6 +145,30 @@ class Scenes(Source):
     def batch(self, indices: Int[np.ndarray, " batch"]) -> Batch:
         """Gathers scenes, after rendering the blocks that are missing."""
         return self._blocks.read(indices, self._keys)
+
+    def without(
+        self,
+        indices: Int[np.ndarray, " batch"],
+        removed: Bool[np.ndarray, "batch objects"],
+    ) -> UInt8[np.ndarray, "batch height width 3"]:
+        """Renders the scenes again, without some of their objects; keeps nothing.
+
+        Args:
+          indices: of the scenes.
+          removed: which of each one's `max_objects` objects to leave out.
+        """
+        # By whole blocks, as `batch` renders: the same program gives the same bytes.
+        blocks = []
+        for start in range(0, len(indices), self._block):
+            chunk = slice(start, start + self._block)
+            pad = self._block - len(indices[chunk])
+            batch = rendering.render_batch(
+                indices=np.pad(indices[chunk], (0, pad), "edge").astype(np.int32),
+                keep=~np.pad(removed[chunk], ((0, pad), (0, 0)), "edge"),
+                **self._arguments,
+            )
+            blocks.append(np.asarray(batch["image"])[: self._block - pad])
+        return np.concatenate(blocks)
 
     def render_all(self, progress: Callable[..., Any]) -> None:
         """Renders every block that is missing.

@@ -1,4 +1,4 @@
-"""How well slots divide an image into its objects: adjusted Rand indices."""
+"""How well slots divide an image into its objects."""
 
 from typing import Any
 
@@ -7,6 +7,12 @@ import jax
 import jax.numpy as jnp
 from clu import metrics
 from jaxtyping import Array, Bool, Float, Int, Int32
+
+from implicit_slots.evaluation import overlap
+from implicit_slots.evaluation.boundaries import boundary_f1
+
+# Share of an image's pixels from which on a slot counts as used.
+USED = 0.005
 
 
 def attention_to_masks(
@@ -25,11 +31,81 @@ def attention_to_masks(
     Returns:
       The winning slot's index at each pixel; on a tie, the lowest index.
     """
-    batch, slots = attention.shape[:2]
-    upsampled = jax.image.resize(
-        attention.astype(jnp.float32), (batch, slots, height, width), "bilinear"
+    return jnp.argmax(upsample(attention, height, width), axis=1).astype(jnp.int32)
+
+
+def upsample(
+    attention: Float[Array, "batch slots rows columns"], height: int, width: int
+) -> Float[Array, "batch slots {height} {width}"]:
+    """Brings attention to the size of the image, bilinearly; sums over slots stay."""
+    shape = (*attention.shape[:2], height, width)
+    return jax.image.resize(attention.astype(jnp.float32), shape, "bilinear")
+
+
+def score_masks(
+    attention: Float[Array, "batch slots rows columns"],
+    segmentation: Int[Array, "batch height width"],
+    *,
+    max_true: int,
+    classes: Int[Array, "batch {max_true}"] | None = None,
+) -> dict[str, Float[Array, " batch"]]:
+    """Compares the masks of slots with the true ones, in every usual way.
+
+    An object is a true id other than 0 with a pixel to be seen. Slots in another order
+    have the same numbers.
+
+    Args:
+      attention: Per slot, its weight at each position of the feature grid.
+      segmentation: True segmentation; 0 is the background.
+      max_true: The largest true id, which is the largest number of objects.
+      classes: Of each object, in the order of the ids from 1.
+
+    Returns:
+      Per image, all but the last from 0 (ARI: below) to 1, NaN without objects:
+
+      - `ari`, `fg_ari`: see `adjusted_rand_index`; ARI has the background too.
+      - `miou`, `mbo` and, with classes, `mbo_class`: see overlap.py.
+      - `soft_iou`: mIoU of the upsampled weights, before each pixel goes to one slot.
+      - `boundary_f1`: see boundaries.py.
+      - `slots_used`: how many slots win at least 0.5 % of the pixels.
+    """
+    height, width = segmentation.shape[1:]
+    weights = upsample(attention, height, width)
+    predicted = jnp.argmax(weights, axis=1).astype(jnp.int32)
+    num_slots = attention.shape[1]
+    objects = overlap.one_hot_objects(segmentation, max_true)
+    flat = predicted.reshape(len(predicted), 1, -1)
+    won = (flat == jnp.arange(num_slots)[None, :, None]).astype(jnp.float32)
+    present = objects.any(axis=2)
+    hard = overlap.intersection_over_union(objects, won)
+    soft = overlap.intersection_over_union(
+        objects, weights.reshape(*weights.shape[:2], -1)
     )
-    return jnp.argmax(upsampled, axis=1).astype(jnp.int32)
+
+    def rand_index(foreground_only):
+        return adjusted_rand_index(
+            segmentation,
+            predicted,
+            max_true=max_true,
+            num_predicted=num_slots,
+            foreground_only=foreground_only,
+        )
+
+    values = {
+        "ari": rand_index(False),
+        "fg_ari": rand_index(True),
+        "miou": overlap.mean_iou(hard, present),
+        "mbo": overlap.mean_best_overlap(hard, present),
+        "soft_iou": overlap.mean_iou(soft, present),
+        "boundary_f1": boundary_f1(segmentation, predicted),
+        "slots_used": jnp.sum(won.mean(axis=2) >= USED, axis=1, dtype=jnp.float32),
+    }
+    if classes is not None:
+        merged = overlap.merge_classes(objects, classes)
+        values["mbo_class"] = overlap.mean_best_overlap(
+            overlap.intersection_over_union(merged, won), merged.any(axis=2)
+        )
+    return values
 
 
 def adjusted_rand_index(

@@ -272,8 +272,8 @@ def check_same_run(
     Args:
       config: of this run.
       workdir: where the other may be.
-      training: whether the run is to go on, and not only to be evaluated: then its
-        data must be where they were, or nothing would tell them from others.
+      training: whether the run is to go on, and not only to be evaluated, which other
+        data serve for as well.
 
     Raises:
       UserError: naming the first key that differs.
@@ -293,8 +293,12 @@ def check_same_run(
             f"{path} is not a run's configuration; choose another --workdir"
         ) from error
     now = _flat(json.loads(config.to_json()))
-    may_change = MAY_CHANGE if training else MAY_CHANGE | {"data.path"}
+    may_change = MAY_CHANGE
     for key in sorted((before.keys() | now.keys()) - may_change):
+        if key.startswith("evaluation."):
+            continue
+        if not training and key.startswith("data.") and key != "data.resolution":
+            continue
         if key == "data.path" and _is_one_place(before.get(key), now.get(key)):
             continue
         if before.get(key) != now.get(key):

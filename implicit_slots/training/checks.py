@@ -8,6 +8,7 @@ from implicit_slots.models.dvae import STRIDE
 from implicit_slots.models.noise import MOST_WORDS
 from implicit_slots.training import feed
 from implicit_slots.training.errors import UserError
+from implicit_slots.training.evaluate import GROUPS
 from implicit_slots.training.sharding import SHARDINGS
 
 MODES = ("train", "evaluate", "replay")
@@ -33,8 +34,18 @@ POSITIVE = (
     "nonfinite.stop_after",
     "alarms.patience",
     "profile.steps",
+    *(f"evaluation.{group}.num_images" for group in ("deletion", "fixed_points")),
+    "evaluation.deletion.orders",
+    "evaluation.fixed_points.iterations",
+    "evaluation.fixed_points.initialisations",
 )
-NOT_NEGATIVE = ("diagnostics.every", "diagnostics.powers", "profile.start")
+NOT_NEGATIVE = (
+    "diagnostics.every",
+    "diagnostics.powers",
+    "profile.start",
+    *(f"evaluation.{group}.every" for group in GROUPS),
+    *(f"evaluation.{group}.num_images" for group in ("masks", "rendering")),
+)
 
 
 def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
@@ -50,6 +61,14 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
         **dict(config.items()),
         **{f"data.{key}": value for key, value in usage.items()},
     }
+    for group in GROUPS:
+        of_group = config.evaluation[group].items()
+        flat |= {f"evaluation.{group}.{key}": value for key, value in of_group}
+    if config.evaluation.split not in sources.SPLITS:
+        raise UserError(
+            f"config.evaluation.split must be one of {', '.join(sources.SPLITS)}, got "
+            f"{config.evaluation.split!r}"
+        )
     for section in ("model", "diagnostics", "nonfinite", "alarms", "profile"):
         flat |= {f"{section}.{key}": value for key, value in config[section].items()}
     for key in POSITIVE:
@@ -100,6 +119,11 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
         )
     if mode == "replay" and jax.process_count() > 1:
         raise UserError("--mode=replay takes one process; leave out the others")
+    if mode == "evaluate" and jax.process_count() > 1:
+        raise UserError(
+            "--mode=evaluate takes one process, with all devices of its host; leave "
+            "out the others"
+        )
     if checkpoint != "latest" and mode != "evaluate":
         raise UserError("--checkpoint is for --mode=evaluate; runs resume the latest")
 

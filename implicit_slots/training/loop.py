@@ -20,9 +20,17 @@ from implicit_slots.config import Config
 from implicit_slots.data import pipeline
 from implicit_slots.data.base import DataError
 from implicit_slots.data.sources import Source, usage_of
-from implicit_slots.training import checkpoint, feed, nonfinite, processes, replay
+from implicit_slots.training import (
+    checkpoint,
+    evaluate,
+    feed,
+    nonfinite,
+    processes,
+    replay,
+)
 from implicit_slots.training.alarms import Alarms
 from implicit_slots.training.checkpoint import Checkpoints
+from implicit_slots.training.evaluation_steps import EvaluationSteps
 from implicit_slots.training.preemption import Notice, Preempted
 from implicit_slots.training.program import compile_step
 from implicit_slots.training.progress import Progress
@@ -45,7 +53,8 @@ class Run:
       workdir: where everything is written.
       mesh: the devices.
       steps: the compiled functions.
-      train: training data; None to evaluate.
+      evaluation: those of an evaluation.
+      train: training data.
       validation: held-out data.
       checkpoints: the latest ones of this workdir.
       best: the one of the lowest validation loss.
@@ -57,6 +66,7 @@ class Run:
     workdir: pathlib.Path
     mesh: jax.sharding.Mesh
     steps: Steps
+    evaluation: EvaluationSteps
     train: Source | None
     validation: Source
     checkpoints: Checkpoints
@@ -200,6 +210,11 @@ class _Loop:
             with self._progress.paused():
                 values = diagnose(run, self._state.evaluated)
                 self._write(step, "validation", values)
+        for group in evaluate.GROUPS:
+            if due(config.evaluation[group].every):
+                with self._progress.paused():
+                    values = evaluate_group(run, self._state.evaluated, group)
+                    self._write(step, "validation", values)
         if due(config.draw_every):
             with self._progress.paused():
                 draw(run, self._state.evaluated, step)
@@ -302,6 +317,22 @@ def diagnose(run: Run, params: PyTree) -> dict[str, float]:
     image = run.validation.batch(np.arange(count))["image"]
     values = jax.device_get(run.steps.diagnose(params, image))
     return {name: float(value) for name, value in values.items()}
+
+
+def evaluate_group(run: Run, params: PyTree, group: str) -> dict[str, float]:
+    """Returns one group of an evaluation's numbers, on held-out images."""
+    subject = evaluate.Subject(
+        config=run.config,
+        steps=run.evaluation,
+        params=params,
+        mesh=run.mesh,
+        source=run.validation,
+        batch_size=_evaluated_at_once(run.config),
+        quiet=True,
+    )
+    findings = evaluate.Findings()
+    evaluate.GROUPS[group](subject, findings)
+    return {name: float(m["mean"]) for name, m in findings.metrics().items()}
 
 
 def draw(run: Run, params: PyTree, step: int) -> None:

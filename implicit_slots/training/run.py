@@ -1,6 +1,8 @@
 """One run, top to bottom: config, data, model, state, loop, report."""
 
 import contextlib
+import datetime
+import hashlib
 import json
 import os
 import pathlib
@@ -24,6 +26,8 @@ from implicit_slots.data.layout import write_whole
 from implicit_slots.models.build import build_model
 from implicit_slots.models.slate import SLATE
 from implicit_slots.training import (
+    evaluate,
+    evaluation_pictures,
     loop,
     preemption,
     processes,
@@ -41,9 +45,13 @@ from implicit_slots.training.checkpoint import (
 )
 from implicit_slots.training.checks import check, crowding
 from implicit_slots.training.errors import UserError
+from implicit_slots.training.evaluation_steps import (
+    EvaluationSteps,
+    build_evaluation_steps,
+)
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.report import write_report
-from implicit_slots.training.sharding import build_mesh, state_sharding
+from implicit_slots.training.sharding import build_mesh, replicated, state_sharding
 from implicit_slots.training.state import (
     TrainState,
     count_parameters,
@@ -60,6 +68,9 @@ from implicit_slots.training.workdir import (
 from implicit_slots.training.writer import MetricWriter
 
 PARAMETERS_FILE = "parameters.txt"
+EVALUATION_FOLDER = "evaluation"
+# Keys of config.data that change no image.
+UNSEEN = ("cache", "placement", "workers", "flip")
 # What the training step reads of a batch.
 TRAINED_ON = ("image",)
 
@@ -155,17 +166,31 @@ def run(
         elif not training:
             raise nothing_to_evaluate(workdir)
         writes = processes.is_main()
-        if training and writes:
+        evaluation = build_evaluation_steps(graphdef, config, mesh)
+        if not training:
+            try:
+                return evaluate_all(
+                    config,
+                    workdir,
+                    state,
+                    checkpoint,
+                    evaluation,
+                    mesh,
+                    held_out,
+                    command,
+                )
+            except ValueError as error:
+                raise UserError(str(error)) from error
+        if writes:
             write_json(workdir / CONFIG_FILE, json.loads(config.to_json()))
-        writer = MetricWriter(
-            workdir, step=int(state.step) if training and writes else None
-        )
+        writer = MetricWriter(workdir, step=int(state.step) if writes else None)
         stack.callback(writer.close)
         this = loop.Run(
             config=config,
             workdir=workdir,
             mesh=mesh,
             steps=steps,
+            evaluation=evaluation,
             train=train,
             validation=held_out["validation"],
             checkpoints=last,
@@ -175,14 +200,11 @@ def run(
         )
         introduce(this, state.params, held_out)
         old = read_summary(workdir)
-        unfinished = training and int(state.step) < config.num_steps
+        unfinished = int(state.step) < config.num_steps
         if unfinished:
             with preemption.noticed() as notice:
                 state = loop.train(this, state, so_far, notice)
         summary = summarise(this, state, held_out)
-        if checkpoint == "best":
-            # Beside the last state's numbers.
-            summary = {f"best/{name}": value for name, value in summary.items()}
         if unfinished or not old:
             summary |= {
                 "command": command,
@@ -204,13 +226,78 @@ def open_data(
     """Opens the training data, to train, and the held-out splits that are scored."""
     if mode == "replay":
         return None, {}
-    held_out = {"validation": sources.build(config.data, "validation")}
     if mode == "evaluate":
-        return None, held_out | {"test": sources.build(config.data, "test")}
+        split = config.evaluation.split
+        return None, {split: sources.build(config.data, split)}
+    held_out = {"validation": sources.build(config.data, "validation")}
     train = sources.build(config.data, "train", TRAINED_ON)
     # Large enough?
     pipeline.TrainBatches(train, config.batch_size, config.seed)
     return train, held_out
+
+
+def evaluate_all(
+    config: Config,
+    workdir: pathlib.Path,
+    state: TrainState,
+    checkpoint: str,
+    steps: EvaluationSteps,
+    mesh: jax.sharding.Mesh,
+    held_out: dict[str, sources.Source],
+    command: str,
+) -> dict[str, Any]:
+    """Evaluates a state on a split, writes all of it down, and draws.
+
+    Returns:
+      What metrics.json holds.
+    """
+    ((split, source),) = held_out.items()
+    label = evaluation_label(config, workdir, checkpoint)
+    began = time.perf_counter()
+    subject = evaluate.Subject(
+        config=config,
+        steps=steps,
+        params=jax.device_put(state.evaluated, replicated(mesh)),
+        mesh=mesh,
+        source=source,
+        batch_size=config.batch_size // config.accumulate,
+    )
+    processes.say(f"evaluating {workdir} at step {int(state.step)} on {label}")
+    findings = evaluate.evaluate(subject)
+    folder = workdir / EVALUATION_FOLDER / label
+    pictures = evaluation_pictures.draw(subject, findings, folder)
+    about = {
+        "label": label,
+        "title": f"{split.capitalize()} split of {config.data.name}",
+        "step": int(state.step),
+        "checkpoint": checkpoint,
+        "split": split,
+        "images": len(source),
+        "seconds": round(time.perf_counter() - began, 1),
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+        "versions": versions(),
+        "data": config.data.to_dict(),
+        "settings": config.evaluation.to_dict(),
+    }
+    record = evaluate.record(findings, about | {"pictures": pictures})
+    evaluate.write(folder, findings, record)
+    print(evaluate.table(record))
+    print(f"report: {write_report(workdir)}")
+    return record
+
+
+def evaluation_label(config: Config, workdir: pathlib.Path, checkpoint: str) -> str:
+    """Names an evaluation: the split, and the data where they are not the run's own."""
+    label = config.evaluation.split
+    section = config.data.to_dict()
+    trained_on = json.loads((workdir / CONFIG_FILE).read_text())["data"]
+    if {k: v for k, v in section.items() if k not in UNSEEN} != {
+        k: v for k, v in trained_on.items() if k not in UNSEEN
+    }:
+        digest = hashlib.sha256(json.dumps(section, sort_keys=True).encode())
+        label = f"{config.data.name}-{label}-{digest.hexdigest()[:4]}"
+    return f"{label}-best" if checkpoint == "best" else label
 
 
 def load(workdir: pathlib.Path) -> tuple[Config, SLATE]:

@@ -61,6 +61,7 @@ class Purpose(IntEnum):
     VALIDATE = 1
     PICTURE = 2
     DIAGNOSE = 3
+    EVALUATE = 4
 
 
 def purpose_key(

@@ -1,0 +1,136 @@
+"""Which slot covers which object, and how well: intersections over unions."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+OneHot = Float[Array, "batch objects pixels"]
+
+
+def one_hot_objects(
+    true_ids: Int[Array, "batch height width"], max_true: int
+) -> Float[Array, "batch {max_true} pixels"]:
+    """Returns each object's mask as ones and zeros; object k has id k + 1."""
+    flat = true_ids.reshape(len(true_ids), 1, -1)
+    ids = jnp.arange(1, max_true + 1)[None, :, None]
+    return (flat == ids).astype(jnp.float32)
+
+
+def intersection_over_union(
+    objects: Float[Array, "batch objects pixels"],
+    weights: Float[Array, "batch slots pixels"],
+) -> Float[Array, "batch objects slots"]:
+    """How well each slot covers each object: Σ min / Σ max over pixels.
+
+    Of masks of ones and zeros that is the intersection over the union (Jaccard 1901),
+    of soft ones its usual extension (Ružička 1958).
+
+    Args:
+      objects: true masks, ones and zeros.
+      weights: of the slots, in [0, 1].
+
+    Returns:
+      From 0 (apart) to 1 (equal); 0 for an object or slot without pixels.
+    """
+    # Where one of two numbers is 0 or 1 their product is their minimum, and
+    # a + b - min(a, b) is the maximum.
+    both = jnp.einsum(
+        "bon,bsn->bos", objects, weights, precision=jax.lax.Precision.HIGHEST
+    )
+    either = objects.sum(axis=2)[:, :, None] + weights.sum(axis=2)[:, None] - both
+    return jnp.where(both > 0, both / jnp.where(either > 0, either, 1), 0)
+
+
+def match(
+    scores: Float[Array, "batch objects slots"],
+) -> Int[Array, "batch objects"]:
+    """Gives each object a slot of its own so that the total score is largest.
+
+    Objects may outnumber slots; an object that gets none, or one that it shares
+    nothing with, is without.
+
+    Args:
+      scores: of each pair, from 0; of an object that is not there 0 throughout.
+
+    Returns:
+      The slot of each object, −1 for none (Kuhn 1955; `optax.assignment`).
+    """
+
+    def assign(scores):
+        rows, columns = optax.assignment.hungarian_algorithm(-scores)
+        slots = jnp.full(scores.shape[0], -1, jnp.int32)
+        return slots.at[rows].set(columns.astype(jnp.int32))
+
+    slots = jax.vmap(assign)(scores)
+    return jnp.where(score_of(scores, slots) > 0, slots, -1)
+
+
+def score_of(
+    scores: Float[Array, "batch objects slots"], slots: Int[Array, "batch objects"]
+) -> Float[Array, "batch objects"]:
+    """Returns each object's score with its slot; 0 for those without one."""
+    taken = jnp.take_along_axis(scores, jnp.maximum(slots, 0)[..., None], axis=2)
+    return jnp.where(slots >= 0, taken[..., 0], 0)
+
+
+def mean_iou(
+    scores: Float[Array, "batch objects slots"], present: Bool[Array, "batch objects"]
+) -> Float[Array, " batch"]:
+    """Mean intersection over union of the objects and their slots (mIoU).
+
+    Args:
+      scores: from `intersection_over_union`.
+      present: which objects are to be seen; one without a slot counts 0.
+
+    Returns:
+      From 0 to 1; NaN without objects.
+    """
+    return mean_over(score_of(scores, match(scores)), present)
+
+
+def mean_best_overlap(
+    scores: Float[Array, "batch objects slots"], present: Bool[Array, "batch objects"]
+) -> Float[Array, " batch"]:
+    """Mean over objects of the best intersection over union with any slot (mBO).
+
+    One slot may be the best of several objects (Pont-Tuset et al. 2017).
+
+    Args:
+      scores: from `intersection_over_union`.
+      present: which objects are to be seen.
+
+    Returns:
+      From 0 to 1; NaN without objects.
+    """
+    return mean_over(scores.max(axis=2), present)
+
+
+def merge_classes(
+    objects: Float[Array, "batch objects pixels"],
+    classes: Int[Array, "batch objects"],
+) -> Float[Array, "batch objects pixels"]:
+    """Unites the masks of objects of one class, in the place of the first of them.
+
+    Args:
+      objects: true masks; one without pixels belongs to no class.
+      classes: of each object.
+
+    Returns:
+      The masks of classes; the places of further objects are empty.
+    """
+    present = objects.any(axis=2)
+    same = (classes[:, :, None] == classes[:, None]) & present[:, None]
+    # Place k takes its class's objects if no object before it has that class.
+    earlier = jnp.tril(jnp.ones((objects.shape[1],) * 2, bool), -1)
+    first = present & ~jnp.any(same & earlier[None], axis=2)
+    united = jnp.einsum("bij,bjn->bin", same.astype(objects.dtype), objects)
+    return united * first[:, :, None]
+
+
+def mean_over(
+    values: Float[Array, "batch objects"], present: Bool[Array, "batch objects"]
+) -> Float[Array, " batch"]:
+    """Mean over the objects that are there; NaN without any."""
+    total = jnp.sum(jnp.where(present, values, 0), axis=1)
+    return total / present.sum(axis=1).astype(values.dtype)

@@ -1,0 +1,200 @@
+"""The pictures of an evaluation: the same images and seeds each time."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from implicit_slots import visualisation
+from implicit_slots.evaluation import fixed_points, overlap
+from implicit_slots.evaluation.segmentation import upsample
+from implicit_slots.training.evaluate import Findings, Subject
+from implicit_slots.training.step import as_float
+
+# Iterations that a traversal shows, where they were made.
+SHOWN = (1, 2, 3, 5, 8, 20, 50, 100)
+ROWS = 6
+
+Pictures = list[dict[str, str]]
+
+
+def draw(subject: Subject, findings: Findings, folder: pathlib.Path) -> Pictures:
+    """Draws everything into a folder; returns what the report says of each picture."""
+    pictures = draw_reconstructions(subject, findings, folder)
+    if (shown := findings.shown["deletion"]) is not None:
+        renders, batch, _ = shown
+        pictures += draw_deletions(renders, batch["image"], folder)
+    pictures += draw_compositions(subject, folder)
+    trajectory = findings.shown["fixed_points"]
+    image = subject.source.batch(np.arange(len(trajectory.residual)))["image"]
+    return pictures + draw_iterations(trajectory, image, folder)
+
+
+def draw_reconstructions(
+    subject: Subject, findings: Findings, folder: pathlib.Path
+) -> Pictures:
+    """The first images, and those of the best and worst masks (or renders)."""
+    pictures = []
+    rows = np.arange(min(ROWS, len(subject.source)))
+    for name, title, caption in (
+        ("attention", "Attention masks", "Masks and columns: slot attention's."),
+        ("decoder", "Decoder masks", "Masks and columns: what the decoder reads."),
+    ):
+        picture = _grid(subject, rows, name)
+        pictures.append(_save(folder, f"{name}_masks", picture, title, caption))
+    for metric, better in (("attention/fg_ari", 1), ("slots/mse", -1)):
+        values = findings.images.get(metric)
+        if values is None or np.isnan(values).all():
+            continue
+        order = np.argsort(better * np.where(np.isnan(values), np.nan, values))
+        order = order[: np.sum(~np.isnan(values))]
+        for name, chosen in (
+            ("best", order[::-1][: ROWS // 2]),
+            ("worst", order[: ROWS // 2]),
+        ):
+            told = ", ".join(f"{values[i]:.3g} (image {i})" for i in chosen)
+            pictures.append(
+                _save(
+                    folder,
+                    name,
+                    _grid(subject, chosen, "attention"),
+                    f"{name.capitalize()} examples",
+                    f"By {metric}: {told}.",
+                )
+            )
+        break
+    return pictures
+
+
+def draw_deletions(
+    renders: np.ndarray, image: np.ndarray, folder: pathlib.Path
+) -> Pictures:
+    """A strip per image: with all slots, then one fewer each time."""
+    states = len(renders)
+    count = min(ROWS, renders.shape[1])
+    tiles, captions = [], []
+    for row in range(count):
+        tiles += [np.asarray(as_float(jnp.asarray(image[row]))), *renders[:, row]]
+        captions += ["image", *(f"{states - i} slots" for i in range(states - 1))]
+        captions.append("1 slot")
+    picture = visualisation.contact_sheet(
+        np.stack(tiles).astype(np.float32), columns=states + 1, captions=captions
+    )
+    return [
+        _save(
+            folder,
+            "deletion",
+            picture,
+            "Slots deleted one at a time",
+            "Rendered from the slots that are left, in one random order.",
+        )
+    ]
+
+
+def draw_iterations(
+    trajectory: fixed_points.Trajectory, image: np.ndarray, folder: pathlib.Path
+) -> Pictures:
+    """The masks of an image at some iterations."""
+    steps, _, slots, inputs = trajectory.attention.shape
+    side = round(inputs**0.5)
+    shown = [step for step in SHOWN if step <= steps]
+    count = min(ROWS // 2, len(image))
+    tiles, winners, captions = [], [], []
+    for row in range(count):
+        maps = trajectory.attention[np.array(shown) - 1, row]
+        maps = jnp.asarray(maps).reshape(len(shown), slots, side, side)
+        won = np.asarray(upsample(maps, *image.shape[1:3]).argmax(axis=1)) + 1
+        tiles += [image[row]] * len(shown)
+        winners += list(won)
+        captions += [f"iteration {step}" for step in shown]
+    picture = visualisation.contact_sheet(
+        np.stack(tiles), np.stack(winners), columns=len(shown), captions=captions
+    )
+    return [
+        _save(
+            folder,
+            "iterations",
+            picture,
+            "Masks by iteration",
+            "The winning slot at each pixel; a slot keeps its colour in a row.",
+        )
+    ]
+
+
+def draw_compositions(subject: Subject, folder: pathlib.Path) -> Pictures:
+    """All slots of one image and one object's slot of the next, rendered together."""
+    count = min(ROWS // 2 * 2, len(subject.source) // 2 * 2)
+    if count < 2:
+        return []
+    batch = subject.source.batch(np.arange(count))
+    encoded = subject.steps.encode(subject.params, batch["image"], 0)
+    present = jnp.ones(encoded.slots.shape[:2], bool)
+    forced = subject.steps.read(subject.params, encoded.tokens, encoded.slots, present)
+    weights = upsample(forced.attention, *batch["image"].shape[1:3])
+    weights = weights.reshape(*weights.shape[:2], -1)
+    if "segmentation" in batch:
+        objects = overlap.one_hot_objects(
+            jnp.asarray(batch["segmentation"]), subject.config.data.max_objects
+        )
+        best = overlap.intersection_over_union(objects, weights).max(axis=1)
+        taken = best.argmax(axis=1)
+    else:
+        # The largest is likely the ground.
+        taken = jnp.argsort(weights.sum(axis=2), axis=1)[:, -min(2, present.shape[1])]
+    first, second = np.arange(0, count, 2), np.arange(1, count, 2)
+    added = encoded.slots[second, taken[second]][:, None]
+    slots = jnp.concatenate([encoded.slots[first], added], axis=1)
+    rendered = subject.steps.render(
+        subject.params, slots, jnp.ones(slots.shape[:2], bool)
+    )
+    alone = subject.steps.render(subject.params, encoded.slots[first], present[first])
+    image = np.asarray(as_float(jnp.asarray(batch["image"])))
+    mask = (weights.argmax(axis=1) == taken[:, None]).reshape(image.shape[:3])
+    other = np.where(np.asarray(mask)[..., None], image, 0.25 * image + 0.75)
+    tiles, captions = [], []
+    for row in range(len(first)):
+        tiles += [image[first[row]], alone[row], other[second[row]], rendered[row]]
+        captions += ["image A", "A rendered", "slot of B", "A and that slot"]
+    picture = visualisation.contact_sheet(
+        np.stack([np.asarray(tile, np.float32) for tile in tiles]),
+        columns=4,
+        captions=captions,
+    )
+    return [
+        _save(
+            folder,
+            "composition",
+            picture,
+            "Composition",
+            "The slots of A and one of B (where B is not pale), rendered together.",
+        )
+    ]
+
+
+def _grid(subject: Subject, rows: np.ndarray, masks: str) -> visualisation.Picture:
+    batch = subject.source.batch(rows)
+    encoded = subject.steps.encode(subject.params, batch["image"], 0)
+    present = jnp.ones(encoded.slots.shape[:2], bool)
+    attention = encoded.attention
+    if masks == "decoder":
+        attention = subject.steps.read(
+            subject.params, encoded.tokens, encoded.slots, present
+        ).attention
+    _, dvae, _ = subject.steps.rendering(subject.params, batch["image"], 0)
+    rendered = subject.steps.render(subject.params, encoded.slots, present)
+    dvae, rendered, attention = jax.device_get((dvae, rendered, attention))
+    return visualisation.reconstruction_grid(
+        batch["image"], dvae, rendered, attention, batch.get("segmentation")
+    )
+
+
+def _save(
+    folder: pathlib.Path,
+    name: str,
+    picture: visualisation.Picture,
+    title: str,
+    caption: str,
+) -> dict[str, str]:
+    visualisation.save_png(picture, folder / f"{name}.png")
+    return {"file": f"{name}.png", "title": title, "caption": caption}

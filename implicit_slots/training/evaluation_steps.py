@@ -1,0 +1,177 @@
+"""What an evaluation computes of a batch: pure functions, compiled on first use."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from implicit_slots.config import Config
+from implicit_slots.evaluation import fixed_points
+from implicit_slots.evaluation.interdependence import coupling
+from implicit_slots.evaluation.locality import locality
+from implicit_slots.evaluation.reconstruction import compare
+from implicit_slots.evaluation.segmentation import score_masks
+from implicit_slots.fixed_point import Unrolled, diagnostics, fixed_point
+from implicit_slots.models.outputs import Encoded, TeacherForced
+from implicit_slots.models.slot_attention import SlotAttention
+from implicit_slots.training.sharding import replicated
+from implicit_slots.training.state import Purpose, purpose_key
+from implicit_slots.training.step import Batch, as_float
+
+# Attributes that name an object's class; the first one that the data has counts.
+CLASSES = ("category", "label", "shape")
+# Other initial slots are iterated on so many times as far.
+RESTART = 4
+
+
+class EvaluationSteps(NamedTuple):
+    """The compiled functions of an evaluation.
+
+    A batch's number gives its initial slots, so that all functions see the same slots.
+
+    Attributes:
+      encode: (params, image, number) -> `Encoded`.
+      masks: (params, batch, number) -> values per image, by name.
+      rendering: (params, image, number) -> (values per image, dVAE's images, images
+        from the slots).
+      render: (params, slots, present) -> images.
+      read: (params, tokens, slots, present) -> `TeacherForced`.
+      iterate: (params, image, number) -> (values per image, `Trajectory`, `Coupling`)
+        of the slots' fixed points.
+      restart: (params, one image, number) -> (slots, last residual, agreement of masks)
+        from many initial slots.
+    """
+
+    encode: Callable[..., Encoded]
+    masks: Callable[..., dict[str, jax.Array]]
+    rendering: Callable[..., Any]
+    render: Callable[..., jax.Array]
+    read: Callable[..., TeacherForced]
+    iterate: Callable[..., Any]
+    restart: Callable[..., Any]
+
+
+def build_evaluation_steps(
+    graphdef: nnx.GraphDef, config: Config, mesh: jax.sharding.Mesh | None = None
+) -> EvaluationSteps:
+    """Builds the functions; nothing is compiled before its use.
+
+    Args:
+      graphdef: the model's structure.
+      config: the whole configuration.
+      mesh: the devices; None leaves it to JAX where results lie.
+    """
+    whole = None if mesh is None else replicated(mesh)
+    settings = config.evaluation.fixed_points
+    iterations = settings.iterations
+
+    def model_of(params):
+        if whole is not None:
+            params = jax.lax.with_sharding_constraint(params, whole)
+        return nnx.merge(graphdef, params)
+
+    def key_of(number):
+        return purpose_key(config.seed, Purpose.EVALUATE, number)
+
+    def encode(params, image, number) -> Encoded:
+        return model_of(params).encode(as_float(image), key=key_of(number))
+
+    def masks(params, batch: Batch, number):
+        model = model_of(params)
+        encoded = model.encode(as_float(batch["image"]), key=key_of(number))
+        forced = model.teacher_forced(encoded.tokens, encoded.slots)
+        by_token = forced.cross_entropy
+        values = {
+            "cross_entropy": by_token.sum(axis=(1, 2)),
+            "cross_entropy_per_token": by_token.mean(axis=(1, 2)),
+        }
+        if "segmentation" not in batch:
+            return values
+        most = config.data.max_objects
+        by_name = {"attention": encoded.attention, "decoder": forced.attention}
+        for name, attention in by_name.items():
+            found = score_masks(
+                attention,
+                batch["segmentation"],
+                max_true=most,
+                classes=classes_of(batch),
+            ) | locality(
+                attention, batch["segmentation"], batch.get("shadow"), max_true=most
+            )
+            values |= {f"{name}/{key}": value for key, value in found.items()}
+        return values
+
+    def rendering(params, image, number):
+        image = as_float(image)
+        rendered = model_of(params).reconstruct(image, key=key_of(number))
+        values = {}
+        by_name = {"dvae": rendered.dvae, "slots": rendered.slots}
+        for name, other in by_name.items():
+            found = compare(image, other)
+            values |= {f"{name}/{key}": value for key, value in found.items()}
+        return values, rendered.dvae, rendered.slots
+
+    def render(params, slots, present):
+        return model_of(params).render(slots, present=present)
+
+    def read(params, tokens, slots, present) -> TeacherForced:
+        return model_of(params).teacher_forced(tokens, slots, present=present)
+
+    def iterate(params, image, number):
+        model = model_of(params)
+        problem = model.slot_problem(as_float(image), key_of(number))
+        applied = applications(model.slot_attention)
+        trajectory = fixed_points.iterate(
+            problem, steps=max(iterations, applied), trained=applied
+        )
+        slots = model.slot_attention
+        z = fixed_point(*problem, solver=slots.solver, adjoint=slots.adjoint).value
+        at = problem.f, problem.params, problem.x, z
+        key_radius, key_norm = jax.random.split(key_of(number))
+        krylov, powers = config.diagnostics.krylov, config.diagnostics.powers
+        values = {
+            "residual": trajectory.residual[:, applied - 1],
+            "residual_last": trajectory.residual[:, -1],
+            "mask_flips": trajectory.mask_flips[:, -1],
+            "spectral_radius": diagnostics.spectral_radius(
+                *at, key_radius, krylov=krylov, powers=powers
+            ),
+            "spectral_norm": diagnostics.spectral_norm(*at, key_norm),
+        }
+        return values, trajectory, coupling(*at)
+
+    def restart(params, image, number):
+        starts = jnp.repeat(image[None], settings.initialisations, axis=0)
+        problem = model_of(params).slot_problem(as_float(starts), key_of(number))
+        last = fixed_points.iterate(problem, steps=RESTART * iterations, trained=1)
+        agreement = fixed_points.mask_agreement(last.attention[-1])
+        return last.slots, last.residual[:, -1], agreement
+
+    def compiled(function):
+        return jax.jit(function, out_shardings=whole)
+
+    return EvaluationSteps(
+        encode=compiled(encode),
+        masks=compiled(masks),
+        rendering=compiled(rendering),
+        render=compiled(render),
+        read=compiled(read),
+        iterate=compiled(iterate),
+        restart=compiled(restart),
+    )
+
+
+def applications(slots: SlotAttention) -> int:
+    """How often the step is applied in a pass: implicit adjoints add one."""
+    return slots.solver.max_steps + (not isinstance(slots.adjoint, Unrolled))
+
+
+def classes_of(batch: Batch) -> jax.Array | None:
+    """The class of each object, where the data names one."""
+    objects = batch.get("objects", {})
+    for name in CLASSES:
+        if name in objects:
+            return objects[name]
+    return None

@@ -1,0 +1,63 @@
+"""The configuration of a run that is there, so that a command need not repeat it.
+
+`main` passes this file as --config where a --workdir is given without one.
+"""
+
+import importlib.util
+import json
+import pathlib
+import types
+
+from ml_collections import ConfigDict
+
+from implicit_slots.config import Config
+
+CONFIG_FILE = "config.json"
+# Between the workdir and the file whose data section takes the place of the run's.
+SEPARATOR = "\n"
+
+
+def flag(workdir: str, data: str | None) -> str:
+    """Returns the --config that stands for a run's own configuration."""
+    parts = [workdir] if data is None else [workdir, data]
+    return f"--config={__file__}:{SEPARATOR.join(parts)}"
+
+
+def get_config(what: str) -> Config:
+    """Returns the configuration that a workdir holds, for ml_collections' flag.
+
+    Args:
+      what: the workdir and, after `SEPARATOR`, FILE or FILE:variant of a configuration
+        whose section `data` replaces the run's, at the run's resolution.
+
+    Raises:
+      ValueError: if one of them cannot be read, in one sentence.
+    """
+    workdir, *data = what.split(SEPARATOR)
+    path = pathlib.Path(workdir) / CONFIG_FILE
+    try:
+        config: Config = ConfigDict(json.loads(path.read_text()))
+        resolution = config.data.resolution
+    except OSError:
+        raise ValueError(
+            f"{workdir} holds no run; train one there first, or give its --config"
+        ) from None
+    except (AttributeError, ValueError, TypeError):
+        raise ValueError(
+            f"{path} is not a run's configuration; give another --workdir"
+        ) from None
+    for source in data:
+        config.data = _load(source).data
+        config.data.resolution = resolution
+    return config
+
+
+def _load(source: str) -> Config:
+    """The configuration of FILE or FILE:variant."""
+    file, _, variant = source.partition(":")
+    spec = importlib.util.spec_from_file_location("data_configuration", file)
+    if spec is None or spec.loader is None or not pathlib.Path(file).is_file():
+        raise ValueError(f"there is no configuration file {file}")
+    module = types.ModuleType("data_configuration")
+    spec.loader.exec_module(module)
+    return module.get_config(variant or None)
