@@ -18,7 +18,7 @@ def frechet_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -
     |μa − μb|² + tr Σa + tr Σb − 2 tr (Σa Σb)^½ with the sample means and (unbiased)
     covariances, on the host in float64. Of Inception features (`inception.py`) it is
     the FID of Heusel et al. (2017), "GANs Trained by a Two Time-Scale Update Rule
-    Converge to a Local Nash Equilibrium", section 3.
+    Converge to a Local Nash Equilibrium".
 
     No matrix square root is taken, so singular covariances (fewer examples than
     features, say) are as good as others. Let A and B be the centred sets over the
@@ -37,17 +37,12 @@ def frechet_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -
       compare numbers of equally many examples only.
 
     Raises:
-      ValueError: if a set has fewer than two examples or the features differ.
+      ValueError: if a set has fewer than two examples.
     """
     if min(len(a), len(b)) < 2:
         raise ValueError(
             "a Fréchet distance needs at least 2 examples in each set, got "
             f"{len(a)} and {len(b)}"
-        )
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(
-            "a Fréchet distance needs the same features of both sets, got "
-            f"{a.shape[1]} and {b.shape[1]}"
         )
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return float("nan")
@@ -76,9 +71,9 @@ def random_features(
 
     The substitute where the weights of Inception-v3 are not at hand. Random
     embeddings tell sets of images apart and know nothing of ImageNet (Naeem et al.,
-    2020, "Reliable Fidelity and Diversity Metrics for Generative Models", section
-    3.3). Their Fréchet distance is named `frechet_random`, has a scale of its own and
-    is to be compared between images of one resolution only.
+    2020, "Reliable Fidelity and Diversity Metrics for Generative Models"). Their
+    Fréchet distance is named `frechet_random`, has a scale of its own and is to be
+    compared between images of one resolution only.
 
     Four 3 × 3 convolutions with stride 2 and ReLU; the features are the means over
     positions of the channels of all four. The weights are the same on every machine.
@@ -116,7 +111,8 @@ def _random_kernels() -> tuple[np.ndarray, ...]:
         inputs = 3
         for layer, outputs in enumerate(_WIDTHS):
             shape = (3, 3, inputs, outputs)
-            kernel = jax.random.normal(jax.random.fold_in(key, layer), shape)
+            of_layer = jax.random.fold_in(key, layer)
+            kernel = jax.random.normal(of_layer, shape, jnp.float32)
             kernels.append(np.asarray(kernel * (2 / (9 * inputs)) ** 0.5))
             inputs = outputs
     return tuple(kernels)

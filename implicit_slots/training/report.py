@@ -4,8 +4,6 @@ The page stands alone (pictures as data, curves as inline SVG, no script), follo
 reader's light or dark mode, and is a function of the directory's files.
 """
 
-import base64
-import html
 import json
 import math
 import pathlib
@@ -15,7 +13,18 @@ from typing import Any
 import numpy as np
 
 from implicit_slots.data.layout import write_whole
-from implicit_slots.training.report_curves import METRICS, Curve, format_number, panels
+from implicit_slots.training import report_evaluation
+from implicit_slots.training.report_curves import METRICS, Curve, panels
+from implicit_slots.training.report_style import (
+    details,
+    escape,
+    figure,
+    format_duration,
+    format_number,
+    page,
+    preformatted,
+    section,
+)
 
 EARLIER_PICTURES = 6
 
@@ -50,18 +59,17 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     numbers = _flatten(summary) if finished else _last_values(curves)
     heading = "Final numbers" if finished else "Last numbers logged (not finished)"
     sections = [
-        f"<header><h1>{_text(name)}</h1><p>{_text(_sentence(config))}</p></header>",
-        _section(heading, _numbers_table(numbers)),
-        _section("Pictures", _pictures(sorted(workdir.glob("images/step_*.png")))),
-        _section("Curves", _curves(curves, unreadable)),
-        _section("Run it again", command and f"<pre>{_text(command)}</pre>"),
-        _section("Versions", _pairs_table(_flatten(versions))),
-        "<section><details><summary>Full configuration</summary>"
-        f"<pre>{_text(json.dumps(config, indent=2))}</pre></details></section>",
+        f"<header><h1>{escape(name)}</h1><p>{escape(_sentence(config))}</p></header>",
+        section(heading, _numbers_table(numbers)),
+        *report_evaluation.sections(workdir),
+        section("Pictures", _pictures(sorted(workdir.glob("images/step_*.png")))),
+        section("Curves", _curves(curves, unreadable)),
+        section("Run it again", command and preformatted(command)),
+        section("Versions", _pairs_table(_flatten(versions))),
+        details("Full configuration", preformatted(json.dumps(config, indent=2))),
     ]
-    page = PAGE.format(title=_text(name), style=STYLE, body="\n".join(sections))
     path = workdir / "report.html"
-    write_whole(path, page)
+    write_whole(path, page(name, *sections))
     return path
 
 
@@ -168,26 +176,15 @@ def _sentence(config: Mapping[str, Any]) -> str:
 # --- HTML
 
 
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
-def _section(heading: str, body: str | None) -> str:
-    """A section, or nothing where there is nothing to show."""
-    return f"<section><h2>{_text(heading)}</h2>{body}</section>" if body else ""
-
-
 def _format(name: str, value: object) -> str:
     """A value as HTML."""
     number = _number(value)
     if number is None or isinstance(value, str):
-        return _text(value)
+        return escape(value)
     if not math.isfinite(number):
         return '<span class="bad">not finite</span>'
     if name == "wall_seconds":
-        minutes, seconds = divmod(round(number), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+        return format_duration(number)
     return format_number(number)
 
 
@@ -198,16 +195,16 @@ def _numbers_table(numbers: Mapping[str, Any]) -> str:
         split, _, name = key.rpartition("/")
         label, meaning = METRICS.get(name, (name, ""))
         rows.append(
-            f'<tr><th scope="row">{_text(label)} <span>{_text(split)}</span></th>'
+            f'<tr><th scope="row">{escape(label)} <span>{escape(split)}</span></th>'
             f'<td class="value">{_format(name, numbers[key])}</td>'
-            f'<td class="meaning">{_text(meaning)}</td></tr>'
+            f'<td class="meaning">{escape(meaning)}</td></tr>'
         )
     return f'<table class="numbers">{"".join(rows)}</table>' if rows else ""
 
 
 def _pairs_table(pairs: Mapping[str, Any]) -> str:
     rows = "".join(
-        f'<tr><th scope="row">{_text(key)}</th><td>{_text(value)}</td></tr>'
+        f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>'
         for key, value in pairs.items()
     )
     return f'<div class="scroll"><table>{rows}</table></div>' if rows else ""
@@ -234,120 +231,4 @@ def _pictures(paths: Sequence[pathlib.Path]) -> str:
 def _figure(path: pathlib.Path) -> str:
     step = path.stem.removeprefix("step_")
     caption = f"Step {int(step):,}" if step.isdigit() else path.stem
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return (
-        f'<figure><figcaption>{_text(caption)}</figcaption><div class="scroll">'
-        f'<img alt="Reconstructions and slots. {_text(caption)}" '
-        f'src="data:image/png;base64,{data}"></div></figure>'
-    )
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
-STYLE = """
-:root {
-  --page: #fcfcfb; --card: #ffffff; --ink: #1d2126; --quiet: #656b74;
-  --rule: #e4e6e9; --train: #2b6cb0; --validation: #c2571a; --bad: #b3261e;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #131518; --card: #1a1d21; --ink: #e5e7ea; --quiet: #9aa1ab;
-    --rule: #2d3238; --train: #6fb3f5; --validation: #f3a35f; --bad: #ff8a80;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
-}
-main { max-width: 1120px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 2.5rem 0 0.75rem; }
-h3 {
-  display: flex; gap: 0.75rem; font-size: 0.95rem; margin: 0; overflow-wrap: anywhere;
-}
-h3 span { font-weight: 400; font-variant-numeric: tabular-nums; }
-h3 :first-child { flex: 1; font-weight: 600; }
-header p { max-width: 68ch; margin: 0.75rem 0 0; }
-code, pre { font: 0.85em/1.5 ui-monospace, Menlo, Consolas, monospace; }
-pre {
-  margin: 0; padding: 0.75rem 1rem; overflow-x: auto; background: var(--card);
-  border: 1px solid var(--rule); border-radius: 6px;
-}
-summary { cursor: pointer; margin: 2.5rem 0 0.75rem; font-weight: 600; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td {
-  padding: 0.35rem 1.5rem 0.35rem 0; text-align: left; white-space: nowrap;
-  border-bottom: 1px solid var(--rule); font-weight: 400;
-}
-th { font-weight: 600; }
-.value { text-align: right; }
-.meaning, .panel p, figcaption { color: var(--quiet); }
-th span { margin-left: 0.35rem; font-weight: 400; color: var(--quiet); }
-.meaning { white-space: normal; }
-@media (max-width: 680px) {
-  .numbers, .numbers tbody { display: block; }
-  .numbers tr {
-    display: grid; grid-template-columns: 1fr auto; padding: 0.35rem 0;
-    border-bottom: 1px solid var(--rule);
-  }
-  .numbers th, .numbers td { padding: 0; border: 0; white-space: normal; }
-  .numbers .meaning { grid-column: 1 / -1; font-size: 0.85rem; }
-}
-figure { margin: 0; }
-figcaption { font-size: 0.85rem; margin-bottom: 0.25rem; }
-img {
-  display: block; max-width: max(100%, 640px); border-radius: 6px;
-  border: 1px solid var(--rule);
-}
-.earlier {
-  display: grid; gap: 1rem; margin-top: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr));
-}
-.earlier img { max-width: 100%; }
-.legend { margin: 0 0 0.75rem; font-size: 0.9rem; }
-.legend span { margin-right: 1.25rem; }
-.legend span::before {
-  content: ""; display: inline-block; width: 1.25rem; height: 0.2rem;
-  margin-right: 0.5rem; vertical-align: middle; background: currentColor;
-}
-.legend .train, h3 .train { color: var(--train); }
-.legend .validation, h3 .validation { color: var(--validation); }
-.panels {
-  display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr));
-}
-.panel {
-  background: var(--card); border: 1px solid var(--rule); border-radius: 6px;
-  padding: 0.75rem 0.75rem 0.25rem; min-width: 0;
-  display: flex; flex-direction: column;
-}
-.panel p { margin: 0 0 0.25rem; font-size: 0.8rem; }
-svg { display: block; width: 100%; height: auto; margin-top: auto; }
-svg text { font-size: 10.5px; fill: var(--quiet); }
-.grid { stroke: var(--rule); fill: none; }
-.line { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
-.line.train { stroke: var(--train); }
-.line.validation { stroke: var(--validation); }
-.band { opacity: 0.22; }
-circle.train, .band.train { fill: var(--train); }
-circle.validation, .band.validation { fill: var(--validation); }
-.notfinite { stroke: var(--bad); stroke-width: 1.4; fill: none; }
-.bad { color: var(--bad); }
-"""
+    return figure(path, caption)

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from jaxtyping import Float, Int
 
+from implicit_slots.training.report_style import format_number
+
 # Name → heading and meaning, in the order of the page. Other names follow by alphabet.
 METRICS: Mapping[str, tuple[str, str]] = {
     "fg_ari": ("Foreground ARI", "agreement with the true masks; 1 same, 0 chance"),
@@ -82,13 +84,6 @@ def panels(curves: Mapping[str, Mapping[str, Curve]]) -> str:
     )
     plots = "".join(_panel(name, by_split) for name, by_split in curves.items())
     return f'<p class="legend">{legend}</p><div class="panels">{plots}</div>'
-
-
-def format_number(number: float) -> str:
-    """A finite number with four digits, integers in full."""
-    if number == int(number) or abs(number) >= 10_000:
-        return f"{number:,.0f}"
-    return f"{number:.4g}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,185 @@
+"""One page on several runs: each number with its spread over seeds."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from implicit_slots.data.layout import write_whole
+from implicit_slots.training.report_evaluation import EVALUATION_FOLDER, read, tables
+from implicit_slots.training.report_style import (
+    details,
+    escape,
+    figure,
+    page,
+    preformatted,
+    section,
+)
+
+# What may differ between runs of one configuration.
+SEED_KEYS = ("seed", "name", "data.cache", "data.path")
+
+
+class _Run(NamedTuple):
+    """A run of which an evaluation was looked for.
+
+    Attributes:
+      workdir: of the run.
+      config: flat, without what may differ between seeds; None if unreadable.
+      seed: of the run.
+      record: its evaluation, or None.
+      problem: why there is none.
+    """
+
+    workdir: pathlib.Path
+    config: dict[str, Any] | None
+    seed: Any
+    record: dict[str, Any] | None
+    problem: str
+
+
+def write_comparison(
+    workdirs: Sequence[pathlib.Path], path: pathlib.Path
+) -> pathlib.Path:
+    """Writes a page that compares the latest evaluations of runs.
+
+    Runs that differ in nothing but their seed are one configuration, whose numbers are
+    the mean over its runs and their sample standard deviation. A run without a
+    readable evaluation is counted and listed, never left out silently.
+
+    Args:
+      workdirs: of the runs, each evaluated.
+      path: of the page.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: if none of them was evaluated.
+    """
+    label = _latest_label(workdirs)
+    if label is None:
+        raise ValueError("none of these runs has an evaluation")
+    runs = [_read(workdir, label) for workdir in workdirs]
+    groups: dict[str, list[_Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(run.config, sort_keys=True), []).append(run)
+    names = _names([members[0].config for members in groups.values()])
+    by_name = dict(zip(names, groups.values(), strict=True))
+    summary, singles = {}, {}
+    for name, members in by_name.items():
+        done = [run.record for run in members if run.record is not None]
+        title = f"{name} (n = {len(done)})" if done else name
+        summary[title] = _over_runs([record["metrics"] for record in done])
+        for run in members:
+            if run.record is not None:
+                singles[run.workdir.name] = {
+                    key: m | {"std": None} for key, m in run.record["metrics"].items()
+                }
+    body = [
+        f"<header><h1>{len(runs)} runs, evaluated on {escape(label)}</h1><p>"
+        "Means over the runs of a configuration ± their standard deviation (n − 1); "
+        "a single run has none.</p></header>",
+        section("Runs", _runs_table(by_name)),
+        section("Metrics", tables(summary)),
+        details("Each run", tables(singles)),
+    ]
+    for run in runs:
+        pictures = (run.record or {}).get("pictures", [])[:2]
+        folder = run.workdir / EVALUATION_FOLDER / label
+        shown = "".join(
+            figure(folder / p["file"], p["title"], p["caption"]) for p in pictures
+        )
+        if shown:
+            body.append(details(f"Pictures of {run.workdir.name}", shown))
+    commands = [run.record["command"] for run in runs if run.record is not None]
+    body.append(section("Evaluate again", preformatted("\n".join(commands))))
+    write_whole(path, page("Comparison of runs", *body))
+    return path
+
+
+def _latest_label(workdirs: Sequence[pathlib.Path]) -> str | None:
+    """The data that was evaluated last."""
+    found = [f for w in workdirs for f in w.glob(f"{EVALUATION_FOLDER}/*/metrics.json")]
+    if not found:
+        return None
+    return max(found, key=lambda file: file.stat().st_mtime).parent.name
+
+
+def _read(workdir: pathlib.Path, label: str) -> _Run:
+    config, seed, record, problem = None, None, None, ""
+    try:
+        config = _flat(json.loads((workdir / "config.json").read_text()))
+        seed = config["seed"]
+        config = {
+            key: value
+            for key, value in config.items()
+            if key not in SEED_KEYS and not key.startswith("evaluation.")
+        }
+    except (OSError, ValueError, KeyError, AttributeError):
+        problem = "it holds no run"
+    try:
+        record = read(workdir / EVALUATION_FOLDER / label)
+    except ValueError:
+        problem = problem or f"it has no evaluation on {label}"
+    return _Run(workdir, config, seed, record, problem)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _names(configs: Sequence[dict[str, Any] | None]) -> list[str]:
+    """Names configurations by the keys in which they differ."""
+    known = [config for config in configs if config is not None]
+    keys = sorted({key for config in known for key in config})
+    differing = [
+        key for key in keys if len({json.dumps(c.get(key)) for c in known}) > 1
+    ]
+    names = []
+    for place, config in enumerate(configs):
+        if config is None:
+            name = "unreadable"
+        elif not differing:
+            name = "mean"
+        else:
+            told = [f"{key}={config.get(key)}" for key in differing[:3]]
+            more = len(differing) - 3
+            name = ", ".join(told) + (f", {more} more" if more > 0 else "")
+        names.append(name if name not in names else f"{name} [{place + 1}]")
+    return names
+
+
+def _over_runs(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean and sample standard deviation over runs, and how many had the number."""
+    found = {}
+    for name in dict.fromkeys(name for record in records for name in record):
+        means = [record[name]["mean"] for record in records if name in record]
+        values = np.array([mean for mean in means if mean is not None], np.float64)
+        found[name] = {
+            "mean": float(values.mean()) if len(values) else None,
+            "std": float(values.std(ddof=1)) if len(values) > 1 else None,
+            "count": len(values),
+        }
+    return found
+
+
+def _runs_table(by_name: Mapping[str, Sequence[_Run]]) -> str:
+    rows = []
+    for name, members in by_name.items():
+        for run in members:
+            told = escape(run.problem) if run.problem else f"step {run.record['step']}"  # pyright: ignore
+            kind = ' class="bad"' if run.problem else ""
+            rows.append(
+                f'<tr><th scope="row">{escape(run.workdir)}</th><td>{escape(name)}</td>'
+                f"<td>seed {escape(run.seed)}</td><td{kind}>{told}</td></tr>"
+            )
+    return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
