@@ -258,6 +258,15 @@ METRICS: Mapping[str, Metric] = {
             "the same over the whole change",
             "Chang et al. (2022), Fig. 9",
         ),
+        scene_spill=(
+            "Spill of the true scenes",
+            "per image",
+            "≥ 0",
+            "",
+            "the same when the scene is rendered again without the object: what "
+            "reflections and edges alone make of it, the least that can be reached",
+            "",
+        ),
         spill_cross_entropy=(
             "Spill in cross-entropy",
             "nats per image",

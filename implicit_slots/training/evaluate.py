@@ -45,6 +45,8 @@ from implicit_slots.training.state import Purpose, purpose_key
 from implicit_slots.training.step import as_float
 
 READ = ("image", "segmentation", "shadow", "objects", "mask")
+# Of the cross-validation of predictability.
+FOLDS = 5
 METRICS_FILE = "metrics.json"
 IMAGES_FILE = "images.csv"
 
@@ -178,13 +180,11 @@ def rendering(subject: Subject, findings: Findings) -> None:
             findings.numbers[f"{name}/{feature}"] = distance, len(sets["image"])
 
 
-def deletions(
-    subject: Subject, findings: Findings
-) -> tuple[np.ndarray, Batch, np.ndarray] | None:
+def deletions(subject: Subject, findings: Findings) -> tuple[np.ndarray, Batch] | None:
     """Spill, counterfactual error and predictability.
 
     Returns:
-      The renders of the first order, the images, and which slot went when.
+      The renders of the first order, and the images.
     """
     settings = subject.config.evaluation.deletion
     count = _count(subject, settings.num_images)
@@ -227,22 +227,38 @@ def deletions(
     _tell_deletions(findings, found, "")
     if np.isnan(found.counterfactual_error).all():
         findings.absent["counterfactual_error"] = NO_RENDERER
-    folds = 5
-    if count < max(num_slots, folds):
-        findings.absent["predictability"] = (
-            f"it needs {max(num_slots, folds)} images: "
-            "--config.evaluation.deletion.num_images"
+    if count >= num_slots:
+        shuffled, mixed = deletion.shuffle_slots(key, (slots, regions))
+        control, _ = deletion.delete_in_turn(
+            render, shuffled, mixed, orders[:1], progress=subject.progress
         )
-        return renders, batch, np.asarray(orders[0])
-    shuffled, mixed = deletion.shuffle_slots(key, (slots, regions))
-    control, _ = deletion.delete_in_turn(
-        render, shuffled, mixed, orders[:1], progress=subject.progress
-    )
-    _tell_deletions(findings, control, "shuffled/")
-    for name, values in (("", slots), ("shuffled/", shuffled)):
-        r2 = interdependence.predictability(np.asarray(values), folds)
-        findings.numbers[f"{name}predictability"] = r2, count
-    return renders, batch, np.asarray(orders[0])
+        _tell_deletions(findings, control, "shuffled/")
+    _predict(subject, findings)
+    return renders, batch
+
+
+def _predict(subject: Subject, findings: Findings) -> None:
+    """Predictability, of as many images as masks are scored on: it takes many."""
+    rows = [
+        np.asarray(subject.steps.encode(subject.params, batch["image"], number).slots)[
+            _kept_rows(host)
+        ]
+        for number, batch, host in _batches(
+            subject, subject.config.evaluation.masks.num_images, "slots"
+        )
+    ]
+    slots = np.concatenate(rows)
+    needed = max(slots.shape[1], FOLDS)
+    if len(slots) < needed:
+        findings.absent["predictability"] = (
+            f"it needs {needed} images: --config.evaluation.masks.num_images"
+        )
+        return
+    key = purpose_key(subject.config.seed, Purpose.EVALUATE, 0)
+    shuffled = deletion.shuffle_slots(key, jnp.asarray(slots))
+    for name, values in (("", slots), ("shuffled/", np.asarray(shuffled))):
+        r2 = interdependence.predictability(values, FOLDS)
+        findings.numbers[f"{name}predictability"] = r2, len(slots)
 
 
 def behaviour(subject: Subject, findings: Findings) -> fixed_points.Trajectory:

@@ -23,7 +23,7 @@ def draw(subject: Subject, findings: Findings, folder: pathlib.Path) -> Pictures
     """Draws everything into a folder; returns what the report says of each picture."""
     pictures = draw_reconstructions(subject, findings, folder)
     if (shown := findings.shown["deletion"]) is not None:
-        renders, batch, _ = shown
+        renders, batch = shown
         pictures += draw_deletions(renders, batch["image"], folder)
     pictures += draw_compositions(subject, folder)
     trajectory = findings.shown["fixed_points"]
@@ -73,9 +73,10 @@ def draw_deletions(
     """A strip per image: with all slots, then one fewer each time."""
     states = len(renders)
     count = min(ROWS, renders.shape[1])
+    images = np.asarray(as_float(jnp.asarray(image)))
     tiles, captions = [], []
     for row in range(count):
-        tiles += [np.asarray(as_float(jnp.asarray(image[row]))), *renders[:, row]]
+        tiles += [images[row], *renders[:, row]]
         captions += ["image", *(f"{states - i} slots" for i in range(states - 1))]
         captions.append("1 slot")
     picture = visualisation.contact_sheet(

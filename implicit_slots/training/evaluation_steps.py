@@ -168,7 +168,7 @@ def applications(slots: SlotAttention) -> int:
     return slots.solver.max_steps + (not isinstance(slots.adjoint, Unrolled))
 
 
-def classes_of(batch: Batch) -> jax.Array | None:
+def classes_of(batch: Batch) -> Any:
     """The class of each object, where the data names one."""
     objects = batch.get("objects", {})
     for name in CLASSES:

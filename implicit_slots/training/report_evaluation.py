@@ -179,7 +179,7 @@ def cell(found: Mapping[str, Any] | None) -> str:
         return ""
     mean, spread = found["mean"], found.get("std")
     if mean is None or not math.isfinite(mean):
-        return "–"
+        return "none"
     text = format_number(mean)
     if spread is not None:
         text += f" <span>± {float(spread):.2g}</span>"

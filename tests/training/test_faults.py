@@ -110,8 +110,8 @@ def test_a_damaged_checkpoint_costs_only_time(smoke_run, tmp_path, capsys):
         (workdir / name).unlink()
     for file in (workdir / "checkpoints" / "20" / "state" / "d").iterdir():
         file.write_bytes(file.read_bytes()[:-7])
-    summary = run.run(smoke(), workdir, mode="evaluate")
-    assert summary["step"] == 10 and not (workdir / "damaged").exists()
+    record = run.run(smoke(), workdir, mode="evaluate")
+    assert record["step"] == 10 and not (workdir / "damaged").exists()
     run.run(smoke(), workdir)
     assert "checkpoints/20 is damaged" in capsys.readouterr().out
     assert [path.name for path in (workdir / "damaged").iterdir()] == ["20"]
@@ -158,8 +158,8 @@ def test_the_best_state_is_kept_and_evaluated(smoke_run, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "run" / "best").iterdir()] == ["10"]
     monkeypatch.undo()
     best = run.run(config, tmp_path / "run", mode="evaluate", checkpoint="best")
-    assert best["best/step"] == 10 and best["step"] == 20
-    assert best["best/validation/loss"] != best["validation/loss"]
+    assert best["step"] == 10 and best["label"] == "test-best"
+    assert (tmp_path / "run" / "evaluation" / "test-best" / "metrics.json").exists()
     with pytest.raises(UserError, match="--checkpoint is for --mode=evaluate"):
         run.run(config, tmp_path / "run", checkpoint="best")
 

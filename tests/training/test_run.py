@@ -181,16 +181,6 @@ def test_another_seed_is_another_run():
         assert key != second
 
 
-def test_evaluation_scores_the_test_split_and_trains_nothing(finished, tmp_path):
-    workdir = tmp_path / "copy"
-    shutil.copytree(finished[0], workdir)
-    summary = run(smoke(), workdir, mode="evaluate")
-    assert summary["step"] == 20
-    assert {"test/fg_ari", "test/slot_mse"} <= summary.keys()
-    assert summary["validation/loss"] == finished[1]["validation/loss"]
-    assert read_metrics(workdir) == read_metrics(finished[0])
-
-
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
