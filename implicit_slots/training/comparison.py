@@ -149,7 +149,7 @@ def _names(configs: Sequence[dict[str, Any] | None]) -> list[str]:
         if config is None:
             name = "unreadable"
         elif not differing:
-            name = "mean"
+            name = "all"
         else:
             told = [f"{key}={config.get(key)}" for key in differing[:3]]
             more = len(differing) - 3

@@ -127,7 +127,9 @@ th span { margin-left: 0.35rem; font-weight: 400; color: var(--quiet); }
 .meaning { white-space: normal; }
 .metrics th span { display: block; margin: 0; font-size: 0.8rem; }
 .metrics td span span { color: var(--quiet); }
-.metrics .meaning { min-width: 18rem; font-size: 0.85rem; }
+.metrics thead th { white-space: normal; vertical-align: bottom; }
+.metrics th, .metrics td { padding-right: 1rem; }
+.metrics .meaning { min-width: 11rem; font-size: 0.85rem; }
 section h3 { margin: 1.5rem 0 0.25rem; }
 figure + figure, figure + .legend { margin-top: 1.25rem; }
 @media (max-width: 680px) {
