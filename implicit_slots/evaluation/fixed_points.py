@@ -49,18 +49,39 @@ def iterate(problem: Problem, *, steps: int, trained: int) -> Trajectory:
       steps: how many applications.
       trained: the application that training stops at, at most `steps`.
     """
-    f = replace(problem.f, attention=True)
 
     def apply(z, _):
-        after, attention = f(problem.params, problem.x, z)
-        apart = jnp.sqrt(jnp.sum((after - z) ** 2, axis=(1, 2)))
-        size = jnp.sqrt(jnp.sum(after**2, axis=(1, 2)))
-        return after, (apart / (size + jnp.finfo(z.dtype).tiny), attention)
+        after, residual, attention = _apply(problem, z)
+        return after, (residual, attention)
 
     slots, (residual, attention) = jax.lax.scan(apply, problem.z0, None, length=steps)
     winners = jnp.argmax(attention, axis=2)
     flips = jnp.mean(winners != winners[trained - 1][None], axis=2)
     return Trajectory(residual.T, flips.T, attention, slots)
+
+
+def settle(
+    problem: Problem, *, steps: int
+) -> tuple[
+    Float[Array, "batch slots dim"],
+    Float[Array, " batch"],
+    Float[Array, "batch slots inputs"],
+]:
+    """Returns slots, residual and attention of the last of many applications."""
+
+    def apply(_, last):
+        return _apply(problem, last[0])
+
+    return jax.lax.fori_loop(1, steps, apply, _apply(problem, problem.z0))
+
+
+def _apply(problem: Problem, z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The step's slots, relative residual and attention."""
+    f = replace(problem.f, attention=True)
+    after, attention = f(problem.params, problem.x, z)
+    apart = jnp.sqrt(jnp.sum((after - z) ** 2, axis=(1, 2)))
+    size = jnp.sqrt(jnp.sum(after**2, axis=(1, 2)))
+    return after, apart / (size + jnp.finfo(z.dtype).tiny), attention
 
 
 class Basins(NamedTuple):

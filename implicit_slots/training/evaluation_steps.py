@@ -145,9 +145,10 @@ def build_evaluation_steps(
     def restart(params, image, number):
         starts = jnp.repeat(image[None], settings.initialisations, axis=0)
         problem = model_of(params).slot_problem(as_float(starts), key_of(number))
-        last = fixed_points.iterate(problem, steps=RESTART * iterations, trained=1)
-        agreement = fixed_points.mask_agreement(last.attention[-1])
-        return last.slots, last.residual[:, -1], agreement
+        slots, residual, attention = fixed_points.settle(
+            problem, steps=RESTART * iterations
+        )
+        return slots, residual, fixed_points.mask_agreement(attention)
 
     def compiled(function):
         return jax.jit(function, out_shardings=whole)

@@ -20,6 +20,7 @@ from implicit_slots.evaluation.fixed_points import (
     find_basins,
     iterate,
     mask_agreement,
+    settle,
 )
 from implicit_slots.fixed_point.diagnostics import residual_trace
 from implicit_slots.models.build import build_model
@@ -347,3 +348,20 @@ def test_the_order_of_initial_slots_changes_nothing(slate):
     np.testing.assert_allclose(found.mask_flips[2:], found.mask_flips[:2], atol=ATOL)
     turned = np.roll(found.slots[:2], 1, axis=1)
     assert relative_error(found.slots[2:], turned) < FLOAT32
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_settling_keeps_the_end_of_the_trajectory(steps):
+    rng = np.random.default_rng(9)
+    x = rng.normal(size=(2, 5, 3))
+    arrays = [jnp.float32(a) for a in (x, rng.normal(size=(2, 4, 3)))]
+
+    @jax.jit
+    def both(x, z0):
+        problem = Problem(Toy("tanh"), None, x, z0)  # pyright: ignore[reportArgumentType]
+        return iterate(problem, steps=steps, trained=1), settle(problem, steps=steps)
+
+    trajectory, (slots, residual, attention) = both(*arrays)
+    assert relative_error(slots, trajectory.slots) < FLOAT32
+    assert relative_error(residual, trajectory.residual[:, -1]) < FLOAT32
+    assert relative_error(attention, trajectory.attention[-1]) < FLOAT32
