@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from implicit_slots import visualisation
+from implicit_slots import figures, visualisation
 from implicit_slots.evaluation import fixed_points, overlap
 from implicit_slots.evaluation.segmentation import upsample
 from implicit_slots.training.evaluate import Findings, Subject
@@ -22,6 +22,8 @@ Pictures = list[dict[str, str]]
 def draw(subject: Subject, findings: Findings, folder: pathlib.Path) -> Pictures:
     """Draws everything into a folder; returns what the report says of each picture."""
     pictures = draw_reconstructions(subject, findings, folder)
+    pictures += draw_attention(subject, folder)
+    draw_curves(findings, folder)
     if (shown := findings.shown["deletion"]) is not None:
         renders, batch = shown
         pictures += draw_deletions(renders, batch["image"], folder)
@@ -65,6 +67,26 @@ def draw_reconstructions(
             )
         break
     return pictures
+
+
+def draw_attention(subject: Subject, folder: pathlib.Path) -> Pictures:
+    """Heat maps of slot attention, and laid over the image; for papers too."""
+    batch = subject.source.batch(np.arange(min(2, len(subject.source))))
+    encoded = subject.steps.encode(subject.params, batch["image"], 0)
+    image = np.asarray(as_float(jnp.asarray(batch["image"])))
+    maps = np.asarray(upsample(encoded.attention, *image.shape[1:3]))
+    figure = figures.attention_figure(image, maps)
+    figures.save_figure(figure, folder / "attention_maps")
+    caption = "Slot attention's shares; attention_maps.pdf and .svg are the same."
+    title = "Attention as heat maps"
+    return [{"file": "attention_maps.png", "title": title, "caption": caption}]
+
+
+def draw_curves(findings: Findings, folder: pathlib.Path) -> None:
+    """The curves of the report for papers: curves.png, .pdf and .svg."""
+    named = ("residual", "mask_flips", "spill_share", "counterfactual_error")
+    curves = [findings.curves[name] for name in named if name in findings.curves]
+    figures.save_figure(figures.curve_figure(curves), folder / "curves")
 
 
 def draw_deletions(
