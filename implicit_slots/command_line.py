@@ -4,9 +4,22 @@ import re
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
 FILE_FLAG = re.compile(r"flag --config=(?!None:)")
+
+
+def is_flag(name: str, argument: str) -> bool:
+    """Whether an argument is --name or --name=value."""
+    return argument.startswith("-") and argument.lstrip("-").split("=")[0] == name
+
+
+def flag_value(name: str, argv: list[str]) -> str | None:
+    """Returns a flag's value before flags are parsed; None if it is not given."""
+    for place, argument in enumerate(argv):
+        if is_flag(name, argument):
+            rest = argv[place + 1 : place + 2]
+            return argument.partition("=")[2] if "=" in argument else "".join(rest)
+    return None
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -34,7 +47,8 @@ def parse(argv: list[str]) -> list[str]:
             "start from the project's root"
         )
     except OSError:
-        file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+        # From the arguments: with --config.key=value the flag has no value yet.
+        file = (flag_value("config", argv) or "").split(":")[0]
         sys.exit(f"error: there is no configuration file {file}")
     except (KeyError, AttributeError) as error:
         # ml_collections quotes its message twice: \'key\'\\nDid you mean "other" …

@@ -94,6 +94,7 @@ def curve_figure(
             axis.set_yscale("log")
         if len(curve["x"]) > 1 and curve["x"][0] > curve["x"][-1]:
             axis.invert_xaxis()
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_title(curve["title"], fontsize=8)
         axis.set_xlabel(curve["x_label"], fontsize=8)
         axis.set_ylabel(curve["y_label"], fontsize=8)

@@ -12,7 +12,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from implicit_slots.command_line import parse
+from implicit_slots.command_line import flag_value, is_flag, parse
 from implicit_slots.training import saved
 from implicit_slots.training.allocator import keep_freed_memory
 
@@ -134,7 +134,7 @@ def _compare(workdirs: list[str]) -> str | int:
     if _MODE.value != "evaluate":
         return "error: several workdirs are for --mode=evaluate"
     for workdir in workdirs:
-        rest = [flag for flag in sys.argv[1:] if not _is("workdir", flag)]
+        rest = [flag for flag in sys.argv[1:] if not is_flag("workdir", flag)]
         command = [sys.executable, "-m", "implicit_slots.main", *rest]
         # A run that cannot be evaluated is listed in the page.
         subprocess.run([*command, f"--workdir={workdir}"], check=False)
@@ -146,23 +146,11 @@ def _compare(workdirs: list[str]) -> str | int:
     return 0
 
 
-def _is(name: str, flag: str) -> bool:
-    return flag.lstrip("-").split("=")[0] == name and flag.startswith("-")
-
-
-def _value(name: str, argv: list[str]) -> str | None:
-    """A flag's value before the flags are parsed, as --name=value or --name value."""
-    for place, flag in enumerate(argv):
-        if _is(name, flag):
-            return flag.partition("=")[2] if "=" in flag else argv[place + 1]
-    return None
-
-
 def _parse(argv: list[str]) -> list[str]:
     """As `parse`; a run that is there brings its configuration."""
-    workdir = _value("workdir", argv)
-    if workdir and not any(_is("config", flag) for flag in argv):
-        own = saved.flag(workdir.split(",")[0], _value("data", argv))
+    workdir = flag_value("workdir", argv)
+    if workdir and not any(is_flag("config", flag) for flag in argv):
+        own = saved.flag(workdir.split(",")[0], flag_value("data", argv))
         argv = [argv[0], own, *argv[1:]]
     return parse(argv)
 

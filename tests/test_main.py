@@ -27,6 +27,10 @@ def command(*arguments, **environment):
     [
         (["--config=configs/scenes.py", "--config.batchsize=2"], 1, "batchsize"),
         (["--config=configs/nothing.py"], 1, "configs/nothing.py"),
+        (["--config=configs/nothing.py", "--config.seed=1"], 1, "configs/nothing.py"),
+        (["--workdir=nowhere", "--mode=evaluate"], 1, "nowhere holds no run"),
+        (["--workdir=a,b", "--config=configs/scenes.py"], 1, "--mode=evaluate"),
+        (["--data=x.py", "--config=configs/scenes.py"], 1, "--mode=evaluate"),
         (["--config=configs/scenes.py:vanila"], 1, "vanila"),
         ([f"--config={ROOT}/configs/scenes.py:vanila"], 1, "vanila"),
         (["--config=configs/scenes.py", "--config.batch_size=x"], 2, "batch_size=x"),
