@@ -67,6 +67,30 @@ def attention_figure(
     return figure
 
 
+def tile_figure(
+    tiles: Float[np.ndarray, "rows columns height width 3"], headings: Sequence[str]
+) -> "Figure":
+    """Draws images in rows, with a heading over each column.
+
+    Args:
+      tiles: in [0, 1].
+      headings: one per column.
+    """
+    from matplotlib.figure import Figure
+
+    rows, columns = tiles.shape[:2]
+    figure = Figure(figsize=(columns * TILE, rows * TILE + 0.2), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for row in range(rows):
+        for column in range(columns):
+            axis = axes[row, column]
+            axis.imshow(np.clip(tiles[row, column], 0, 1))
+            axis.set_axis_off()
+            if row == 0:
+                axis.set_title(headings[column], fontsize=8)
+    return figure
+
+
 def curve_figure(
     curves: Sequence[Mapping[str, Any]],
 ) -> "Figure":

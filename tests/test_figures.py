@@ -26,11 +26,13 @@ def saved(tmp_path_factory):
         shares[0, 0, :, :6], shares[0, 1, :, 6:] = 1, 1
         figures.save_figure(figures.attention_figure(image, shares), folder / "maps.x")
         figures.save_figure(figures.curve_figure([CURVE, CURVE]), folder / "curves")
+        tiles = figures.tile_figure(np.stack([image, 1 - image]), ["5 slots"])
+        figures.save_figure(tiles, folder / "tiles")
         folders.append(folder)
     return folders
 
 
-@pytest.mark.parametrize("name", ["maps", "curves"])
+@pytest.mark.parametrize("name", ["maps", "curves", "tiles"])
 def test_the_same_arrays_give_the_same_bytes_in_every_format(saved, name):
     for kind in figures.FORMATS:
         first, second = ((folder / f"{name}.{kind}").read_bytes() for folder in saved)
@@ -43,6 +45,7 @@ def test_text_stays_text(saved):
         assert f">{told}</text>" in maps
     curves = (saved[0] / "curves.svg").read_text()
     assert curves.count(">Residual by iteration</text>") == 2
+    assert ">5 slots</text>" in (saved[0] / "tiles.svg").read_text()
     assert b"/Type /Font" in (saved[0] / "maps.pdf").read_bytes()
 
 

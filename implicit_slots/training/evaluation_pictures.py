@@ -101,9 +101,9 @@ def draw_deletions(
         tiles += [images[row], *renders[:, row]]
         captions += ["image", *(f"{states - i} slots" for i in range(states - 1))]
         captions.append("1 slot")
-    picture = visualisation.contact_sheet(
-        np.stack(tiles).astype(np.float32), columns=states + 1, captions=captions
-    )
+    sheet = np.stack(tiles).astype(np.float32)
+    picture = visualisation.contact_sheet(sheet, columns=states + 1, captions=captions)
+    _save_for_papers(sheet, captions[: states + 1], folder / "deletion_strips")
     return [
         _save(
             folder,
@@ -133,6 +133,10 @@ def draw_iterations(
         captions += [f"iteration {step}" for step in shown]
     picture = visualisation.contact_sheet(
         np.stack(tiles), np.stack(winners), columns=len(shown), captions=captions
+    )
+    colours = visualisation.slot_colours(slots)[np.stack(winners) - 1]
+    _save_for_papers(
+        colours / 255, captions[: len(shown)], folder / "masks_by_iteration"
     )
     return [
         _save(
@@ -179,11 +183,9 @@ def draw_compositions(subject: Subject, folder: pathlib.Path) -> Pictures:
     for row in range(len(first)):
         tiles += [image[first[row]], alone[row], other[second[row]], rendered[row]]
         captions += ["image A", "A rendered", "slot of B", "A and that slot"]
-    picture = visualisation.contact_sheet(
-        np.stack([np.asarray(tile, np.float32) for tile in tiles]),
-        columns=4,
-        captions=captions,
-    )
+    sheet = np.stack([np.asarray(tile, np.float32) for tile in tiles])
+    picture = visualisation.contact_sheet(sheet, columns=4, captions=captions)
+    _save_for_papers(sheet, captions[:4], folder / "compositions")
     return [
         _save(
             folder,
@@ -210,6 +212,14 @@ def _grid(subject: Subject, rows: np.ndarray, masks: str) -> visualisation.Pictu
     return visualisation.reconstruction_grid(
         batch["image"], dvae, rendered, attention, batch.get("segmentation")
     )
+
+
+def _save_for_papers(
+    tiles: np.ndarray, headings: list[str], path: pathlib.Path
+) -> None:
+    """Rows of as many tiles as there are headings, as PNG, PDF and SVG."""
+    rows = tiles.reshape(-1, len(headings), *tiles.shape[1:])
+    figures.save_figure(figures.tile_figure(rows.astype(np.float64), headings), path)
 
 
 def _save(
