@@ -12,6 +12,7 @@ from implicit_slots.evaluation.overlap import (
     match,
     mean_over,
     one_hot_objects,
+    scorable,
 )
 from implicit_slots.evaluation.segmentation import upsample
 
@@ -38,7 +39,8 @@ def locality(
       max_true: The largest true id.
 
     Returns:
-      Per image, NaN where no object has a slot:
+      Per image, NaN where no object has a slot, attention is not finite or an id is
+      out of range:
 
       - `token_entropy`: of a position's distribution over slots, in nats, mean over
         positions of the feature grid (of every image, whatever it shows).
@@ -100,4 +102,8 @@ def locality(
     values = {name: mean_over(value, matched) for name, value in found.items()}
     if contrast is not None:
         values["shadow_contrast"] = contrast
-    return values | {"token_entropy": entropy.mean(axis=(1, 2))}
+    values["token_entropy"] = entropy.mean(axis=(1, 2))
+    valid = scorable(attention, segmentation, max_true)
+    if shadow is not None:
+        valid &= jnp.all((shadow >= 0) & (shadow <= max_true), axis=(1, 2))
+    return {name: jnp.where(valid, value, jnp.nan) for name, value in values.items()}

@@ -128,6 +128,19 @@ def merge_classes(
     return united * first[:, :, None]
 
 
+def scorable(
+    attention: Float[Array, "batch slots rows columns"],
+    true_ids: Int[Array, "batch height width"],
+    max_true: int,
+) -> Bool[Array, " batch"]:
+    """Whether all attention of an image is finite and all its ids are in range.
+
+    Else comparisons would take NaN for a slot, and one-hot masks drop the pixels.
+    """
+    in_range = (true_ids >= 0) & (true_ids <= max_true)
+    return jnp.isfinite(attention).all(axis=(1, 2, 3)) & in_range.all(axis=(1, 2))
+
+
 def mean_over(
     values: Float[Array, "batch objects"], present: Bool[Array, "batch objects"]
 ) -> Float[Array, " batch"]:

@@ -61,12 +61,14 @@ def score_masks(
       classes: Of each object, in the order of the ids from 1.
 
     Returns:
-      Per image, all but the last from 0 (ARI: below) to 1, NaN without objects:
+      Per image, all but `slots_used` from 0 (ARI: below) to 1; NaN throughout where
+      attention is not finite or an id is out of range:
 
-      - `ari`, `fg_ari`: see `adjusted_rand_index`; ARI has the background too.
+      - `ari`, `fg_ari`: see `adjusted_rand_index`; ARI has the background too, and is
+        defined without objects.
       - `miou`, `mbo` and, with classes, `mbo_class`: see overlap.py.
       - `soft_iou`: mIoU of the upsampled weights, before each pixel goes to one slot.
-      - `boundary_f1`: see boundaries.py.
+      - `boundary_f1`: see boundaries.py; NaN where the truth has no border.
       - `slots_used`: how many slots win at least 0.5 % of the pixels.
     """
     height, width = segmentation.shape[1:]
@@ -105,7 +107,8 @@ def score_masks(
         values["mbo_class"] = overlap.mean_best_overlap(
             overlap.intersection_over_union(merged, won), merged.any(axis=2)
         )
-    return values
+    valid = overlap.scorable(attention, segmentation, max_true)
+    return {name: jnp.where(valid, value, jnp.nan) for name, value in values.items()}
 
 
 def adjusted_rand_index(

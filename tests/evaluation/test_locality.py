@@ -112,3 +112,15 @@ def test_without_objects_or_shadows_numbers_are_not_there(measured, scene):
     assert np.allclose(dark["on_shadow"], 0)
     unknown = measured(attention, true, None)
     assert "on_shadow" not in unknown and "shadow_contrast" not in unknown
+
+
+@pytest.mark.parametrize("fault", ["attention", "segmentation", "shadow"])
+def test_what_cannot_be_measured_is_not_measured(measured, scene, fault):
+    attention, true, shadow = (part.copy() for part in scene)
+    if fault == "attention":
+        attention[0, 0, 0, 0] = np.nan
+    else:
+        {"segmentation": true, "shadow": shadow}[fault][0, 0, 0] = MOST + 1
+    for name, value in measured(attention, true, shadow).items():
+        assert np.isnan(value[0]), name
+        np.testing.assert_array_equal(value[1], measured(*scene)[name][1])

@@ -145,3 +145,15 @@ def test_classes_are_united_once():
     got = np.asarray(overlap.merge_classes(jnp.asarray(masks), jnp.asarray(classes)))
     expected = [[1, 0, 0, 1, 0], [0, 1, 1, 0, 0], [0] * 5, [0] * 5]
     assert np.array_equal(got[0], expected)
+
+
+@pytest.mark.parametrize("fault", ["attention", "too large", "negative"])
+def test_what_cannot_be_scored_is_not_scored(scored, case, fault):
+    attention, true, classes = (part.copy() for part in case)
+    if fault == "attention":
+        attention[0, 0, 0, 0] = np.nan
+    else:
+        true[0, 0, 0] = MOST + 1 if fault == "too large" else -1
+    for name, value in scored(attention, true, classes).items():
+        assert np.isnan(value[0]), name
+        np.testing.assert_array_equal(value[1:], scored(*case)[name][1:])
