@@ -8,7 +8,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from implicit_slots.data.layout import write_whole
-from implicit_slots.training.report_evaluation import EVALUATION_FOLDER, read, tables
+from implicit_slots.training.report_curves import METRICS as CURVES
+from implicit_slots.training.report_curves import (
+    Line,
+    chart,
+    legend,
+    read_curves,
+    series,
+)
+from implicit_slots.training.report_evaluation import (
+    EVALUATION_FOLDER,
+    METRICS_FILE,
+    read,
+    tables,
+)
 from implicit_slots.training.report_style import (
     details,
     escape,
@@ -19,7 +32,10 @@ from implicit_slots.training.report_style import (
 )
 
 # What may differ between runs of one configuration.
-SEED_KEYS = ("seed", "name", "data.cache", "data.path")
+SEED_KEYS = ("seed", "name", "data.cache", "data.path", "data.workers")
+# What must be equal for numbers of two evaluations to be compared.
+EVALUATED_ON = ("images", "split", "checkpoint", "step", "data", "settings")
+NOT_DATA = ("cache", "path", "workers")
 
 
 class _Run(NamedTuple):
@@ -59,6 +75,7 @@ def write_comparison(
     Raises:
       ValueError: if none of them was evaluated.
     """
+    workdirs = list({workdir.resolve(): workdir for workdir in workdirs}.values())
     label = _latest_label(workdirs)
     if label is None:
         raise ValueError("none of these runs has an evaluation")
@@ -68,6 +85,7 @@ def write_comparison(
         groups.setdefault(json.dumps(run.config, sort_keys=True), []).append(run)
     names = _names([members[0].config for members in groups.values()])
     by_name = dict(zip(names, groups.values(), strict=True))
+    told = _told_apart(workdirs)
     summary, singles = {}, {}
     for name, members in by_name.items():
         done = [run.record for run in members if run.record is not None]
@@ -75,16 +93,17 @@ def write_comparison(
         summary[title] = _over_runs([record["metrics"] for record in done])
         for run in members:
             if run.record is not None:
-                singles[run.workdir.name] = {
+                singles[told[run.workdir]] = {
                     key: m | {"std": None} for key, m in run.record["metrics"].items()
                 }
     body = [
         f"<header><h1>{len(runs)} runs, evaluated on {escape(label)}</h1><p>"
         "Means over the runs of a configuration ± their standard deviation (n − 1); "
-        "a single run has none.</p></header>",
-        section("Runs", _runs_table(by_name)),
+        f"a single run has none. {_counted(runs)}</p></header>",
+        section("Runs", _runs_table(by_name) + _unlike(runs)),
         section("Metrics", tables(summary)),
         details("Each run", tables(singles)),
+        section("Curves on the validation split", _curves(by_name)),
     ]
     for run in runs:
         pictures = (run.record or {}).get("pictures", [])[:2]
@@ -93,7 +112,7 @@ def write_comparison(
             figure(folder / p["file"], p["title"], p["caption"]) for p in pictures
         )
         if shown:
-            body.append(details(f"Pictures of {run.workdir.name}", shown))
+            body.append(details(f"Pictures of {told[run.workdir]}", shown))
     commands = [run.record["command"] for run in runs if run.record is not None]
     body.append(section("Evaluate again", preformatted("\n".join(commands))))
     write_whole(path, page("Comparison of runs", *body))
@@ -122,8 +141,10 @@ def _read(workdir: pathlib.Path, label: str) -> _Run:
         problem = "it holds no run"
     try:
         record = read(workdir / EVALUATION_FOLDER / label)
-    except ValueError:
-        problem = problem or f"it has no evaluation on {label}"
+    except ValueError as error:
+        there = (workdir / EVALUATION_FOLDER / label / METRICS_FILE).exists()
+        missing = f"it has no evaluation on {label}"
+        problem = problem or (str(error) if there else missing)
     return _Run(workdir, config, seed, record, problem)
 
 
@@ -163,13 +184,68 @@ def _over_runs(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]
     found = {}
     for name in dict.fromkeys(name for record in records for name in record):
         means = [record[name]["mean"] for record in records if name in record]
-        values = np.array([mean for mean in means if mean is not None], np.float64)
+        values = np.array(means, np.float64)  # None becomes NaN
+        values = values[np.isfinite(values)]
         found[name] = {
             "mean": float(values.mean()) if len(values) else None,
             "std": float(values.std(ddof=1)) if len(values) > 1 else None,
             "count": len(values),
         }
     return found
+
+
+def _told_apart(workdirs: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
+    """Names of runs: their folders', or the whole path where two have the same."""
+    names = [workdir.resolve().name for workdir in workdirs]
+    return {
+        workdir: name if names.count(name) == 1 else str(workdir)
+        for workdir, name in zip(workdirs, names, strict=True)
+    }
+
+
+def _counted(runs: Sequence[_Run]) -> str:
+    missing = sum(run.record is None for run in runs)
+    return f"{missing} of {len(runs)} runs are not in the means." if missing else ""
+
+
+def _unlike(runs: Sequence[_Run]) -> str:
+    """A sentence for what the evaluations do not have in common."""
+    records = [run.record for run in runs if run.record is not None]
+    sentences = ""
+    for key in EVALUATED_ON:
+        found = [_without(record.get(key), NOT_DATA) for record in records]
+        values = list(dict.fromkeys(json.dumps(value) for value in found))
+        if len(values) > 1:
+            told = "" if key in ("data", "settings") else f": {', '.join(values)}"
+            sentences += (
+                '<p class="bad">Not evaluated alike, so compare with care: '
+                f"{escape(key)}{escape(told)}.</p>"
+            )
+    return sentences
+
+
+def _without(value: Any, keys: Sequence[str]) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: value[key] for key in sorted(value) if key not in keys}
+
+
+def _curves(by_name: Mapping[str, Sequence[_Run]]) -> str:
+    """Of each metric that was logged in validation, a line per run."""
+    plots: dict[str, list[Line]] = {}
+    for index, members in enumerate(by_name.values()):
+        for run in members:
+            for name, by_split in read_curves(run.workdir / "metrics.jsonl")[0].items():
+                for split, (steps, values) in by_split.items():
+                    if split != "train":
+                        line = Line(series(index), steps, values)
+                        plots.setdefault(name, []).append(line)
+    panels = "".join(
+        chart(*CURVES.get(name, (name, "")), lines) for name, lines in plots.items()
+    )
+    if not panels:
+        return ""
+    return f'{legend(list(by_name))}<div class="panels">{panels}</div>'
 
 
 def _runs_table(by_name: Mapping[str, Sequence[_Run]]) -> str:

@@ -14,7 +14,14 @@ import numpy as np
 
 from implicit_slots.data.layout import write_whole
 from implicit_slots.training import report_evaluation
-from implicit_slots.training.report_curves import METRICS, Curve, panels
+from implicit_slots.training.report_curves import (
+    METRICS,
+    Curve,
+    panels,
+    rank,
+    read_curves,
+    to_number,
+)
 from implicit_slots.training.report_style import (
     details,
     escape,
@@ -51,7 +58,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     summary_path = workdir / "summary.json"
     finished = summary_path.exists()
     summary = json.loads(summary_path.read_text()) if finished else {}
-    curves, unreadable = _read_curves(workdir / "metrics.jsonl")
+    curves, unreadable = read_curves(workdir / "metrics.jsonl")
 
     name = str(config.get("name") or workdir.resolve().name)
     versions = summary.pop("versions", {})
@@ -76,47 +83,6 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
 # --- what the files say
 
 
-def _read_curves(path: pathlib.Path) -> tuple[dict[str, dict[str, Curve]], int]:
-    """Per metric and split its steps and values, and how many lines made no sense.
-
-    A run that was killed and resumed logs some steps twice, of which the last counts,
-    and may have left half a line.
-    """
-    values: dict[str, dict[str, dict[int, float]]] = {}
-    unreadable = 0
-    lines = path.read_text().splitlines() if path.exists() else []
-    for line in filter(str.strip, lines):
-        try:
-            record = json.loads(line)
-            step, split = int(record.pop("step")), str(record.pop("split"))
-        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
-            unreadable += 1
-            continue
-        for name, value in record.items():
-            number = _number(value)
-            if number is not None:
-                values.setdefault(name, {}).setdefault(split, {})[step] = number
-    curves = {}
-    for name in sorted(values, key=_rank):
-        curves[name] = {}
-        for split, by_step in sorted(values[name].items()):
-            steps = np.array(sorted(by_step))
-            curves[name][split] = steps, np.array([by_step[s] for s in steps.tolist()])
-    return curves, unreadable
-
-
-def _number(value: object) -> float | None:
-    """A logged value as a number (null and "NaN" as NaN), None if it is none."""
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        return float(value)
-    except ValueError:
-        return None
-
-
 def _last_values(curves: Mapping[str, Mapping[str, Curve]]) -> dict[str, Any]:
     """Of each curve its last value, named as in a summary."""
     numbers: dict[str, Any] = {}
@@ -137,11 +103,6 @@ def _flatten(tree: Mapping[str, Any], separator: str = "/") -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
-
-
-def _rank(name: str) -> tuple[int, str]:
-    known = list(METRICS)
-    return (known.index(name) if name in known else len(known), name)
 
 
 def _sentence(config: Mapping[str, Any]) -> str:
@@ -178,7 +139,7 @@ def _sentence(config: Mapping[str, Any]) -> str:
 
 def _format(name: str, value: object) -> str:
     """A value as HTML."""
-    number = _number(value)
+    number = to_number(value)
     if number is None or isinstance(value, str):
         return escape(value)
     if not math.isfinite(number):
@@ -191,7 +152,7 @@ def _format(name: str, value: object) -> str:
 def _numbers_table(numbers: Mapping[str, Any]) -> str:
     """Quantity and split, value, meaning of each number; known ones first."""
     rows = []
-    for key in sorted(numbers, key=lambda key: _rank(key.rpartition("/")[2])):
+    for key in sorted(numbers, key=lambda key: rank(key.rpartition("/")[2])):
         split, _, name = key.rpartition("/")
         label, meaning = METRICS.get(name, (name, ""))
         rows.append(

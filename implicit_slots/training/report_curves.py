@@ -2,13 +2,16 @@
 
 import dataclasses
 import html
+import json
 import math
-from collections.abc import Iterable, Mapping
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from implicit_slots.training.report_style import format_number
+from implicit_slots.training.report_style import SERIES, format_number
 
 # Name → heading and meaning, in the order of the page. Other names follow by alphabet.
 METRICS: Mapping[str, tuple[str, str]] = {
@@ -68,6 +71,56 @@ LEFT, RIGHT, TOP, BOTTOM = 48, 346, 10, 168
 Curve = tuple[Int[np.ndarray, " records"], Float[np.ndarray, " records"]]
 
 
+def read_curves(path: pathlib.Path) -> tuple[dict[str, dict[str, Curve]], int]:
+    """Reads metrics.jsonl: per metric and split its steps and values.
+
+    A run that was killed and resumed logs some steps twice, of which the last counts,
+    and may have left half a line.
+
+    Returns:
+      The curves, and how many lines made no sense. No file: none, and 0.
+    """
+    values: dict[str, dict[str, dict[int, float]]] = {}
+    unreadable = 0
+    lines = path.read_text().splitlines() if path.exists() else []
+    for line in filter(str.strip, lines):
+        try:
+            record = json.loads(line)
+            step, split = int(record.pop("step")), str(record.pop("split"))
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+            unreadable += 1
+            continue
+        for name, value in record.items():
+            number = to_number(value)
+            if number is not None:
+                values.setdefault(name, {}).setdefault(split, {})[step] = number
+    curves = {}
+    for name in sorted(values, key=rank):
+        curves[name] = {}
+        for split, by_step in sorted(values[name].items()):
+            steps = np.array(sorted(by_step))
+            curves[name][split] = steps, np.array([by_step[s] for s in steps.tolist()])
+    return curves, unreadable
+
+
+def to_number(value: object) -> float | None:
+    """A logged value as a number (null and "NaN" as NaN), None if it is none."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def rank(name: str) -> tuple[int, str]:
+    """Sorts metrics as the page does."""
+    known = list(METRICS)
+    return (known.index(name) if name in known else len(known), name)
+
+
 def panels(curves: Mapping[str, Mapping[str, Curve]]) -> str:
     """One plot per metric, its splits on the same axes, in the order of `curves`.
 
@@ -84,6 +137,49 @@ def panels(curves: Mapping[str, Mapping[str, Curve]]) -> str:
     )
     plots = "".join(_panel(name, by_split) for name, by_split in curves.items())
     return f'<p class="legend">{legend}</p><div class="panels">{plots}</div>'
+
+
+class Line(NamedTuple):
+    """A line of a chart; `x` ascends, what is not finite is marked.
+
+    Attributes:
+      kind: its colour, a class of the page's CSS: "train", "validation", or one that
+        `series` gives.
+      x: where its points are.
+      y: how high; as long as `x`.
+      low: the lower edge of a band around it, or None.
+      high: the upper edge, or None.
+    """
+
+    kind: str
+    x: Int[np.ndarray, " points"]
+    y: Float[np.ndarray, " points"]
+    low: Float[np.ndarray, " points"] | None = None
+    high: Float[np.ndarray, " points"] | None = None
+
+
+def chart(title: str, note: str, lines: Sequence[Line]) -> str:
+    """One plot of several lines as an HTML panel; `note` is text under the title."""
+    return (
+        f'<div class="panel"><h3><span>{html.escape(title)}</span></h3>'
+        f"<p>{html.escape(note)}</p>{_plot(title, lines)}</div>"
+    )
+
+
+def series(index: int) -> str:
+    """The colour and dashes of a series; they come round again after `SERIES`."""
+    return f"series-{index % SERIES}"
+
+
+def legend(names: Sequence[str]) -> str:
+    """The names of series 0, 1, … as HTML, each beside a piece of its line."""
+    spans = "".join(
+        '<span><svg viewBox="0 0 28 6">'
+        f'<path class="line {series(index)}" d="M0 3H28"/></svg>{html.escape(name)}'
+        "</span>"
+        for index, name in enumerate(names)
+    )
+    return f'<p class="legend lines">{spans}</p>'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,13 +240,7 @@ def _kind(split: str) -> str:
 def _panel(name: str, by_split: Mapping[str, Curve]) -> str:
     """Heading with the last values, meaning, plot."""
     label, meaning = METRICS.get(name, (name, ""))
-    steps = np.concatenate([steps for steps, _ in by_split.values()])
     values = np.concatenate([values for _, values in by_split.values()])
-    finite = values[np.isfinite(values)]
-    log = finite.size > 0 and bool(0 < finite.min() < finite.max() / LOG_RANGE)
-    low, high = (finite.min(), finite.max()) if log else _widened(finite, CONSTANT)
-    x = _Axis(*_widened(steps), start=LEFT, end=RIGHT)
-    y = _Axis(float(low), float(high), start=BOTTOM, end=TOP, log=log)
 
     heading = f"<span>{html.escape(label)}</span>"
     for split, (_, logged) in by_split.items():
@@ -158,9 +248,26 @@ def _panel(name: str, by_split: Mapping[str, Curve]) -> str:
         heading += f'<span class="{_kind(split)}">{last}</span>'
     notes = [html.escape(meaning)] if meaning else []
     notes.append(f"<code>{html.escape(name)}</code>")
-    if bad := len(values) - len(finite):
+    if bad := np.sum(~np.isfinite(values)):
         notes.append(f'<span class="bad">{bad} not finite</span>')
 
+    lines = [Line(_kind(split), *curve) for split, curve in by_split.items()]
+    return (
+        f'<div class="panel"><h3>{heading}</h3><p>{" · ".join(notes)}</p>'
+        f"{_plot(label, lines)}</div>"
+    )
+
+
+def _plot(label: str, lines: Sequence[Line]) -> str:
+    """Lines and their bands on the same axes, logarithmic where they span much."""
+    columns = [c for line in lines for c in (line.y, line.low, line.high)]
+    values = np.concatenate([column for column in columns if column is not None])
+    finite = values[np.isfinite(values)]
+    log = finite.size > 0 and bool(0 < finite.min() < finite.max() / LOG_RANGE)
+    low, high = (finite.min(), finite.max()) if log else _widened(finite, CONSTANT)
+    steps = np.concatenate([line.x for line in lines])
+    x = _Axis(*_widened(steps), start=LEFT, end=RIGHT)
+    y = _Axis(float(low), float(high), start=BOTTOM, end=TOP, log=log)
     marks = [
         f'<path class="grid" d="M{LEFT} {y.place(value)}H{RIGHT}"/>'
         f'<text x="{LEFT - 6}" y="{y.place(value) + 3.5:.1f}" text-anchor="end">'
@@ -172,12 +279,23 @@ def _panel(name: str, by_split: Mapping[str, Curve]) -> str:
         "</text>"
         for value, text in x.ticks()
     ]
-    marks += [_line(split, curve, x, y) for split, curve in by_split.items()]
+    marks += [_band(line, x, y) + _line(line.kind, line[1:3], x, y) for line in lines]
     return (
-        f'<div class="panel"><h3>{heading}</h3><p>{" · ".join(notes)}</p>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{html.escape(label)}">{"".join(marks)}</svg></div>'
+        f'aria-label="{html.escape(label)}">{"".join(marks)}</svg>'
     )
+
+
+def _band(line: Line, x: _Axis, y: _Axis) -> str:
+    """The area between `low` and `high`, where both are finite."""
+    if line.low is None or line.high is None:
+        return ""
+    known = np.isfinite(line.low) & np.isfinite(line.high)
+    columns = (line.x, line.low, line.high)
+    at, low, high = (column[known].astype(float).tolist() for column in columns)
+    outline = [(x.place(a), y.place(b)) for a, b in zip(at, low, strict=True)]
+    outline += [(x.place(a), y.place(b)) for a, b in zip(at, high, strict=True)][::-1]
+    return f'<path class="band {line.kind}" d="{_path(outline)}Z"/>' if outline else ""
 
 
 def _widened(values: np.ndarray, least: float = 0.0) -> tuple[float, float]:
@@ -192,7 +310,7 @@ def _widened(values: np.ndarray, least: float = 0.0) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _line(split: str, curve: Curve, x: _Axis, y: _Axis) -> str:
+def _line(kind: str, curve: Curve, x: _Axis, y: _Axis) -> str:
     """A curve: mean per bucket of steps, a band from least to largest, bad values."""
     steps, values = curve
     bucket = ((steps - x.low) / (x.high - x.low) * (BUCKETS - 1)).astype(int)
@@ -212,7 +330,6 @@ def _line(split: str, curve: Curve, x: _Axis, y: _Axis) -> str:
         else:
             pieces.append([])  # Nothing to draw: the line is broken here.
 
-    kind = _kind(split)
     marks = [f'<path class="notfinite" d="{"".join(bad)}"/>'] if bad else []
     for piece in filter(None, pieces):
         if len(steps) > BUCKETS:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from implicit_slots.evaluation.catalogue import GROUPS, METRICS, describe
-from implicit_slots.training.report_curves import Curve, panels
+from implicit_slots.training.report_curves import Line, chart
 from implicit_slots.training.report_style import (
     escape,
     figure,
@@ -32,7 +32,7 @@ COLUMNS = {
     "shuffled": "shuffled slots",
     "shuffled/one_left": "shuffled, down to one",
 }
-ARROWS = {"higher": "↑", "lower": "↓", "": ""}
+ARROWS = {"higher": "↑", "lower": "↓"}
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
@@ -44,12 +44,15 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / METRICS_FILE
     try:
         record = json.loads(path.read_text())
-        if not all(
-            isinstance(m["mean"], float | int | None)
-            for m in record["metrics"].values()
-        ):
+        numbers = [(m["mean"], m.get("std")) for m in record["metrics"].values()]
+        if not all(isinstance(n, float | int | None) for pair in numbers for n in pair):
             raise ValueError
+        _curves(record.get("curves", {}))
+        for picture in record.get("pictures", ()):
+            _ = picture["file"], picture["title"], picture["caption"]
         return dict.fromkeys(("label", "title", "step", "command"), "") | record
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no {path}; evaluate the run") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read; evaluate again") from error
 
@@ -81,7 +84,8 @@ def _section(folder: pathlib.Path) -> str:
         for p in record.get("pictures", ())
     ]
     if curves := _curves(record.get("curves", {})):
-        parts.append(panels(curves))
+        text = "Lines are medians over images, bands from first to third quartile."
+        parts.append(f'<p>{text}</p><div class="panels">{curves}</div>')
     parts.append(f"<p>To evaluate again:</p>{preformatted(record['command'])}")
     return f"<section>{''.join(parts)}</section>"
 
@@ -98,7 +102,8 @@ def _sentence(record: Mapping[str, Any]) -> str:
         text += f", {record['date']}"
     return (
         f"{text}. Means over images ± their standard deviation; counts differ where "
-        "a number is not defined for every image, or few images are used."
+        "a number is not defined for every image, or few images are used (n). "
+        "↑ higher is better, ↓ lower is better."
     )
 
 
@@ -110,6 +115,10 @@ def tables(records: Mapping[str, Mapping[str, Any]]) -> str:
         shown above its columns, "" for a single run.
     """
     parts = []
+    most = {
+        title: max((m.get("count", 0) for m in metrics.values()), default=0)
+        for title, metrics in records.items()
+    }
     for group in (*GROUPS, ""):
         names = _ordered({n for metrics in records.values() for n in metrics}, group)
         if not names:
@@ -127,7 +136,7 @@ def tables(records: Mapping[str, Mapping[str, Any]]) -> str:
             f'<th class="value" scope="col">{escape(_heading(title, prefix))}</th>'
             for title, prefix in columns
         )
-        rows = "".join(_row(last, columns, records) for last in lasts)
+        rows = "".join(_row(last, columns, records, most) for last in lasts)
         parts.append(
             f"<h3>{escape(group or 'Other')}</h3>"
             '<div class="scroll"><table class="metrics"><thead><tr><th></th>'
@@ -158,44 +167,57 @@ def _row(
     last: str,
     columns: list[tuple[str, str]],
     records: Mapping[str, Mapping[str, Any]],
+    most: Mapping[str, int],
 ) -> str:
     metric = describe(last)
     cells = "".join(
-        f'<td class="value">{cell(records[title].get(f"{prefix}/{last}".lstrip("/")))}'
-        "</td>"
+        '<td class="value">'
+        + cell(records[title].get(f"{prefix}/{last}".lstrip("/")), most[title])
+        + "</td>"
         for title, prefix in columns
     )
     unit = " · ".join(part for part in (metric.unit, metric.range) if part)
-    label = f"{escape(metric.label)} {ARROWS[metric.better]}".rstrip()
+    label = escape(metric.label)
+    if metric.better:  # The arrow stays on the last word's line.
+        label += f"&nbsp;{ARROWS[metric.better]}"
     return (
         f'<tr><th scope="row">{label}<span>{escape(unit)}</span></th>{cells}'
         f'<td class="meaning">{escape(metric.meaning)}</td></tr>'
     )
 
 
-def cell(found: Mapping[str, Any] | None) -> str:
-    """Returns mean ± spread, or a dash where there is no number."""
+def cell(found: Mapping[str, Any] | None, usual: int) -> str:
+    """Returns mean ± spread, and of how many values where they are not the usual."""
     if found is None:
         return ""
     mean, spread = found["mean"], found.get("std")
     if mean is None or not math.isfinite(mean):
         return "none"
     text = format_number(mean)
-    if spread is not None:
+    if spread is not None and math.isfinite(spread):
         text += f" <span>± {float(spread):.2g}</span>"
-    return f'<span title="{found.get("count", "")} values">{text}</span>'
+    if (count := found.get("count", usual)) != usual:
+        text += f' <span class="count">n = {count:,}</span>'
+    return f"<span>{text}</span>"
 
 
-def _curves(curves: Mapping[str, Any]) -> dict[str, dict[str, Curve]]:
-    """Medians and quartiles as the plots take them, ascending in x."""
-    plots = {}
+def _curves(curves: Mapping[str, Any]) -> str:
+    """A plot of each curve: its median with the quartiles as a band."""
+    plots = ""
     for curve in curves.values():
         x = np.asarray(curve["x"], np.int64)
         order = np.argsort(x)
-        names = {"median": "median", "low": "first quartile", "high": "third quartile"}
-        title = f"{curve['title']} ({curve['y_label']}) by {curve['x_label']}"
-        plots[title] = {
-            names[name]: (x[order], np.asarray(values, np.float64)[order])
+        columns = {
+            name: np.asarray(values, np.float64)[order]
             for name, values in curve["series"].items()
         }
+        line = Line(
+            "validation",
+            x[order],
+            columns["median"],
+            columns.get("low"),
+            columns.get("high"),
+        )
+        note = f"{curve['y_label']} by {curve['x_label']}"
+        plots += chart(curve["title"], note, [line])
     return plots

@@ -83,15 +83,21 @@ PAGE = """<!DOCTYPE html>
 </html>
 """
 
+SERIES = 6  # how many lines of a plot the colours and dashes tell apart
+
 STYLE = """
 :root {
   --page: #fcfcfb; --card: #ffffff; --ink: #1d2126; --quiet: #656b74;
-  --rule: #e4e6e9; --train: #2b6cb0; --validation: #c2571a; --bad: #b3261e;
+  --rule: #e4e6e9; --train: #2b6cb0; --validation: #b44f16; --bad: #b3261e;
+  --series-0: #2b6cb0; --series-1: #b44f16; --series-2: #1f7a4d;
+  --series-3: #7b4bb3; --series-4: #a82e62; --series-5: #5f6670;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #131518; --card: #1a1d21; --ink: #e5e7ea; --quiet: #9aa1ab;
     --rule: #2d3238; --train: #6fb3f5; --validation: #f3a35f; --bad: #ff8a80;
+    --series-0: #6fb3f5; --series-1: #f3a35f; --series-2: #6fcf97;
+    --series-3: #c3a1f0; --series-4: #f38bb0; --series-5: #b0b6bf;
   }
 }
 * { box-sizing: border-box; }
@@ -129,8 +135,10 @@ th span { margin-left: 0.35rem; font-weight: 400; color: var(--quiet); }
 .metrics td span span { color: var(--quiet); }
 .metrics thead th { white-space: normal; vertical-align: bottom; }
 .metrics th, .metrics td { padding-right: 1rem; }
+.metrics tbody th { min-width: 9rem; white-space: normal; }
+.metrics .count { display: block; font-size: 0.8rem; }
 .metrics .meaning { min-width: 11rem; font-size: 0.85rem; }
-section h3 { margin: 1.5rem 0 0.25rem; }
+section > h3 { margin: 1.5rem 0 0.25rem; }
 figure + figure, figure + .legend { margin-top: 1.25rem; }
 @media (max-width: 680px) {
   .numbers, .numbers tbody { display: block; }
@@ -160,6 +168,10 @@ img {
 }
 .legend .train, h3 .train { color: var(--train); }
 .legend .validation, h3 .validation { color: var(--validation); }
+.legend.lines span::before { content: none; }
+.legend.lines svg {
+  display: inline-block; width: 1.75rem; margin-right: 0.5rem; vertical-align: middle;
+}
 .panels {
   display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr));
@@ -176,6 +188,18 @@ svg text { font-size: 10.5px; fill: var(--quiet); }
 .line { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
 .line.train { stroke: var(--train); }
 .line.validation { stroke: var(--validation); }
+.line.series-0 { stroke: var(--series-0); stroke-dasharray: none; }
+.line.series-1 { stroke: var(--series-1); stroke-dasharray: 7 3; }
+.line.series-2 { stroke: var(--series-2); stroke-dasharray: 2 2.5; }
+.line.series-3 { stroke: var(--series-3); stroke-dasharray: 9 3 2 3; }
+.line.series-4 { stroke: var(--series-4); stroke-dasharray: 4 2; }
+.line.series-5 { stroke: var(--series-5); stroke-dasharray: 12 3; }
+circle.series-0, .band.series-0 { fill: var(--series-0); }
+circle.series-1, .band.series-1 { fill: var(--series-1); }
+circle.series-2, .band.series-2 { fill: var(--series-2); }
+circle.series-3, .band.series-3 { fill: var(--series-3); }
+circle.series-4, .band.series-4 { fill: var(--series-4); }
+circle.series-5, .band.series-5 { fill: var(--series-5); }
 .band { opacity: 0.22; }
 circle.train, .band.train { fill: var(--train); }
 circle.validation, .band.validation { fill: var(--validation); }

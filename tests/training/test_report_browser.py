@@ -12,6 +12,7 @@ import pytest
 from implicit_slots import visualisation
 from implicit_slots.training.comparison import write_comparison
 from implicit_slots.training.report import write_report
+from implicit_slots.training.report_style import SERIES, STYLE
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
@@ -144,3 +145,19 @@ def test_pages_need_nothing_else(pages):
         text = path.read_text()
         assert not re.search(r'(src|href)="(?!data:)', text)
         assert "<script" not in text
+
+
+def test_every_colour_of_text_is_legible_on_every_ground():
+    light, dark = re.findall(r":root \{(.*?)\}", STYLE, re.DOTALL)
+    for scheme in (light, dark):
+        colours = dict(re.findall(r"--([\w-]+): #(\w{6});", scheme))
+        level = {
+            name: luminance(str(tuple(bytes.fromhex(c)))) for name, c in colours.items()
+        }
+        grounds = [level.pop(name) for name in ("page", "card")]
+        level.pop("rule")
+        assert len(level) == 5 + SERIES
+        for name, ink in level.items():
+            for ground in grounds:
+                brighter, darker = max(ink, ground), min(ink, ground)
+                assert (brighter + 0.05) / (darker + 0.05) >= 4.5, name
