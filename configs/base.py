@@ -88,6 +88,7 @@ def get_config(name: str, data: Config) -> Config:
     config.evaluation.inception = ""  # file of Inception-v3 weights, for the FID
     config.evaluation.masks = ConfigDict({"every": 0, "num_images": 1_000})
     config.evaluation.rendering = ConfigDict({"every": 0, "num_images": 1_000})
+    config.evaluation.properties = ConfigDict({"every": 0, "num_images": 0})
     config.evaluation.deletion = ConfigDict({"every": 0, "num_images": 32})
     config.evaluation.deletion.orders = 2  # random orders of deletion, per image
     config.evaluation.fixed_points = ConfigDict({"every": 0, "num_images": 8})
@@ -119,6 +120,75 @@ def get_config(name: str, data: Config) -> Config:
     config.keep_checkpoints = 3  # the last ones; beside them the best one is kept
     config.num_pictures = 8  # rows of the reconstruction grid
     config.num_scored = 512  # images rendered through the slots for the summary
+    return config
+
+
+def autoencoder(name: str, data: Config) -> Config:
+    """Returns the default configuration of the autoencoder, for object discovery.
+
+    The values are those of Locatello et al. 2020 on CLEVR6, at 128x128, with the
+    implicit gradient; the variant "vanilla" is theirs.
+
+    Args:
+      name: the run's name.
+      data: the data section.
+    """
+    config = _of_locatello(name, data)
+    config.num_steps = 500_000
+    config.batch_size = 64
+    config.model.name = "autoencoder"
+    config.model.encoder_strides = (1, 1, 1, 1)
+    config.model.decoder_features = 64
+    config.model.decoder_strides = (2, 2, 2, 2, 1)
+    # Of the grid that a slot is broadcast to; 0: what the strides leave.
+    config.model.broadcast_side = 0
+    config.model.num_slots = 7
+    config.optimizer.warmup_steps = 10_000
+    config.optimizer.half_life = 100_000.0
+    return config
+
+
+def set_prediction(name: str, data: Config) -> Config:
+    """Returns the default configuration of the set predictor.
+
+    The values are those of Locatello et al. 2020 on CLEVR, at 128x128, with the
+    implicit gradient; the variant "vanilla" is theirs.
+
+    Args:
+      name: the run's name.
+      data: the data section.
+    """
+    config = _of_locatello(name, data)
+    config.num_steps = 150_000
+    config.batch_size = 512
+    config.model.name = "set_prediction"
+    config.model.encoder_strides = (1, 2, 2, 1)
+    config.model.head_size = 64  # hidden width of the MLP that reads a slot
+    config.model.num_slots = 10
+    config.optimizer.warmup_steps = 1_000
+    config.optimizer.half_life = 50_000.0
+    return config
+
+
+def _of_locatello(name: str, data: Config) -> Config:
+    """What the two models of Locatello et al. 2020 share."""
+    config = get_config(name, data)
+    slate = config.model
+    config.model = ConfigDict()
+    config.model.name = ""
+    config.model.features = 64  # channels of the encoder's 5x5 convolutions
+    config.model.slot_size = 64
+    config.model.slot_mlp_size = 128
+    for key in ("slot_heads", "epsilon", "initial_slots", "straight_through"):
+        config.model[key] = slate[key]
+    config.model.solver = solver("picard", max_steps=3)
+    config.model.adjoint = slate.adjoint
+    config.optimizer.learning_rate = 4e-4
+    config.optimizer.schedule = "half_life"
+    config.optimizer.clip = "none"
+    # Those of the dVAE alone.
+    del config.temperature
+    del config.optimizer.dvae_learning_rate
     return config
 
 
@@ -248,8 +318,9 @@ def set_variant(config: Config, variant: str | None) -> Config:
     Args:
       config: the configuration of the file.
       variant: what follows the colon in --config=FILE:variant. "implicit" (the
-        default), "vanilla" (back-propagation through the iterations), the paper's "ib",
-        "bb" and "bn", or "smoke" (seconds: a test that everything works, not a model).
+        default), "vanilla" (back-propagation through the iterations), "vanilla1" (the
+        same with a single one), the paper's "ib", "bb" and "bn", or "smoke" (seconds: a
+        test that everything works, not a model).
 
     Raises:
       ValueError: if there is no such variant.
@@ -260,12 +331,16 @@ def set_variant(config: Config, variant: str | None) -> Config:
         config.model.adjoint.name = "unrolled"
     elif variant in ("ib", "bb", "bn"):
         set_broyden(config, forward=variant[0] == "b", backward=variant[1] == "b")
+    elif variant == "vanilla1":
+        # One iteration and its gradient: slots that are never refined.
+        config.model.adjoint.name = "unrolled"
+        config.model.solver.max_steps = 1
     elif variant == "smoke":
         set_smoke(config)
     else:
         raise ValueError(
-            "variant must be one of implicit, vanilla, ib, bb, bn, smoke, got "
-            f"{variant!r}"
+            "variant must be one of implicit, vanilla, vanilla1, ib, bb, bn, smoke, "
+            f"got {variant!r}"
         )
     config.name = f"{config.name}-{variant}"
     return config
@@ -284,16 +359,24 @@ def set_smoke(config: Config) -> None:
     """Shrinks a configuration until it runs in seconds on one core."""
     config.num_steps = 20
     config.batch_size = 8
-    config.model.update(
-        vocab_size=16,
-        dvae_features=8,
-        width=16,
-        num_blocks=1,
-        num_heads=2,
-        num_slots=3,
-        slot_size=16,
-        slot_mlp_size=16,
-    )
+    config.model.update(slot_size=16, slot_mlp_size=16)
+    if config.model.name == "slate":
+        config.model.update(
+            vocab_size=16,
+            dvae_features=8,
+            width=16,
+            num_blocks=1,
+            num_heads=2,
+            num_slots=3,
+        )
+    elif config.model.name == "autoencoder":
+        config.model.update(
+            features=8, decoder_features=8, num_slots=3, broadcast_side=0
+        )
+        if config.model.decoder_strides[0] > 1:
+            config.model.decoder_strides = (2, 2)
+    else:
+        config.model.update(features=8, head_size=16)
     config.data.resolution = 16
     if config.data.name == "scenes":
         config.data.update(train_size=64, validation_size=16, test_size=16)

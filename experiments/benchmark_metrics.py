@@ -63,7 +63,7 @@ def contestants(batch: int) -> dict[str, tuple[Callable[[], object], float]]:
     @jax.jit
     def forward(params, image):
         output = nnx.merge(graphdef, params)(
-            image, temperature=1.0, key=jax.random.key(1), deterministic=True
+            {"image": image}, temperature=1.0, key=jax.random.key(1), deterministic=True
         )
         return output.losses, output.attention
 

@@ -127,6 +127,30 @@ def curve_figure(
     return figure
 
 
+def precision_figure(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
+) -> "Figure":
+    """Draws precision over recall, a line each.
+
+    Args:
+      curves: by the line's label its recall and its precision, both from 0 to 1.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2, 3), layout="constrained")
+    axis = figure.subplots()
+    for place, (label, (recall, precision)) in enumerate(curves.items()):
+        colour, dash = LINES[place % len(LINES)]
+        axis.plot(recall, precision, color=colour, ls=dash, lw=1.2, label=label)
+    axis.set(xlim=(0, 1.01), ylim=(0, 1.03))
+    axis.set_xlabel("recall", fontsize=8)
+    axis.set_ylabel("precision", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
 def save_figure(figure: "Figure", path: pathlib.Path) -> None:
     """Writes a figure beside `path` as .png, .pdf and .svg."""
     from matplotlib import rc_context

@@ -40,7 +40,7 @@ FONT_SIZE = 14
 def reconstruction_grid(
     image: Shaped[HostArray, "batch height width 3"],
     dvae: Shaped[HostArray, "batch height width 3"] | None,
-    slots: Shaped[HostArray, "batch height width 3"],
+    slots: Shaped[HostArray, "batch height width 3"] | None,
     attention: Float[HostArray, "batch slots rows columns"],
     segmentation: Int[HostArray, "batch height width"] | None = None,
 ) -> UInt8[np.ndarray, "picture_height picture_width 3"]:
@@ -56,7 +56,7 @@ def reconstruction_grid(
     Args:
       image: The input, uint8 or float in [0, 1].
       dvae: Its reconstruction from the discrete tokens, or None without a dVAE.
-      slots: Its reconstruction from the slots.
+      slots: Its reconstruction from the slots, or None without a decoder.
       attention: Per slot, its weight at each position of the feature grid; the
         weights of a position sum to one.
       segmentation: True segmentation, 0 for background, or None if unknown.
@@ -75,7 +75,8 @@ def reconstruction_grid(
     columns = [("image", image)]
     if dvae is not None:
         columns.append(("dVAE", _to_uint8(np.asarray(dvae))))
-    columns.append(("from slots", _to_uint8(np.asarray(slots))))
+    if slots is not None:
+        columns.append(("from slots", _to_uint8(np.asarray(slots))))
     if segmentation is not None:
         true = np.asarray(segmentation)
         pairs = zip(true, predicted, strict=True)

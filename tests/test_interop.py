@@ -155,7 +155,7 @@ def build_passes(heads):
         ):
             replace_noise(patch, lambda name: record[f"noise/{name}"])
             output = model(
-                record["image"],
+                {"image": record["image"]},
                 temperature=official.TEMPERATURE,
                 key=key,
                 deterministic=True,

@@ -7,6 +7,7 @@ GROUPS = (
     "Segmentation",
     "Attention locality",
     "Reconstruction",
+    "Object properties",
     "Slot interdependence",
     "Fixed point",
 )
@@ -238,6 +239,56 @@ METRICS: Mapping[str, Metric] = {
             "the same of a fixed random network; compare at one resolution and number "
             "of images only",
             "Naeem et al. (2020)",
+        ),
+    ),
+    **_rows(
+        "Object properties",
+        **{
+            f"ap_{name}": (
+                f"AP, {words}",
+                "",
+                "0 to 1",
+                "higher",
+                "area under precision over recall of predicted objects: every "
+                f"attribute right, {meaning}, once per object",
+                "Locatello et al. (2020), section 4.2",
+            )
+            for name, words, meaning in (
+                ("inf", "any distance", "wherever it is"),
+                ("1", "within 1", "less than 1 of CLEVR's units away"),
+                ("0_5", "within 0.5", "less than 0.5 away"),
+                ("0_25", "within 0.25", "less than 0.25 away"),
+                ("0_125", "within 0.125", "less than 0.125 away"),
+            )
+        },
+        position_error=(
+            "Position error",
+            "CLEVR's units",
+            "≥ 0",
+            "lower",
+            "distance of a slot's position from that of the object that it is matched "
+            "with; an image shows about six units",
+            "",
+        ),
+        **{
+            f"{name}_accuracy": (
+                f"{name.capitalize()} right",
+                "share",
+                "0 to 1",
+                "higher",
+                "of the objects, by the slots matched with them",
+                "",
+            )
+            for name in ("size", "material", "shape", "color")
+        },
+        count_error=(
+            "Count error",
+            "objects",
+            "≥ 0",
+            "lower",
+            "by how many the slots that are more likely an object than not miss the "
+            "number of objects",
+            "",
         ),
     ),
     **_rows(

@@ -22,7 +22,7 @@ from implicit_slots.evaluation.segmentation import attention_to_masks
 # (slots, present) -> image [batch, height, width, 3] in [0, 1].
 Render = Callable[[jax.Array, jax.Array], jax.Array]
 # (slots, present) -> cross-entropy [batch, rows, columns] of the image's own tokens.
-Read = Callable[[jax.Array, jax.Array], jax.Array]
+Read = Callable[[jax.Array, jax.Array], jax.Array | None]
 # Removed objects [batch, objects] -> image uint8, or None.
 Without = Callable[[np.ndarray], UInt8[np.ndarray, "batch height width 3"] | None]
 

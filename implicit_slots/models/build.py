@@ -1,5 +1,6 @@
 """From a configuration's `model` section to a model: the one name → class table."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
@@ -21,10 +22,16 @@ from implicit_slots.fixed_point import (
     Truncated,
     Unrolled,
 )
+from implicit_slots.models.autoencoder import Autoencoder
 from implicit_slots.models.layers import set_precision
+from implicit_slots.models.set_prediction import SetPredictor
 from implicit_slots.models.slate import SLATE
 
-MODELS = {"slate": SLATE}
+MODELS: Mapping[str, type[SLATE | Autoencoder | SetPredictor]] = {
+    "slate": SLATE,
+    "autoencoder": Autoencoder,
+    "set_prediction": SetPredictor,
+}
 
 # Which keys of its section each solver and each backward pass reads.
 _EVERY_SOLVER = ("max_steps", "rtol", "atol", "damping", "patience")
@@ -50,7 +57,7 @@ ADJOINTS = {
 
 def build_model(
     config: Config, *, resolution: int, seed: int, precision: str = "float32"
-) -> SLATE:
+) -> Any:
     """Builds the model of a configuration's `model` section.
 
     Args:
@@ -60,11 +67,14 @@ def build_model(
       seed: of the initial parameters.
       precision: see `layers.set_precision`.
 
+    Returns:
+      An object of one of the classes of `MODELS`.
+
     Raises:
       ValueError: if a name or a value is not one of the possible ones.
     """
     arguments: dict[str, Any] = config.to_dict()
-    kind = _pick(MODELS, "model.name", arguments.pop("name"))
+    kind = model_class(arguments.pop("name"))
     model = kind(
         **arguments
         | {
@@ -76,6 +86,15 @@ def build_model(
     )
     set_precision(model, precision)
     return model
+
+
+def model_class(name: str) -> Any:
+    """Returns the class of a model.
+
+    Raises:
+      ValueError: if there is no such model.
+    """
+    return _pick(MODELS, "model.name", name)
 
 
 def build_solver(section: dict[str, Any]) -> Solver:
@@ -94,7 +113,7 @@ def build_adjoint(section: dict[str, Any]) -> Adjoint:
     return _build(ADJOINTS, "model.adjoint", section)
 
 
-def _build(table: dict[str, Any], where: str, section: dict[str, Any]) -> Any:
+def _build(table: Mapping[str, Any], where: str, section: dict[str, Any]) -> Any:
     kind, keys = _pick(table, f"{where}.name", section["name"])
     try:
         return kind(**{key: section[key] for key in keys})
@@ -102,7 +121,7 @@ def _build(table: dict[str, Any], where: str, section: dict[str, Any]) -> Any:
         raise ValueError(f"config.{where}: {error}") from error
 
 
-def _pick(table: dict[str, Any], what: str, name: str) -> Any:
+def _pick(table: Mapping[str, Any], what: str, name: str) -> Any:
     if name not in table:
         raise ValueError(
             f"{what} must be one of {', '.join(sorted(table))}, got {name!r}"

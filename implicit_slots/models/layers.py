@@ -112,13 +112,86 @@ def set_precision(model: nnx.Module, precision: str) -> None:
             f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}"
         )
     for _, module in nnx.iter_modules(model):
-        if isinstance(module, Linear | nnx.Conv):
+        if isinstance(module, Linear | nnx.Conv | TransposedConv):
             module.dtype = PRECISIONS[precision]
 
 
 def split_key(key: Key[Array, ""] | None, count: int) -> list[Key[Array, ""] | None]:
     """Returns `count` keys; no keys of no key."""
     return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+class TransposedConv(nnx.Module):
+    """A transposed convolution that enlarges a grid by its stride, "same" padding.
+
+    Computed as a convolution of the small grid that makes all stride² pixels of a cell
+    at once: XLA's CPU compiler would convolve a grid of zeros between the cells.
+
+    Args:
+      in_features: channels that come in.
+      out_features: channels that go out.
+      kernel: its side, an odd number.
+      stride: by how much the grid grows.
+      rngs: source of the initial parameters.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        kernel: int,
+        stride: int,
+        rngs: nnx.Rngs,
+    ):
+        if stride < 1 or kernel % 2 == 0:
+            raise ValueError(
+                "a transposed convolution needs a stride of at least 1 and an odd "
+                f"kernel, got {stride} and {kernel}"
+            )
+        shape = (kernel, kernel, in_features, out_features)
+        self.kernel = nnx.Param(xavier_uniform()(rngs.params(), shape))
+        self.bias = nnx.Param(jnp.zeros(out_features))
+        self.stride = stride
+        self.dtype = None  # the parameters'; see `set_precision`
+
+    def __call__(
+        self, x: Float[Array, "batch rows columns inputs"]
+    ) -> Float[Array, "batch height width outputs"]:
+        """Maps a grid of features to one of `stride` times as many rows and columns."""
+        kernel, stride = self.kernel[...], self.stride
+        dtype = self.dtype or kernel.dtype
+        x, kernel = x.astype(dtype), kernel.astype(dtype)
+        # Output pixel i reads, through tap t, the input at (i + t - pad) / stride
+        # if that is whole. With i = stride·j + phase: at j + offset.
+        side, inputs, outputs = kernel.shape[0], *kernel.shape[2:]
+        # As Keras and Flax pad.
+        pad = side - 1 if stride >= side else -(-(side + stride - 2) // 2)
+        reach = max(pad, side - 2 - pad + stride) // stride
+        taps = [
+            [
+                tap if 0 <= tap < side else None
+                for phase in range(stride)
+                for tap in [stride * offset + pad - phase]
+            ]
+            for offset in range(-reach, reach + 1)
+        ]
+        padded = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
+        index = jnp.array([[side if t is None else t for t in row] for row in taps])
+        # [offset, phase] of rows, then of columns.
+        gathered = padded[index[:, :, None, None], index[None, None]]
+        gathered = gathered.transpose(0, 2, 4, 1, 3, 5)
+        small = gathered.reshape(
+            len(taps), len(taps), inputs, stride * stride * outputs
+        )
+        made = jax.lax.conv_general_dilated(
+            x, small, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        batch, rows, columns, _ = made.shape
+        made = made.reshape(batch, rows, columns, stride, stride, outputs)
+        made = made.transpose(0, 1, 3, 2, 4, 5)
+        made = made.reshape(batch, rows * stride, columns * stride, outputs)
+        return made + self.bias[...].astype(made.dtype)[None, None, None]
 
 
 class LayerNorm(nnx.Module):

@@ -7,62 +7,84 @@ from jaxtyping import Array, Float, Int
 from implicit_slots.fixed_point import Stats
 
 
-class SlateOutput(NamedTuple):
-    """What a training or validation pass returns, per example.
+class Output(NamedTuple):
+    """What a training or validation pass of any model returns, per example.
 
     Attributes:
-      losses: "mse", the dVAE's squared error summed over pixels and channels (images
-        in [0, 1]), and "cross_entropy", the decoder's, summed over the tokens, in
-        nats. The training loss is the sum of the two, averaged over the batch.
-      reconstruction: the dVAE's image from relaxed tokens.
-      attention: each slot's share of each token; sums to one over slots.
+      losses: by name; the training loss is their sum, averaged over the batch. Each
+        model's `__call__` says what they are.
+      attention: each slot's share of each position; sums to one over slots.
       stats: of the slots' forward solve.
+      reconstruction: the image as the model was trained to make it, where it makes one
+        (SLATE: the dVAE's, from relaxed tokens).
+      masks: the decoder's masks, where a pass makes them; sum to one over slots.
+      predicted: each slot's properties, where the model says them.
     """
 
     losses: dict[str, Float[Array, " batch"]]
-    reconstruction: Float[Array, "batch height width 3"]
     attention: Float[Array, "batch slots rows columns"]
     stats: Stats
+    reconstruction: Float[Array, "batch height width 3"] | None = None
+    masks: Float[Array, "batch slots height width"] | None = None
+    predicted: Float[Array, "batch slots properties"] | None = None
+
+
+class Mixture(NamedTuple):
+    """What a spatial broadcast decoder makes of slots.
+
+    Attributes:
+      image: the slots' images, mixed by the masks; [0, 1] is what images have.
+      images: each slot's.
+      masks: each slot's share of each pixel; sums to one over slots.
+    """
+
+    image: Float[Array, "batch height width 3"]
+    images: Float[Array, "batch slots height width 3"]
+    masks: Float[Array, "batch slots height width"]
 
 
 class Reconstruction(NamedTuple):
     """An image taken apart and rendered again, without noise in the tokens.
 
     Attributes:
-      dvae: the image from its own most probable tokens, in [0, 1].
-      slots: the image from tokens that the decoder generated from the slots alone.
-      attention: each slot's share of each token; sums to one over slots.
+      dvae: the image from its own most probable tokens, in [0, 1]; None without a dVAE.
+      slots: the image that the decoder makes of the slots alone; None without one.
+      attention: each slot's share of each position; sums to one over slots.
+      masks: the decoder's, where rendering makes them.
     """
 
-    dvae: Float[Array, "batch height width 3"]
-    slots: Float[Array, "batch height width 3"]
+    dvae: Float[Array, "batch height width 3"] | None
+    slots: Float[Array, "batch height width 3"] | None
     attention: Float[Array, "batch slots rows columns"]
+    masks: Float[Array, "batch slots height width"] | None = None
 
 
 class Encoded(NamedTuple):
     """What the model knows of an image, without noise in the tokens.
 
     Attributes:
-      tokens: the most probable ones.
+      tokens: the most probable ones; None without a dVAE.
       slots: of the fixed point.
-      attention: each slot's share of each token; sums to one over slots.
+      attention: each slot's share of each position; sums to one over slots.
       stats: of the slots' forward solve.
     """
 
-    tokens: Int[Array, "batch rows columns"]
+    tokens: Int[Array, "batch rows columns"] | None
     slots: Float[Array, "batch slots dim"]
     attention: Float[Array, "batch slots rows columns"]
     stats: Stats
 
 
-class TeacherForced(NamedTuple):
-    """How the decoder predicts an image's own tokens.
+class Reading(NamedTuple):
+    """How the decoder reads the slots of an image.
 
     Attributes:
-      cross_entropy: of each token given those before it and the slots, in nats.
-      attention: each slot's share of what the prediction of a token reads of the slots
-        (mean over blocks and heads): the decoder's masks. Sums to one over slots.
+      cross_entropy: of each token given those before it and the slots, in nats; None
+        without tokens.
+      attention: the decoder's masks: each slot's share of a position. Sums to one over
+        slots. SLATE: of what the prediction of a token reads of the slots, mean over
+        blocks and heads.
     """
 
-    cross_entropy: Float[Array, "batch rows columns"]
+    cross_entropy: Float[Array, "batch rows columns"] | None
     attention: Float[Array, "batch slots rows columns"]

@@ -1,8 +1,11 @@
 """SLATE: discrete VAE, slot attention over its tokens, autoregressive decoder.
 
 Singh, Deng, Ahn 2022 (arXiv 2110.11405), as in the official code. Its loss is a sum
-over pixels and tokens, not a mean: see `SlateOutput`.
+over pixels and tokens, not a mean: see `Output`.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +18,9 @@ from implicit_slots.models import layers, noise
 from implicit_slots.models.dvae import DVAE, STRIDE, gumbel_softmax
 from implicit_slots.models.outputs import (
     Encoded,
+    Output,
+    Reading,
     Reconstruction,
-    SlateOutput,
-    TeacherForced,
 )
 from implicit_slots.models.slot_attention import Problem, SlotAttention, SlotsOutput
 from implicit_slots.models.transformer import TransformerDecoder
@@ -74,6 +77,9 @@ class SLATE(nnx.Module):
         "decoder",
         "out",
     )
+    losses = ("mse", "cross_entropy")
+    reads = ("image",)
+    annealed = ("temperature",)
 
     def __init__(
         self,
@@ -163,22 +169,26 @@ class SLATE(nnx.Module):
 
     def __call__(
         self,
-        image: Float[Array, "batch height width 3"],
+        batch: Mapping[str, Any],
         *,
         temperature: Float[Array, ""] | float,
         key: Key[Array, ""],
         deterministic: bool = False,
         probe: BackwardStats | None = None,
-    ) -> SlateOutput:
-        """Returns the losses of a batch of images in [0, 1].
+    ) -> Output:
+        """Returns the losses of a batch with images in [0, 1].
+
+        They are "mse", the dVAE's squared error summed over pixels and channels, and
+        "cross_entropy", the decoder's, summed over the tokens, in nats.
 
         Args:
-          image: the images.
+          batch: of which `image` is read.
           temperature: of the Gumbel-softmax.
           key: for Gumbel noise, initial slots and dropout.
           deterministic: no dropout; the other noise stays.
           probe: see `SlotAttention`.
         """
+        image = batch["image"]
         key_relaxed, key_hard, key_slots, key_embed, key_decoder = jax.random.split(
             key, 5
         )
@@ -201,8 +211,8 @@ class SLATE(nnx.Module):
         )
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         losses = {"mse": mse, "cross_entropy": cross_entropy.sum(axis=1)}
-        return SlateOutput(
-            losses, reconstruction, self._on_grid(slots.attention), slots.stats
+        return Output(
+            losses, self._on_grid(slots.attention), slots.stats, reconstruction
         )
 
     def embed(
@@ -328,6 +338,7 @@ class SLATE(nnx.Module):
         The key draws the initial slots.
         """
         encoded = self.encode(image, key=key)
+        assert encoded.tokens is not None
         return Reconstruction(
             self.picture(encoded.tokens),
             self.render(encoded.slots),
@@ -366,13 +377,13 @@ class SLATE(nnx.Module):
         """
         return self.picture(self.generate(slots, present=present))
 
-    def teacher_forced(
+    def read(
         self,
         tokens: Int[Array, "batch rows columns"],
         slots: Float[Array, "batch slots slot_dim"],
         *,
         present: Bool[Array, "batch slots"] | None = None,
-    ) -> TeacherForced:
+    ) -> Reading:
         """Predicts each token from those before it and the slots; no dropout.
 
         Args:
@@ -387,7 +398,7 @@ class SLATE(nnx.Module):
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(
             self.out(features), targets
         )
-        return TeacherForced(
+        return Reading(
             cross_entropy.reshape(tokens.shape), self._on_grid(shares.swapaxes(1, 2))
         )
 

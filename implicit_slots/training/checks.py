@@ -4,6 +4,7 @@ import jax
 
 from implicit_slots.config import Config
 from implicit_slots.data import sources
+from implicit_slots.models.build import MODELS, model_class
 from implicit_slots.models.dvae import STRIDE
 from implicit_slots.models.noise import MOST_WORDS
 from implicit_slots.training import feed
@@ -22,9 +23,6 @@ POSITIVE = (
     "keep_checkpoints",
     "num_pictures",
     "num_scored",
-    "model.vocab_size",
-    "model.dvae_features",
-    "model.width",
     "model.slot_size",
     "model.slot_mlp_size",
     "diagnostics.num_examples",
@@ -39,12 +37,23 @@ POSITIVE = (
     "evaluation.fixed_points.iterations",
     "evaluation.fixed_points.initialisations",
 )
+# Groups of an evaluation for which 0 images are all there are.
+ANY_NUMBER = ("masks", "rendering", "properties")
+# Sizes of layers that a model may have.
+SIZES = (
+    "vocab_size",
+    "dvae_features",
+    "width",
+    "features",
+    "decoder_features",
+    "head_size",
+)
 NOT_NEGATIVE = (
     "diagnostics.every",
     "diagnostics.powers",
     "profile.start",
     *(f"evaluation.{group}.every" for group in GROUPS),
-    *(f"evaluation.{group}.num_images" for group in ("masks", "rendering")),
+    *(f"evaluation.{group}.num_images" for group in ANY_NUMBER),
 )
 
 
@@ -71,7 +80,8 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
         )
     for section in ("model", "diagnostics", "nonfinite", "alarms", "profile"):
         flat |= {f"{section}.{key}": value for key, value in config[section].items()}
-    for key in POSITIVE:
+    sizes = (f"model.{key}" for key in SIZES if key in config.model)
+    for key in (*POSITIVE, *sizes):
         if flat[key] < 1:
             raise UserError(f"config.{key} must be at least 1, got {flat[key]}")
     for key in NOT_NEGATIVE:
@@ -82,6 +92,45 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
             f"config.data.placement must be one of {', '.join(feed.PLACEMENTS)}, got "
             f"{usage['placement']!r}"
         )
+    if config.model.name not in MODELS:
+        raise UserError(
+            f"config.model.name must be one of {', '.join(MODELS)}, got "
+            f"{config.model.name!r}"
+        )
+    check_slate(config)
+    if usage["flip"] and "objects" in model_class(config.model.name).reads:
+        raise UserError(
+            "config.data.flip mirrors images, not the positions this model learns; "
+            "set --config.data.flip=False"
+        )
+    if config.sharding not in SHARDINGS:
+        raise UserError(
+            f"config.sharding must be one of {', '.join(SHARDINGS)}, got "
+            f"{config.sharding!r}"
+        )
+    if checkpoint not in CHECKPOINTS:
+        raise UserError(
+            f"--checkpoint must be one of {', '.join(CHECKPOINTS)}, got {checkpoint!r}"
+        )
+    if mode == "replay" and jax.process_count() > 1:
+        raise UserError("--mode=replay takes one process; leave out the others")
+    if mode == "evaluate" and jax.process_count() > 1:
+        raise UserError(
+            "--mode=evaluate takes one process, with all devices of its host; leave "
+            "out the others"
+        )
+    if checkpoint != "latest" and mode != "evaluate":
+        raise UserError("--checkpoint is for --mode=evaluate; runs resume the latest")
+
+
+def check_slate(config: Config) -> None:
+    """Refuses what SLATE alone has, where it is wrong.
+
+    Raises:
+      UserError: naming the key.
+    """
+    if config.model.name != "slate":
+        return
     for key in ("dropout", "attention_dropout"):
         if not 0 <= config.model[key] < 1:
             raise UserError(
@@ -108,24 +157,6 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
                 f"config.temperature.{key} must be positive, got "
                 f"{config.temperature[key]}"
             )
-    if config.sharding not in SHARDINGS:
-        raise UserError(
-            f"config.sharding must be one of {', '.join(SHARDINGS)}, got "
-            f"{config.sharding!r}"
-        )
-    if checkpoint not in CHECKPOINTS:
-        raise UserError(
-            f"--checkpoint must be one of {', '.join(CHECKPOINTS)}, got {checkpoint!r}"
-        )
-    if mode == "replay" and jax.process_count() > 1:
-        raise UserError("--mode=replay takes one process; leave out the others")
-    if mode == "evaluate" and jax.process_count() > 1:
-        raise UserError(
-            "--mode=evaluate takes one process, with all devices of its host; leave "
-            "out the others"
-        )
-    if checkpoint != "latest" and mode != "evaluate":
-        raise UserError("--checkpoint is for --mode=evaluate; runs resume the latest")
 
 
 def crowding(config: Config) -> str:

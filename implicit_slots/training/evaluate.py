@@ -36,8 +36,15 @@ from implicit_slots.evaluation import (
     interdependence,
     overlap,
 )
+from implicit_slots.evaluation.average_precision import (
+    THRESHOLDS,
+    PrecisionRecall,
+    average_precision,
+    precision_recall,
+)
 from implicit_slots.evaluation.catalogue import describe
 from implicit_slots.evaluation.segmentation import upsample
+from implicit_slots.models.build import model_class
 from implicit_slots.training import processes
 from implicit_slots.training.evaluation_steps import EvaluationSteps, classes_of
 from implicit_slots.training.sharding import shard_batch
@@ -53,6 +60,7 @@ IMAGES_FILE = "images.csv"
 NO_MASKS = "the data has no masks"
 NO_SHADOWS = "the data does not say where shadows are"
 NO_CLASSES = "the data names no class of its objects"
+NO_OBJECTS = "the data does not say what objects there are"
 NO_RENDERER = "the data's scenes cannot be rendered again without an object"
 NO_WEIGHTS = (
     "no weights: --config.evaluation.inception=FILE takes "
@@ -157,11 +165,11 @@ def rendering(subject: Subject, findings: Findings) -> None:
     found: dict[tuple[str, str], list[np.ndarray]] = {}
     count = settings.rendering.num_images
     for number, batch, host in _batches(subject, count, "renders"):
-        values, dvae, slots = subject.steps.rendering(
+        values, rendered = subject.steps.rendering(
             subject.params, batch["image"], number
         )
         rows.append(_kept(values, host))
-        by_name = {"image": as_float(batch["image"]), "dvae": dvae, "slots": slots}
+        by_name = {"image": as_float(batch["image"]), **rendered}
         for feature, function in features.items():
             for name, images in by_name.items():
                 kept = np.asarray(function(images))[_kept_rows(host)]
@@ -169,10 +177,11 @@ def rendering(subject: Subject, findings: Findings) -> None:
     findings.images |= _joined(rows, count)
     for feature in features:
         sets = {
-            name: np.concatenate(found[feature, name])[: count or None]
-            for name in ("image", "dvae", "slots")
+            name: np.concatenate(images)[: count or None]
+            for (kind, name), images in found.items()
+            if kind == feature
         }
-        for name in ("dvae", "slots"):
+        for name in sets.keys() - {"image"}:
             if len(sets["image"]) < 2:
                 findings.absent[f"{name}/{feature}"] = "it needs two images or more"
                 continue
@@ -302,19 +311,60 @@ def behaviour(subject: Subject, findings: Findings) -> fixed_points.Trajectory:
     return trajectory
 
 
+def properties(
+    subject: Subject, findings: Findings
+) -> dict[str, PrecisionRecall] | None:
+    """Average precision of predicted objects, and what is right of them.
+
+    Returns:
+      A curve of precision over recall for each threshold.
+    """
+    count = subject.config.evaluation.properties.num_images
+    rows, detected = [], []
+    for number, batch, host in _batches(subject, count, "properties"):
+        if "objects" not in host:
+            findings.absent["Object properties"] = NO_OBJECTS
+            return None
+        values, found = subject.steps.properties(subject.params, batch, number)
+        rows.append(_kept(values, host))
+        kept = _kept_rows(host)
+        detected.append([np.asarray(part)[kept] for part in found])
+    findings.images |= _joined(rows, count)
+    confidence, hits, objects = (
+        np.concatenate(parts)[: count or None] for parts in zip(*detected, strict=True)
+    )
+    curves = {}
+    for place, name in enumerate(THRESHOLDS):
+        curves[name] = precision_recall(
+            confidence.ravel(), hits[..., place].ravel(), objects.sum()
+        )
+        precision = average_precision(curves[name])
+        findings.numbers[f"ap_{name}"] = precision, len(objects)
+    return curves
+
+
 GROUPS: Mapping[str, Callable[[Subject, Findings], Any]] = {
     "masks": masks,
     "rendering": rendering,
+    "properties": properties,
     "deletion": deletions,
     "fixed_points": behaviour,
 }
+# What a model must be able to do for a group.
+_NEEDS = {"rendering": "render", "deletion": "render", "properties": "predict"}
+
+
+def groups_of(model: str) -> list[str]:
+    """The groups that a model of this name has numbers of."""
+    kind = model_class(model)
+    return [g for g in GROUPS if g not in _NEEDS or hasattr(kind, _NEEDS[g])]
 
 
 def evaluate(subject: Subject) -> Findings:
-    """Runs every group."""
+    """Runs every group that the model has numbers of."""
     findings = Findings()
-    for name, group in GROUPS.items():
-        findings.shown[name] = group(subject, findings)
+    for name in groups_of(subject.config.model.name):
+        findings.shown[name] = GROUPS[name](subject, findings)
     return findings
 
 

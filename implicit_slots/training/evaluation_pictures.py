@@ -1,6 +1,8 @@
 """The pictures of an evaluation: the same images and seeds each time."""
 
+import math
 import pathlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,9 @@ import numpy as np
 
 from implicit_slots import figures, visualisation
 from implicit_slots.evaluation import fixed_points, overlap
+from implicit_slots.evaluation.average_precision import THRESHOLDS, PrecisionRecall
 from implicit_slots.evaluation.segmentation import upsample
-from implicit_slots.training.evaluate import Findings, Subject
+from implicit_slots.training.evaluate import Findings, Subject, groups_of
 from implicit_slots.training.step import as_float
 
 # Iterations that a traversal shows, where they were made.
@@ -24,10 +27,13 @@ def draw(subject: Subject, findings: Findings, folder: pathlib.Path) -> Pictures
     pictures = draw_reconstructions(subject, findings, folder)
     pictures += draw_attention(subject, folder)
     draw_curves(findings, folder)
-    if (shown := findings.shown["deletion"]) is not None:
+    if (curves := findings.shown.get("properties")) is not None:
+        pictures += draw_precision(curves, folder)
+    if (shown := findings.shown.get("deletion")) is not None:
         renders, batch = shown
         pictures += draw_deletions(renders, batch["image"], folder)
-    pictures += draw_compositions(subject, folder)
+    if "rendering" in findings.shown:
+        pictures += draw_compositions(subject, folder)
     trajectory = findings.shown["fixed_points"]
     image = subject.source.batch(np.arange(len(trajectory.residual)))["image"]
     return pictures + draw_iterations(trajectory, image, folder)
@@ -42,7 +48,7 @@ def draw_reconstructions(
     for name, title, caption in (
         ("attention", "Attention masks", "Masks and columns: slot attention's."),
         ("decoder", "Decoder masks", "Masks and columns: what the decoder reads."),
-    ):
+    )[: 2 if "rendering" in findings.shown else 1]:
         picture = _grid(subject, rows, name)
         pictures.append(_save(folder, f"{name}_masks", picture, title, caption))
     for metric, better in (("attention/fg_ari", 1), ("slots/mse", -1)):
@@ -87,6 +93,24 @@ def draw_curves(findings: Findings, folder: pathlib.Path) -> None:
     named = ("residual", "mask_flips", "spill_share", "counterfactual_error")
     curves = [findings.curves[name] for name in named if name in findings.curves]
     figures.save_figure(figures.curve_figure(curves), folder / "curves")
+
+
+def draw_precision(
+    curves: Mapping[str, PrecisionRecall], folder: pathlib.Path
+) -> Pictures:
+    """Precision over recall, a line for each distance; for papers too."""
+    lines = {
+        "any distance" if math.isinf(limit) else f"within {limit:g}": curves[name]
+        for name, limit in THRESHOLDS.items()
+    }
+    figure = figures.precision_figure(lines)
+    figures.save_figure(figure, folder / "precision_recall")
+    caption = (
+        "Of predicted objects, all images together, the most confident first; a line "
+        "for each distance within which a position counts as right."
+    )
+    title = "Precision by recall"
+    return [{"file": "precision_recall.png", "title": title, "caption": caption}]
 
 
 def draw_deletions(
@@ -206,11 +230,17 @@ def _grid(subject: Subject, rows: np.ndarray, masks: str) -> visualisation.Pictu
         attention = subject.steps.read(
             subject.params, encoded.tokens, encoded.slots, present
         ).attention
-    _, dvae, _ = subject.steps.rendering(subject.params, batch["image"], 0)
-    rendered = subject.steps.render(subject.params, encoded.slots, present)
-    dvae, rendered, attention = jax.device_get((dvae, rendered, attention))
+    rendered: dict[str, jax.Array] = {}
+    if "rendering" in groups_of(subject.config.model.name):
+        rendered = subject.steps.rendering(subject.params, batch["image"], 0)[1]
+        rendered["slots"] = subject.steps.render(subject.params, encoded.slots, present)
+    pictures, attention = jax.device_get((rendered, attention))
     return visualisation.reconstruction_grid(
-        batch["image"], dvae, rendered, attention, batch.get("segmentation")
+        batch["image"],
+        pictures.get("dvae"),
+        pictures.get("slots"),
+        attention,
+        batch.get("segmentation"),
     )
 
 

@@ -9,19 +9,28 @@ from flax import nnx
 
 from implicit_slots.config import Config
 from implicit_slots.evaluation import fixed_points
+from implicit_slots.evaluation.average_precision import attribute_scores, detect
 from implicit_slots.evaluation.interdependence import coupling
 from implicit_slots.evaluation.locality import locality
 from implicit_slots.evaluation.reconstruction import compare
 from implicit_slots.evaluation.segmentation import score_masks
 from implicit_slots.fixed_point import Unrolled, diagnostics, fixed_point
-from implicit_slots.models.outputs import Encoded, TeacherForced
+from implicit_slots.models.build import model_class
+from implicit_slots.models.outputs import Encoded, Reading
+from implicit_slots.models.set_prediction import (
+    CLASSES,
+    REACH,
+    encode_objects,
+    match_sets,
+    pairwise_distance,
+)
 from implicit_slots.models.slot_attention import SlotAttention
 from implicit_slots.training.sharding import replicated
 from implicit_slots.training.state import Purpose, purpose_key
 from implicit_slots.training.step import Batch, as_float
 
 # Attributes that name an object's class; the first one that the data has counts.
-CLASSES = ("category", "label", "shape")
+NAMED = ("category", "label", "shape")
 # Other initial slots are iterated on so many times as far.
 RESTART = 4
 
@@ -34,10 +43,11 @@ class EvaluationSteps(NamedTuple):
     Attributes:
       encode: (params, image, number) -> `Encoded`.
       masks: (params, batch, number) -> values per image, by name.
-      rendering: (params, image, number) -> (values per image, dVAE's images, images
-        from the slots).
+      rendering: (params, image, number) -> (values per image, images by the name of
+        what they were rendered from: "dvae", "slots").
+      properties: (params, batch, number) -> (values per image, `Detections`).
       render: (params, slots, present) -> images.
-      read: (params, tokens, slots, present) -> `TeacherForced`.
+      read: (params, tokens, slots, present) -> `Reading`.
       iterate: (params, image, number) -> (values per image, `Trajectory`, `Coupling`)
         of the slots' fixed points.
       restart: (params, one image, number) -> (slots, last residual, agreement of masks)
@@ -47,8 +57,9 @@ class EvaluationSteps(NamedTuple):
     encode: Callable[..., Encoded]
     masks: Callable[..., dict[str, jax.Array]]
     rendering: Callable[..., Any]
+    properties: Callable[..., Any]
     render: Callable[..., jax.Array]
-    read: Callable[..., TeacherForced]
+    read: Callable[..., Reading]
     iterate: Callable[..., Any]
     restart: Callable[..., Any]
 
@@ -64,6 +75,7 @@ def build_evaluation_steps(
       mesh: the devices; None leaves it to JAX where results lie.
     """
     whole = None if mesh is None else replicated(mesh)
+    decodes = hasattr(model_class(config.model.name), "read")
     settings = config.evaluation.fixed_points
     iterations = settings.iterations
 
@@ -81,16 +93,17 @@ def build_evaluation_steps(
     def masks(params, batch: Batch, number):
         model = model_of(params)
         encoded = model.encode(as_float(batch["image"]), key=key_of(number))
-        forced = model.teacher_forced(encoded.tokens, encoded.slots)
-        by_token = forced.cross_entropy
-        values = {
-            "cross_entropy": by_token.sum(axis=(1, 2)),
-            "cross_entropy_per_token": by_token.mean(axis=(1, 2)),
-        }
+        values = {}
+        by_name = {"attention": encoded.attention}
+        if decodes:
+            forced = model.read(encoded.tokens, encoded.slots)
+            by_name["decoder"] = forced.attention
+            if (by_token := forced.cross_entropy) is not None:
+                values["cross_entropy"] = by_token.sum(axis=(1, 2))
+                values["cross_entropy_per_token"] = by_token.mean(axis=(1, 2))
         if "segmentation" not in batch:
             return values
         most = config.data.max_objects
-        by_name = {"attention": encoded.attention, "decoder": forced.attention}
         for name, attention in by_name.items():
             found = score_masks(
                 attention,
@@ -108,16 +121,26 @@ def build_evaluation_steps(
         rendered = model_of(params).reconstruct(image, key=key_of(number))
         values = {}
         by_name = {"dvae": rendered.dvae, "slots": rendered.slots}
+        by_name = {name: other for name, other in by_name.items() if other is not None}
         for name, other in by_name.items():
             found = compare(image, other)
             values |= {f"{name}/{key}": value for key, value in found.items()}
-        return values, rendered.dvae, rendered.slots
+        return values, by_name
+
+    def properties(params, batch: Batch, number):
+        model = model_of(params)
+        encoded = model.encode(as_float(batch["image"]), key=key_of(number))
+        predicted = model.predict(encoded.slots)
+        target = encode_objects(batch["objects"], predicted.shape[1])
+        matched = match_sets(pairwise_distance(predicted, target))
+        scores = attribute_scores(predicted, target, matched, CLASSES, REACH)
+        return scores, detect(predicted, target, CLASSES, REACH)
 
     def render(params, slots, present):
         return model_of(params).render(slots, present=present)
 
-    def read(params, tokens, slots, present) -> TeacherForced:
-        return model_of(params).teacher_forced(tokens, slots, present=present)
+    def read(params, tokens, slots, present) -> Reading:
+        return model_of(params).read(tokens, slots, present=present)
 
     def iterate(params, image, number):
         model = model_of(params)
@@ -157,6 +180,7 @@ def build_evaluation_steps(
         encode=compiled(encode),
         masks=compiled(masks),
         rendering=compiled(rendering),
+        properties=compiled(properties),
         render=compiled(render),
         read=compiled(read),
         iterate=compiled(iterate),
@@ -172,7 +196,7 @@ def applications(slots: SlotAttention) -> int:
 def classes_of(batch: Batch) -> Any:
     """The class of each object, where the data names one."""
     objects = batch.get("objects", {})
-    for name in CLASSES:
+    for name in NAMED:
         if name in objects:
             return objects[name]
     return None

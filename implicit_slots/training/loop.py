@@ -210,7 +210,7 @@ class _Loop:
             with self._progress.paused():
                 values = diagnose(run, self._state.evaluated)
                 self._write(step, "validation", values)
-        for group in evaluate.GROUPS:
+        for group in evaluate.groups_of(config.model.name):
             if due(config.evaluation[group].every):
                 with self._progress.paused():
                     values = evaluate_group(run, self._state.evaluated, group)
@@ -302,6 +302,8 @@ def score(run: Run, state: TrainState, source: Source) -> dict[str, float]:
     "slot_mse" generates every token from the slots, which takes long: only the first
     `config.num_scored` images count, rounded up to whole batches.
     """
+    if run.steps.score is None:
+        return {}
     batches = math.ceil(run.config.num_scored / _evaluated_at_once(run.config))
     return _mean(
         [
@@ -347,7 +349,7 @@ def draw(run: Run, params: PyTree, step: int) -> None:
         examples["image"],
         rendered.dvae,
         rendered.slots,
-        rendered.attention,
+        rendered.attention if rendered.masks is None else rendered.masks,
         examples.get("segmentation"),
     )
     visualisation.save_png(picture, run.workdir / "images" / f"step_{step:08d}.png")
@@ -367,7 +369,7 @@ def _evaluation(run: Run, source: Source) -> Iterator[dict]:
         for batch in batches:
             read = {
                 name: batch[name]
-                for name in ("image", "segmentation", "mask")
+                for name in ("image", "segmentation", "objects", "mask")
                 if name in batch
             }
             yield shard_batch(read, run.mesh)

@@ -1,4 +1,4 @@
-"""The optimiser of SLATE: two Adam groups, schedules, clipping, average of weights."""
+"""The optimiser: Adam (SLATE: two groups), schedules, clipping, average of weights."""
 
 from collections.abc import Hashable
 
@@ -55,10 +55,9 @@ def build_optimizer(
         warm = jnp.minimum((step + 1) / max(config.warmup_steps, 1), 1.0)
         return config.learning_rate * (warm * decay(step))
 
-    groups: dict[Hashable, optax.GradientTransformation] = {
-        "dvae": _adam(dvae_rate),
-        "main": _adam(main_rate),
-    }
+    groups: dict[Hashable, optax.GradientTransformation] = {"main": _adam(main_rate)}
+    if "dvae" in params:
+        groups["dvae"] = _adam(dvae_rate)
     labels = {key: "dvae" if key == "dvae" else "main" for key in params}
     return optax.chain(_clipping(config), optax.partition(groups, labels))
 
@@ -111,8 +110,8 @@ def max_norm(tree: PyTree) -> Float[Array, ""]:
     return jnp.max(jnp.stack([jnp.abs(leaf).max() for leaf in jax.tree.leaves(tree)]))
 
 
-def temperature(config: Config, step: jax.typing.ArrayLike) -> Float[Array, ""]:
-    """Gumbel-softmax temperature: a cosine from `start` to `end` over `steps` steps."""
+def cosine(config: Config, step: jax.typing.ArrayLike) -> Float[Array, ""]:
+    """Half a cosine from `start` to `end` over `steps` steps: of the temperature."""
     progress = jnp.minimum(jnp.asarray(step, jnp.float32) / max(config.steps, 1), 1.0)
     share = 0.5 * (1 + jnp.cos(jnp.pi * progress))
     return config.end + (config.start - config.end) * share
@@ -142,11 +141,11 @@ def _decay(config: Config, num_steps: int) -> optax.Schedule:
     """The factor on all rates, by the number of updates made."""
     if config.schedule == "cosine":
 
-        def cosine(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+        def to_zero(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
             progress = jnp.minimum(step / num_steps, 1.0)
             return 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
-        return cosine
+        return to_zero
     if config.schedule == "half_life":
         return optax.exponential_decay(1.0, config.half_life, 0.5)
     return optax.constant_schedule(1.0)

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from implicit_slots.training.feed import Feed
 
-SHOWN = ("loss", "mse", "cross_entropy", "fg_ari")
+SHOWN = ("loss", "mse", "cross_entropy", "fg_ari", "decoder_fg_ari", "ap_inf", "ap_0_5")
 
 
 class Progress:

@@ -49,7 +49,11 @@ def write(
         batches = pipeline.TrainBatches(
             source, config.batch_size, config.seed, flip=usage_of(config.data)["flip"]
         )
-        np.savez(folder / BATCH_FILE, image=batches[index]["image"])
+        named = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+            for path, leaf in jax.tree.leaves_with_path(batches[index])
+        }
+        np.savez(folder / BATCH_FILE, **named)
     processes.barrier("replay")
     none = Faults(*(0 * count for count in state.faults))
     before = state._replace(step=0 * state.step + index, faults=none)
@@ -86,7 +90,13 @@ def run(
     try:
         state, _ = checkpoints.read(checkpoints.steps()[0], replicate(like, mesh))
         with np.load(folder / BATCH_FILE) as saved:
-            batch = {"image": saved["image"]}
+            batch: dict[str, Any] = {}
+            for name in saved.files:
+                *outer, last = name.split("/")
+                inner = batch
+                for part in outer:
+                    inner = inner.setdefault(part, {})
+                inner[last] = saved[name]
     except (Damaged, IndexError, OSError, ValueError) as error:
         raise UserError(f"{folder} cannot be read ({error})") from error
     finally:

@@ -21,10 +21,10 @@ from ml_collections import ConfigDict
 
 from implicit_slots.config import Config
 from implicit_slots.data import pipeline, sources
+from implicit_slots.data.base import CLEVR_CODES
 from implicit_slots.data.frames import FrameSource
 from implicit_slots.data.layout import write_whole
-from implicit_slots.models.build import build_model
-from implicit_slots.models.slate import SLATE
+from implicit_slots.models.build import build_model, model_class
 from implicit_slots.training import (
     evaluate,
     evaluation_pictures,
@@ -71,8 +71,6 @@ PARAMETERS_FILE = "parameters.txt"
 EVALUATION_FOLDER = "evaluation"
 # Keys of config.data that change no image.
 UNSEEN = ("cache", "placement", "workers", "flip")
-# What the training step reads of a batch.
-TRAINED_ON = ("image",)
 
 
 def run(
@@ -229,11 +227,47 @@ def open_data(
     if mode == "evaluate":
         split = config.evaluation.split
         return None, {split: sources.build(config.data, split)}
+    reads = model_class(config.model.name).reads
     held_out = {"validation": sources.build(config.data, "validation")}
-    train = sources.build(config.data, "train", TRAINED_ON)
+    train = sources.build(config.data, "train", reads)
+    check_read(train, reads, "training", config.model.num_slots)
+    check_read(held_out["validation"], reads, "validation", config.model.num_slots)
     # Large enough?
     pipeline.TrainBatches(train, config.batch_size, config.seed)
     return train, held_out
+
+
+def check_read(
+    source: sources.Source, reads: tuple[str, ...], split: str, num_slots: int
+) -> None:
+    """Refuses data without what the model learns from, beside images.
+
+    Raises:
+      ValueError: naming what is missing.
+    """
+    if reads == ("image",):
+        return
+    batch = source.batch(np.arange(1))
+    for name in reads:
+        if name not in batch:
+            raise ValueError(
+                f"the model learns from '{name}', which the {split} split does not "
+                "have; the embedded scenes have them with "
+                "--config.data.with_masks=True, CLEVR in its own files"
+            )
+    objects = batch["objects"]
+    most = objects["present"].shape[1]
+    if most > num_slots:
+        raise ValueError(
+            f"the model has {num_slots} slots for up to {most} objects: set "
+            f"--config.model.num_slots={most}, or a smaller config.data.max_objects"
+        )
+    unknown = sorted(CLEVR_CODES.keys() - objects.keys())
+    if unknown:
+        raise ValueError(
+            f"the model learns CLEVR's attributes, and the {split} split does not name "
+            f"{', '.join(unknown)} of objects"
+        )
 
 
 def evaluate_all(
@@ -300,7 +334,7 @@ def evaluation_label(config: Config, workdir: pathlib.Path, checkpoint: str) -> 
     return f"{label}-best" if checkpoint == "best" else label
 
 
-def load(workdir: pathlib.Path) -> tuple[Config, SLATE]:
+def load(workdir: pathlib.Path) -> tuple[Config, Any]:
     """Returns the configuration and the trained model of a run, for a study.
 
     Args:
@@ -332,7 +366,7 @@ def load(workdir: pathlib.Path) -> tuple[Config, SLATE]:
     return config, nnx.merge(graphdef, found[0].evaluated)
 
 
-def build(config: Config) -> SLATE:
+def build(config: Config) -> Any:
     """Builds the model of a whole configuration.
 
     Raises:

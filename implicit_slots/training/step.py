@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Num, PyTree
 
 from implicit_slots.config import Config
+from implicit_slots.evaluation.average_precision import AP_METRICS, detect
 from implicit_slots.evaluation.collapse import (
     AttentionEntropy,
     LargestSlot,
@@ -20,56 +21,80 @@ from implicit_slots.evaluation.collapse import (
 )
 from implicit_slots.evaluation.segmentation import ForegroundARI
 from implicit_slots.fixed_point import diagnostics, fixed_point
-from implicit_slots.models.build import MODELS
-from implicit_slots.models.slate import Reconstruction, squared_error
+from implicit_slots.models.build import model_class
+from implicit_slots.models.outputs import Output, Reconstruction
+from implicit_slots.models.set_prediction import CLASSES, REACH, encode_objects
+from implicit_slots.models.slate import squared_error
 from implicit_slots.training import nonfinite
-from implicit_slots.training.optimizer import build_plateau, max_norm, temperature
+from implicit_slots.training.optimizer import build_plateau, cosine, max_norm
 from implicit_slots.training.sharding import replicated, state_sharding
 from implicit_slots.training.state import Purpose, TrainState, purpose_key
 
 Batch = dict[str, Any]
-
-# In the order in which they are computed; the training loss is their sum.
-LOSSES = ("mse", "cross_entropy")
 
 
 def _averages(*names: str) -> dict[str, type[metrics.Metric]]:
     return {name: metrics.Average.from_output(name) for name in names}
 
 
-@flax.struct.dataclass
-class _Temperature(metrics.LastValue):
-    """That of the last step, whether or not it was skipped."""
+def _annealed(name: str) -> type[metrics.Metric]:
+    """What a value was in the last step, whether or not that was skipped."""
 
-    # Any: JAX rebuilds a pytree of whatever it is mapped to, not only of arrays.
-    total: Any
-    count: Any
+    @flax.struct.dataclass
+    class Annealed(metrics.LastValue):
+        # Any: JAX rebuilds a pytree of whatever it is mapped to, not only of arrays.
+        total: Any
+        count: Any
 
-    @classmethod
-    def from_model_output(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls, temperature: jax.Array, **_: object
-    ) -> "_Temperature":
-        return cls(temperature, jnp.int32(1))
+        @classmethod
+        def from_model_output(  # pyright: ignore[reportIncompatibleMethodOverride]
+            cls, **values: jax.Array
+        ) -> "Annealed":
+            return cls(values[name], jnp.int32(1))
+
+    return Annealed
 
 
 @functools.cache
-def _train_metrics(names: tuple[str, ...]) -> type[metrics.Collection]:
+def _train_metrics(
+    names: tuple[str, ...], annealed: tuple[str, ...]
+) -> type[metrics.Collection]:
     """Means over the steps since the last logged one that were not skipped."""
-    return metrics.Collection.create(**_averages(*names), temperature=_Temperature)
+    last = {name: _annealed(name) for name in annealed}
+    return metrics.Collection.create(**_averages(*names), **last)
 
 
-# Means over held-out examples, each weighed once; masks can only be scored where the
-# images come with them.
-_HELD_OUT = {
-    **_averages("loss", *LOSSES, "forward_residual"),
-    "attention_entropy": AttentionEntropy,
-    "largest_slot": LargestSlot,
-    "mask_similarity": MaskSimilarity,
-}
-LossMetrics = metrics.Collection.create(**_HELD_OUT)
-MaskedMetrics = metrics.Collection.create(**_HELD_OUT, fg_ari=ForegroundARI)
-# Squared error per image of what is rendered without noise.
-ReconstructionMetrics = metrics.Collection.create(**_averages("dvae_mse", "slot_mse"))
+@flax.struct.dataclass
+class _DecoderForegroundARI(ForegroundARI):
+    """The same of the decoder's masks."""
+
+    @classmethod
+    def from_model_output(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, masks: jax.Array, attention: jax.Array, **other: Any
+    ) -> ForegroundARI:
+        del attention
+        return super().from_model_output(attention=masks, **other)
+
+
+def held_out_metrics(output: Output, batch: Batch) -> type[metrics.Collection]:
+    """Returns what is measured of held-out examples, each weighed once.
+
+    That is what the model's output and the batch have: masks can only be scored where
+    the images come with true ones.
+    """
+    kinds: dict[str, type[metrics.Metric]] = {
+        **_averages("loss", *output.losses, "forward_residual"),
+        "attention_entropy": AttentionEntropy,
+        "largest_slot": LargestSlot,
+        "mask_similarity": MaskSimilarity,
+    }
+    if "segmentation" in batch:
+        kinds["fg_ari"] = ForegroundARI
+        if output.masks is not None:
+            kinds["decoder_fg_ari"] = _DecoderForegroundARI
+    if output.predicted is not None:
+        kinds |= AP_METRICS
+    return metrics.Collection.create(**kinds)
 
 
 class Steps(NamedTuple):
@@ -81,7 +106,8 @@ class Steps(NamedTuple):
         do not depend on it.
       examine: (state, batch) -> gradient, losses and other means of the step.
       validate: (params, step, batch, number of the batch) -> metrics.
-      score: (params, batch, number of the batch) -> `ReconstructionMetrics`.
+      score: (params, batch, number of the batch) -> metrics of what is rendered without
+        noise; None for a model that renders nothing.
       reconstruct: (params, images, number of the batch) -> `Reconstruction`.
       diagnose: (params, images) -> what the slots' fixed points are like.
       checks: what each training step looks at; see `TrainState.faults`.
@@ -91,7 +117,7 @@ class Steps(NamedTuple):
     observe: Callable[..., Any] | None
     examine: Callable[..., Any]
     validate: Callable[..., Any]
-    score: Callable[..., Any]
+    score: Callable[..., Any] | None
     reconstruct: Callable[..., Any]
     diagnose: Callable[..., Any]
     checks: tuple[str, ...]
@@ -132,17 +158,24 @@ def build_steps(
         return jax.lax.with_sharding_constraint(params, whole)
 
     plateau = build_plateau(config.optimizer)
-    stages = MODELS[config.model.name].stages
+    kind = model_class(config.model.name)
     decay = config.optimizer.ema_decay
 
-    def gradient_of(params, batch: Batch, key, tau):
+    def annealed(step) -> dict[str, jax.Array]:
+        """What the model is called with that changes with the step."""
+        return {name: cosine(config[name], step) for name in kind.annealed}
+
+    def gradient_of(params, batch: Batch, key, values):
         """Of one part of a batch: the gradient, the losses, what else is logged."""
         model = nnx.merge(graphdef, params)
 
         def loss_of(params, probe):
             # Gathered here, so that the gradient is whole too until it is placed.
             output = nnx.merge(graphdef, gather(params))(
-                as_float(batch["image"]), temperature=tau, key=key, probe=probe
+                batch | {"image": as_float(batch["image"])},
+                key=key,
+                probe=probe,
+                **values,
             )
             losses = {name: loss.mean() for name, loss in output.losses.items()}
             return sum(losses.values()), (losses, output.stats)
@@ -171,24 +204,24 @@ def build_steps(
 
     def examine(state: TrainState, batch: Batch):
         key = purpose_key(seed, Purpose.TRAIN, state.step)
-        tau = temperature(config.temperature, state.step)
+        values = annealed(state.step)
         gradient, losses, logged = in_parts(
-            lambda part, key: gradient_of(state.params, part, key, tau),
+            lambda part, key: gradient_of(state.params, part, key, values),
             batch,
             key,
             config.accumulate,
         )
-        return place(gradient), losses, logged | {"temperature": tau}
+        return place(gradient), losses, logged | values
 
     def train(state: TrainState, batch: Batch):
         gradient, losses, logged = examine(state, batch)
-        tau = logged.pop("temperature")
+        last = {name: logged.pop(name) for name in kind.annealed}
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         if plateau is not None:
             scale = state.plateau.scale
             updates = jax.tree.map(lambda leaf: scale * leaf, updates)
         params = optax.apply_updates(state.params, updates)
-        norms = [max_norm(gradient[stage]) for stage in stages]
+        norms = [max_norm(gradient[stage]) for stage in kind.stages]
         logged |= {
             "grad_norm_l2": optax.tree.norm(gradient),
             "grad_norm_inf": jnp.max(jnp.stack(norms)),
@@ -201,15 +234,15 @@ def build_steps(
             if decay
             else state.ema,
         )
-        looked_at = [*(losses[name] for name in LOSSES), *reversed(norms)]
+        looked_at = [*(losses[name] for name in kind.losses), *reversed(norms)]
         finite = jnp.isfinite(jnp.stack(looked_at))
         after, good = nonfinite.unless_skipped(config.nonfinite, finite, state, after)
         logged = {**losses, **logged}
-        collection = _train_metrics(tuple(logged))
+        collection = _train_metrics(tuple(logged), kind.annealed)
         # With an axis, because a mask needs one.
         means = {name: value[None] for name, value in logged.items()}
         return place(after), collection.single_from_model_output(
-            **means, temperature=tau, mask=good[None]
+            **means, **last, mask=good[None]
         )
 
     def observe(state, loss) -> PyTree:
@@ -218,19 +251,25 @@ def build_steps(
 
     def validate(params, step, batch: Batch, number):
         model = nnx.merge(graphdef, gather(params))
-        output = model(
-            as_float(batch["image"]),
-            temperature=temperature(config.temperature, step),
+        output: Output = model(
+            batch | {"image": as_float(batch["image"])},
             key=purpose_key(seed, Purpose.VALIDATE, number),
             deterministic=True,
+            **annealed(step),
         )
-        collection = MaskedMetrics if "segmentation" in batch else LossMetrics
-        return collection.single_from_model_output(
+        detections = None
+        if output.predicted is not None:
+            count = output.predicted.shape[1]
+            target = encode_objects(batch["objects"], count)
+            detections = detect(output.predicted, target, CLASSES, REACH)
+        return held_out_metrics(output, batch).single_from_model_output(
             loss=sum(output.losses.values()),
             **output.losses,
             forward_residual=output.stats.residual,
             mask=batch["mask"],
             attention=output.attention,
+            masks=output.masks,
+            detections=detections,
             segmentation=batch.get("segmentation"),
             max_true=config.data.max_objects,
         )
@@ -243,11 +282,13 @@ def build_steps(
     def score(params, batch: Batch, number) -> metrics.Collection:
         image = as_float(batch["image"])
         rendered = reconstruct(params, image, number)
-        return ReconstructionMetrics.single_from_model_output(
-            dvae_mse=squared_error(image, rendered.dvae),
-            slot_mse=squared_error(image, rendered.slots),
-            mask=batch["mask"],
-        )
+        errors = {
+            f"{name}_mse": squared_error(image, other)
+            for name, other in (("dvae", rendered.dvae), ("slot", rendered.slots))
+            if other is not None
+        }
+        collection = metrics.Collection.create(**_averages(*errors))
+        return collection.single_from_model_output(**errors, mask=batch["mask"])
 
     def diagnose(params, image) -> dict[str, jax.Array]:
         model = nnx.merge(graphdef, gather(params))
@@ -281,10 +322,10 @@ def build_steps(
         observe=None if plateau is None else jax.jit(observe, out_shardings=whole),
         examine=jax.jit(examine, out_shardings=whole),
         validate=jax.jit(validate, out_shardings=whole),
-        score=jax.jit(score, out_shardings=whole),
+        score=jax.jit(score, out_shardings=whole) if hasattr(kind, "render") else None,
         reconstruct=jax.jit(reconstruct, out_shardings=whole),
         diagnose=jax.jit(diagnose, out_shardings=whole),
-        checks=nonfinite.checks(LOSSES, stages),
+        checks=nonfinite.checks(kind.losses, kind.stages),
     )
 
 

@@ -360,9 +360,7 @@ def test_a_model_goes_through_the_study():
         return lambda s, present: compiled(model.params, s, present)
 
     render = call(lambda m, s, present: m.render(s, present=present))
-    read = call(
-        lambda m, s, present: m.teacher_forced(tokens, s, present=present).cross_entropy
-    )
+    read = call(lambda m, s, present: m.read(tokens, s, present=present).cross_entropy)
     deletions, renders = delete_in_turn(
         render,
         slots,

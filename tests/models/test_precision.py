@@ -32,7 +32,7 @@ def build(precision="float32", **changes):
 
 
 def loss(model, image):
-    output = model(image, temperature=0.5, key=jax.random.key(0))
+    output = model({"image": image}, temperature=0.5, key=jax.random.key(0))
     return sum(loss.mean() for loss in output.losses.values()), output
 
 

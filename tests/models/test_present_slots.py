@@ -34,7 +34,7 @@ def tokens():
 
 
 def forced(model, tokens, slots, present=None):
-    return model.teacher_forced(tokens, slots, present=present)
+    return model.read(tokens, slots, present=present)
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,10 @@ def initial(config):
 
 def losses(model, image, key, deterministic):
     return model(
-        image, temperature=0.5, key=jax.random.key(key), deterministic=deterministic
+        {"image": image},
+        temperature=0.5,
+        key=jax.random.key(key),
+        deterministic=deterministic,
     )
 
 

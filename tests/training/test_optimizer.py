@@ -12,7 +12,7 @@ from implicit_slots.training.optimizer import (
     build_optimizer,
     build_plateau,
     clip_by_max_norm,
-    temperature,
+    cosine,
 )
 
 
@@ -130,13 +130,13 @@ def test_updates_are_adams_with_a_rate_for_each_group(schedule, clip, warmup):
 
 def test_temperature_falls_by_a_cosine_and_stays():
     config = base.get_config("test", base.scenes()).temperature
-    assert float(temperature(config, 0)) == pytest.approx(1.0)
-    assert float(temperature(config, 15_000)) == pytest.approx(0.55)
-    assert float(temperature(config, 10_000)) == pytest.approx(
+    assert float(cosine(config, 0)) == pytest.approx(1.0)
+    assert float(cosine(config, 15_000)) == pytest.approx(0.55)
+    assert float(cosine(config, 10_000)) == pytest.approx(
         0.55 + 0.45 * np.cos(np.pi / 3)
     )
     for step in (30_000, 10**6):
-        assert float(temperature(config, step)) == pytest.approx(0.1)
+        assert float(cosine(config, step)) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,43 @@
+"""The implicit autoencoder on the embedded scenes, sized for two CPU cores.
+
+Command: python -m implicit_slots.main --config=configs/autoencoder_scenes.py
+Data: rendered by the run itself, 32x32, three or four objects; nothing is downloaded.
+    `:full` is the published model on scenes of 128x128, for a GPU.
+Cost and expected result: not yet measured.
+"""
+
+from configs import base
+from implicit_slots.config import Config
+
+
+def get_config(variant: str | None = None) -> Config:
+    """Returns the configuration; "full", or see `base.set_variant` for the others."""
+    config = base.autoencoder("autoencoder_scenes", base.scenes())
+    if variant == "full":
+        config.name += "-full"
+        config.data.resolution = 128
+        return config
+    config.data.update(
+        resolution=32,
+        train_size=16_384,
+        validation_size=256,
+        test_size=512,
+        max_objects=4,
+        zoom=4 / 3,
+    )
+    config.num_steps = 5_000
+    config.batch_size = 32
+    config.model.update(
+        features=32,
+        encoder_strides=(1, 2, 1),
+        decoder_features=24,
+        decoder_strides=(2, 2),
+        num_slots=5,
+        slot_size=32,
+        slot_mlp_size=64,
+    )
+    config.optimizer.update(learning_rate=1e-3, warmup_steps=500, schedule="cosine")
+    config.update(
+        log_every=100, validate_every=500, draw_every=1_000, checkpoint_every=1_000
+    )
+    return base.set_variant(config, variant)

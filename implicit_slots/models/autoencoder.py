@@ -1,0 +1,282 @@
+"""The autoencoder of Locatello et al. 2020 (arXiv 2006.15055), for object discovery.
+
+Images are encoded by convolutions, taken apart by slot attention, and put together by
+a spatial broadcast decoder: each slot alone becomes an image and a mask, and the masks'
+softmax over the slots mixes the images.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from implicit_slots.fixed_point import Adjoint, BackwardStats, Solver
+from implicit_slots.models import layers
+from implicit_slots.models.image_encoder import (
+    KERNEL,
+    ImageEncoder,
+    PositionEmbedding,
+)
+from implicit_slots.models.outputs import (
+    Encoded,
+    Mixture,
+    Output,
+    Reading,
+    Reconstruction,
+)
+from implicit_slots.models.slot_attention import Problem, SlotAttention, SlotsOutput
+
+
+class BroadcastDecoder(nnx.Module):
+    """Slots to images and masks, each slot on its own (Watters et al. 2019).
+
+    Args:
+      side: of the grid that every cell of which begins as the slot.
+      slot_size: width of a slot.
+      features: channels of the transposed convolutions.
+      strides: of the 5x5 transposed convolutions, in order; a 3x3 one to the four
+        channels follows them.
+      rngs: source of the initial parameters.
+    """
+
+    def __init__(
+        self,
+        side: int,
+        slot_size: int,
+        features: int,
+        strides: Sequence[int],
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.positions = PositionEmbedding(side, slot_size, rngs=rngs)
+        self.convolutions = nnx.List([])
+        channels = slot_size
+        for out, kernel, stride in (
+            *((features, KERNEL, stride) for stride in strides),
+            (4, 3, 1),
+        ):
+            self.convolutions.append(
+                layers.TransposedConv(
+                    channels, out, kernel=kernel, stride=stride, rngs=rngs
+                )
+            )
+            channels = out
+
+    def __call__(
+        self, slots: Float[Array, "batch slots dim"]
+    ) -> tuple[
+        Float[Array, "batch slots height width 3"],
+        Float[Array, "batch slots height width"],
+    ]:
+        """Returns each slot's image, in [−1, 1] if trained, and its mask's logits."""
+        x = self.positions(slots.reshape(-1, 1, 1, slots.shape[-1]))
+        *hidden, last = self.convolutions
+        for convolution in hidden:
+            x = nnx.relu(convolution(x))
+        x = last(x).astype(slots.dtype).reshape(*slots.shape[:2], *x.shape[1:3], 4)
+        return x[..., :3], x[..., 3]
+
+
+class Autoencoder(nnx.Module):
+    """The whole model, for square images of one resolution.
+
+    Args:
+      resolution: image side in pixels.
+      features: channels of the encoder's convolutions.
+      encoder_strides: of those; (1, 1, 1, 1) as published.
+      decoder_features: channels of the decoder's transposed convolutions.
+      decoder_strides: of those; their product times `broadcast_side` is the resolution.
+      broadcast_side: of the grid that a slot is broadcast to; 0: what the strides
+        leave of the resolution.
+      num_slots: how many slots.
+      slot_size: width of a slot.
+      slot_mlp_size: hidden width of slot attention's MLP.
+      slot_heads: slot attention heads.
+      epsilon: of slot attention's normalisation over inputs.
+      initial_slots: see `SlotAttention`.
+      straight_through: see `SlotAttention`.
+      solver: how to iterate slot attention.
+      adjoint: how to differentiate it.
+      rngs: source of the initial parameters.
+    """
+
+    # Its parameters' top-level names in the order in which a pass uses them.
+    stages = ("encoder", "slot_attention", "decoder")
+    losses = ("reconstruction",)
+    reads = ("image",)
+    annealed = ()
+
+    def __init__(
+        self,
+        *,
+        resolution: int,
+        features: int,
+        encoder_strides: Sequence[int],
+        decoder_features: int,
+        decoder_strides: Sequence[int],
+        broadcast_side: int,
+        num_slots: int,
+        slot_size: int,
+        slot_mlp_size: int,
+        slot_heads: int,
+        epsilon: float,
+        initial_slots: str,
+        straight_through: bool,
+        solver: Solver,
+        adjoint: Adjoint,
+        rngs: nnx.Rngs,
+    ):
+        growth = math.prod(decoder_strides)
+        side = broadcast_side or resolution // growth
+        if side * growth != resolution:
+            raise ValueError(
+                f"the decoder makes images of {side * growth} pixels from "
+                f"broadcast_side {side} and decoder_strides {tuple(decoder_strides)}; "
+                f"the data has {resolution}"
+            )
+        self.encoder = ImageEncoder(resolution, features, encoder_strides, rngs=rngs)
+        self.slot_attention = SlotAttention(
+            features,
+            num_slots=num_slots,
+            slot_size=slot_size,
+            mlp_size=slot_mlp_size,
+            num_heads=slot_heads,
+            epsilon=epsilon,
+            initial_slots=initial_slots,
+            straight_through=straight_through,
+            solver=solver,
+            adjoint=adjoint,
+            rngs=rngs,
+        )
+        self.decoder = BroadcastDecoder(
+            side, slot_size, decoder_features, decoder_strides, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        key: Key[Array, ""],
+        deterministic: bool = False,
+        probe: BackwardStats | None = None,
+    ) -> Output:
+        """Returns the loss of a batch with images in [0, 1].
+
+        The loss "reconstruction" is the mean squared error over pixels and channels of
+        images scaled to [−1, 1], as published.
+
+        Args:
+          batch: of which `image` is read.
+          key: for the initial slots.
+          deterministic: changes nothing: the model has no dropout.
+          probe: see `SlotAttention`.
+        """
+        del deterministic
+        image = batch["image"]
+        slots = self._attend(image, key, probe)
+        mixture = self.mix(slots.slots)
+        # Scaled to [−1, 1], differences are twice as large.
+        error = jnp.mean((2 * (image - mixture.image)) ** 2, axis=(1, 2, 3))
+        return Output(
+            {"reconstruction": error},
+            self._on_grid(slots.attention),
+            slots.stats,
+            reconstruction=mixture.image,
+            masks=mixture.masks,
+        )
+
+    def mix(
+        self,
+        slots: Float[Array, "batch slots dim"],
+        *,
+        present: Bool[Array, "batch slots"] | None = None,
+    ) -> Mixture:
+        """Decodes slots and mixes what they make.
+
+        Args:
+          slots: of each image.
+          present: which of them take part, at least one; all if not given.
+        """
+        images, logits = self.decoder(slots)
+        if present is not None:
+            logits = jnp.where(present[..., None, None], logits, -jnp.inf)
+        masks = nnx.softmax(logits, axis=1)
+        images = (images + 1) / 2
+        return Mixture(jnp.sum(masks[..., None] * images, axis=1), images, masks)
+
+    def backward_probe(self, batch: int) -> BackwardStats | None:
+        """See `SlotAttention`."""
+        return self.slot_attention.backward_probe(batch)
+
+    def slot_problem(
+        self, image: Float[Array, "batch height width 3"], key: Key[Array, ""]
+    ) -> Problem:
+        """Returns the fixed-point problem that images in [0, 1] pose slot attention."""
+        return self.slot_attention.problem(
+            self.encoder(image), self.slot_attention.initial(len(image), key)
+        )
+
+    def encode(
+        self, image: Float[Array, "batch height width 3"], *, key: Key[Array, ""]
+    ) -> Encoded:
+        """Takes images in [0, 1] apart; the key draws the initial slots."""
+        slots = self._attend(image, key)
+        return Encoded(None, slots.slots, self._on_grid(slots.attention), slots.stats)
+
+    def reconstruct(
+        self, image: Float[Array, "batch height width 3"], *, key: Key[Array, ""]
+    ) -> Reconstruction:
+        """Reconstructs images in [0, 1]; the key draws the initial slots."""
+        encoded = self.encode(image, key=key)
+        mixture = self.mix(encoded.slots)
+        return Reconstruction(
+            None, jnp.clip(mixture.image, 0, 1), encoded.attention, mixture.masks
+        )
+
+    def render(
+        self,
+        slots: Float[Array, "batch slots slot_dim"],
+        *,
+        present: Bool[Array, "batch slots"] | None = None,
+    ) -> Float[Array, "batch height width 3"]:
+        """Returns the image that the decoder makes of slots alone, in [0, 1].
+
+        Args:
+          slots: of each image.
+          present: which of them the decoder mixes, at least one; all if not given.
+        """
+        return jnp.clip(self.mix(slots, present=present).image, 0, 1)
+
+    def read(
+        self,
+        tokens: None,
+        slots: Float[Array, "batch slots slot_dim"],
+        *,
+        present: Bool[Array, "batch slots"] | None = None,
+    ) -> Reading:
+        """Returns the decoder's masks.
+
+        Args:
+          tokens: this model has none.
+          slots: of each image.
+          present: which of them the decoder mixes, at least one; all if not given.
+        """
+        del tokens
+        return Reading(None, self.mix(slots, present=present).masks)
+
+    def _attend(
+        self,
+        image: jax.Array,
+        key: Key[Array, ""],
+        probe: BackwardStats | None = None,
+    ) -> SlotsOutput:
+        initial = self.slot_attention.initial(len(image), key)
+        return self.slot_attention(self.encoder(image), initial, probe=probe)
+
+    def _on_grid(self, attention: jax.Array) -> jax.Array:
+        side = self.encoder.side
+        return attention.reshape(*attention.shape[:2], side, side)

@@ -1,0 +1,99 @@
+"""The convolutional encoder of Locatello et al. 2020 (arXiv 2006.15055), and its parts.
+
+Their two models, object discovery and set prediction, read images through it. Layers
+begin as in their code (Keras): Glorot-uniform kernels, zero biases.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from implicit_slots.models import layers
+
+KERNEL = 5
+
+
+class PositionEmbedding(nnx.Module):
+    """Adds a linear map of where a cell of a square grid lies.
+
+    Each cell has the four numbers (y, x, 1 − y, 1 − x), from 0 at the first row and
+    column to 1 at the last.
+
+    Args:
+      side: rows and columns of the grid.
+      features: width of what it is added to.
+      rngs: source of the initial parameters.
+    """
+
+    def __init__(self, side: int, features: int, *, rngs: nnx.Rngs):
+        self.side = side
+        self.project = layers.Linear(4, features, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "#batch #rows #columns features"]
+    ) -> Float[Array, "batch rows columns features"]:
+        """Adds to a grid, or to one vector per image that every cell then begins as."""
+        line = jnp.linspace(0.0, 1.0, self.side)
+        grid = jnp.stack(jnp.meshgrid(line, line, indexing="ij"), axis=-1)
+        return x + self.project(jnp.concatenate([grid, 1 - grid], axis=-1))[None]
+
+
+class ImageEncoder(nnx.Module):
+    """Images to a set of vectors, one for each cell of a grid.
+
+    5x5 convolutions with ReLU, position embedding, LayerNorm, MLP.
+
+    Args:
+      resolution: image side in pixels, divisible by the product of the strides.
+      features: channels of every convolution, and width of the vectors.
+      strides: of the convolutions, in order.
+      rngs: source of the initial parameters.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        features: int,
+        strides: Sequence[int],
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.side = resolution
+        self.convolutions = nnx.List([])
+        channels = 3
+        for stride in strides:
+            if stride < 1 or self.side % stride:
+                raise ValueError(
+                    f"the image size {resolution} must be divisible by the product of "
+                    f"encoder_strides {tuple(strides)}"
+                )
+            self.side //= stride
+            self.convolutions.append(
+                nnx.Conv(
+                    channels,
+                    features,
+                    (KERNEL, KERNEL),
+                    strides=stride,
+                    padding="SAME",
+                    kernel_init=layers.xavier_uniform(),
+                    rngs=rngs,
+                )
+            )
+            channels = features
+        self.positions = PositionEmbedding(self.side, features, rngs=rngs)
+        self.norm = layers.LayerNorm(features)
+        self.enter = layers.Linear(features, features, rngs=rngs)
+        self.leave = layers.Linear(features, features, rngs=rngs)
+
+    def __call__(
+        self, image: Float[Array, "batch height width 3"]
+    ) -> Float[Array, "batch cells features"]:
+        """Encodes images in [0, 1], row by row of the grid."""
+        x = 2 * image - 1
+        for convolution in self.convolutions:
+            x = nnx.relu(convolution(x))
+        x = self.positions(x.astype(image.dtype))
+        x = self.norm(x.reshape(len(x), -1, x.shape[-1]))
+        return self.leave(nnx.relu(self.enter(x))).astype(image.dtype)

@@ -1,0 +1,226 @@
+"""The set predictor of Locatello et al. 2020 (arXiv 2006.15055): objects' properties.
+
+Images are encoded by convolutions, taken apart by slot attention, and every slot says
+what object it is: position, size, material, shape, colour, and whether it is one.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from implicit_slots.fixed_point import Adjoint, BackwardStats, Solver
+from implicit_slots.models import layers
+from implicit_slots.models.image_encoder import ImageEncoder
+from implicit_slots.models.outputs import Encoded, Output, Reconstruction
+from implicit_slots.models.slot_attention import Problem, SlotAttention, SlotsOutput
+
+# How a vector of an object's properties is laid out: CLEVR's attributes, one-hot, in
+# the order of tensorflow-datasets; positions are scaled from [−3, 3] to [0, 1].
+CLASSES: Mapping[str, int] = {"size": 2, "material": 2, "shape": 3, "color": 8}
+REACH = 3.0
+NUM_PROPERTIES = 3 + sum(CLASSES.values()) + 1
+
+Properties = Float[Array, f"batch objects {NUM_PROPERTIES}"]
+
+
+class SetPredictor(nnx.Module):
+    """The whole model, for square images of one resolution.
+
+    Args:
+      resolution: image side in pixels.
+      features: channels of the encoder's convolutions.
+      encoder_strides: of those; (1, 2, 2, 1) as published.
+      num_slots: how many slots; no fewer than an image may have objects.
+      slot_size: width of a slot.
+      slot_mlp_size: hidden width of slot attention's MLP.
+      head_size: hidden width of the MLP that reads a slot.
+      slot_heads: slot attention heads.
+      epsilon: of slot attention's normalisation over inputs.
+      initial_slots: see `SlotAttention`.
+      straight_through: see `SlotAttention`.
+      solver: how to iterate slot attention.
+      adjoint: how to differentiate it.
+      rngs: source of the initial parameters.
+    """
+
+    # Its parameters' top-level names in the order in which a pass uses them.
+    stages = ("encoder", "slot_attention", "enter", "leave")
+    losses = ("huber",)
+    reads = ("image", "objects")
+    annealed = ()
+
+    def __init__(
+        self,
+        *,
+        resolution: int,
+        features: int,
+        encoder_strides: Sequence[int],
+        num_slots: int,
+        slot_size: int,
+        slot_mlp_size: int,
+        head_size: int,
+        slot_heads: int,
+        epsilon: float,
+        initial_slots: str,
+        straight_through: bool,
+        solver: Solver,
+        adjoint: Adjoint,
+        rngs: nnx.Rngs,
+    ):
+        self.encoder = ImageEncoder(resolution, features, encoder_strides, rngs=rngs)
+        self.slot_attention = SlotAttention(
+            features,
+            num_slots=num_slots,
+            slot_size=slot_size,
+            mlp_size=slot_mlp_size,
+            num_heads=slot_heads,
+            epsilon=epsilon,
+            initial_slots=initial_slots,
+            straight_through=straight_through,
+            solver=solver,
+            adjoint=adjoint,
+            rngs=rngs,
+        )
+        self.enter = layers.Linear(slot_size, head_size, rngs=rngs)
+        self.leave = layers.Linear(
+            head_size, NUM_PROPERTIES, full_output=True, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        key: Key[Array, ""],
+        deterministic: bool = False,
+        probe: BackwardStats | None = None,
+    ) -> Output:
+        """Returns the loss of a batch with images in [0, 1].
+
+        The loss "huber" is the Huber distance of each slot's properties from those of
+        the object that it is matched with, mean over properties, summed over slots. A
+        slot without an object is matched with zeros.
+
+        Args:
+          batch: of which `image` and `objects` are read.
+          key: for the initial slots.
+          deterministic: changes nothing: the model has no dropout.
+          probe: see `SlotAttention`.
+        """
+        del deterministic
+        slots = self._attend(batch["image"], key, probe)
+        predicted = self.predict(slots.slots)
+        target = encode_objects(batch["objects"], predicted.shape[1])
+        return Output(
+            {"huber": set_distance(predicted, target)},
+            self._on_grid(slots.attention),
+            slots.stats,
+            predicted=predicted,
+        )
+
+    def predict(
+        self, slots: Float[Array, "batch slots dim"]
+    ) -> Float[Array, f"batch slots {NUM_PROPERTIES}"]:
+        """Returns each slot's properties, each in (0, 1): see `encode_objects`."""
+        hidden = nnx.relu(self.enter(slots))
+        return nnx.sigmoid(self.leave(hidden)).astype(slots.dtype)
+
+    def backward_probe(self, batch: int) -> BackwardStats | None:
+        """See `SlotAttention`."""
+        return self.slot_attention.backward_probe(batch)
+
+    def slot_problem(
+        self, image: Float[Array, "batch height width 3"], key: Key[Array, ""]
+    ) -> Problem:
+        """Returns the fixed-point problem that images in [0, 1] pose slot attention."""
+        return self.slot_attention.problem(
+            self.encoder(image), self.slot_attention.initial(len(image), key)
+        )
+
+    def encode(
+        self, image: Float[Array, "batch height width 3"], *, key: Key[Array, ""]
+    ) -> Encoded:
+        """Takes images in [0, 1] apart; the key draws the initial slots."""
+        slots = self._attend(image, key)
+        return Encoded(None, slots.slots, self._on_grid(slots.attention), slots.stats)
+
+    def reconstruct(
+        self, image: Float[Array, "batch height width 3"], *, key: Key[Array, ""]
+    ) -> Reconstruction:
+        """Returns slot attention's shares alone: this model draws no images."""
+        return Reconstruction(None, None, self.encode(image, key=key).attention)
+
+    def _attend(
+        self,
+        image: jax.Array,
+        key: Key[Array, ""],
+        probe: BackwardStats | None = None,
+    ) -> SlotsOutput:
+        initial = self.slot_attention.initial(len(image), key)
+        return self.slot_attention(self.encoder(image), initial, probe=probe)
+
+    def _on_grid(self, attention: jax.Array) -> jax.Array:
+        side = self.encoder.side
+        return attention.reshape(*attention.shape[:2], side, side)
+
+
+def encode_objects(objects: Mapping[str, Any], count: int) -> Properties:
+    """Returns objects as vectors: position, one-hot attributes, 1; zeros for no object.
+
+    Args:
+      objects: of a batch, see `data.base.Source.batch`: `position` in CLEVR's units,
+        the codes of `CLASSES`, and `present`.
+      count: how many vectors an image gets.
+
+    Raises:
+      ValueError: if that is fewer than the objects' arrays hold.
+    """
+    most = objects["present"].shape[1]
+    if most > count:
+        raise ValueError(
+            f"the model has {count} slots for up to {most} objects: set "
+            f"--config.model.num_slots={most}"
+        )
+    present = objects["present"][..., None].astype(jnp.float32)
+    parts = [(objects["position"] + REACH) / (2 * REACH)]
+    parts += [jax.nn.one_hot(objects[name], size) for name, size in CLASSES.items()]
+    vectors = jnp.concatenate([*parts, jnp.ones_like(present)], axis=-1) * present
+    return jnp.pad(vectors, ((0, 0), (0, count - most), (0, 0)))
+
+
+def set_distance(predicted: Properties, target: Properties) -> Float[Array, " batch"]:
+    """Returns the least sum of Huber distances of two sets of equal size.
+
+    The distance of two vectors is the mean over entries of the Huber loss (δ = 1).
+    The order of neither set matters. The gradient is that of the best matching.
+    """
+    costs = pairwise_distance(predicted, target)
+    matched = match_sets(jax.lax.stop_gradient(costs))
+    return jnp.take_along_axis(costs, matched[..., None], axis=2).sum(axis=(1, 2))
+
+
+def pairwise_distance(
+    predicted: Properties, target: Properties
+) -> Float[Array, "batch slots objects"]:
+    """Returns the Huber distance of each prediction from each target."""
+    loss = optax.losses.huber_loss(predicted[:, :, None], target[:, None])
+    return loss.mean(axis=-1)
+
+
+def match_sets(
+    costs: Float[Array, "batch slots slots"],
+) -> Int[Array, "batch slots"]:
+    """Gives each row a column of its own so that the total cost is least (Kuhn 1955).
+
+    On the accelerator, inside the compiled step. Equal costs are broken either way.
+    """
+
+    def assign(costs):
+        rows, columns = optax.assignment.hungarian_algorithm(costs)
+        return jnp.zeros(len(costs), jnp.int32).at[rows].set(columns.astype(jnp.int32))
+
+    return jax.vmap(assign)(costs)

@@ -1,0 +1,133 @@
+"""The other two models through the same run: train, evaluate, report, refuse."""
+
+import json
+
+import numpy as np
+import pytest
+from small_slate import compiled_quickly
+
+from configs import autoencoder_scenes, scenes, set_prediction_scenes
+from implicit_slots.evaluation.average_precision import THRESHOLDS
+from implicit_slots.evaluation.catalogue import describe
+from implicit_slots.training import replay, run
+from implicit_slots.training.checks import check
+from implicit_slots.training.errors import UserError
+from implicit_slots.training.evaluate import GROUPS, groups_of
+from implicit_slots.training.state import TrainState
+
+
+def smoke(module):
+    config = module.get_config("smoke")
+    config.data.cache = ""
+    config.num_steps = 4
+    config.update(log_every=2, validate_every=4, draw_every=4, checkpoint_every=4)
+    config.evaluation.fixed_points.iterations = 5
+    return config
+
+
+def trained(module, workdir):
+    config = smoke(module)
+    with compiled_quickly():
+        summary = run.run(config, workdir, command="first")
+        record = run.run(config, workdir, mode="evaluate", command="again")
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return summary, record, [json.loads(line) for line in lines], workdir
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    return trained(autoencoder_scenes, tmp_path_factory.mktemp("autoencoder"))
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory):
+    return trained(set_prediction_scenes, tmp_path_factory.mktemp("predictor"))
+
+
+def test_the_autoencoder_logs_and_reports_its_decoders_masks(autoencoder):
+    summary, record, lines, workdir = autoencoder
+    (held_out,) = (line for line in lines if line["split"] == "validation")
+    assert {"reconstruction", "fg_ari", "decoder_fg_ari"} <= held_out.keys()
+    assert "temperature" not in lines[0] and "mse" not in lines[0]
+    assert "validation/slot_mse" in summary and "validation/dvae_mse" not in summary
+    metrics = record["metrics"]
+    for name in ("decoder/fg_ari", "attention/fg_ari", "slots/psnr", "spill_share"):
+        assert metrics[name]["count"] > 0
+    assert not any(name.startswith("dvae/") or "ap_" in name for name in metrics)
+    files = {picture["file"] for picture in record["pictures"]}
+    assert {"decoder_masks.png", "deletion.png", "composition.png"} <= files
+    page = (workdir / "report.html").read_text()
+    assert "Foreground ARI, decoder" in page and "dVAE" not in page.split("<details")[0]
+
+
+def test_the_predictor_logs_and_reports_average_precision(predictor):
+    summary, record, lines, workdir = predictor
+    (held_out,) = (line for line in lines if line["split"] == "validation")
+    found = [held_out[f"ap_{name}"] for name in THRESHOLDS]
+    assert found == sorted(found, reverse=True)
+    assert "validation/ap_inf" in summary
+    metrics = record["metrics"]
+    for name in (*(f"ap_{name}" for name in THRESHOLDS), "count_error"):
+        assert metrics[name]["count"] == 16
+        assert describe(name).group == "Object properties"
+    assert not any("psnr" in name or name.startswith("decoder/") for name in metrics)
+    files = {picture["file"] for picture in record["pictures"]}
+    assert "precision_recall.png" in files and "deletion.png" not in files
+    folder = workdir / "evaluation" / "test" / "precision_recall"
+    assert folder.with_suffix(".pdf").exists()
+    assert "AP, within 0.5" in (workdir / "report.html").read_text()
+
+
+def test_every_group_is_some_models_and_slate_predicts_nothing():
+    by_model = {
+        name: set(groups_of(name))
+        for name in ("slate", "autoencoder", "set_prediction")
+    }
+    assert set.union(*by_model.values()) == set(GROUPS)
+    assert by_model["slate"] == by_model["autoencoder"] == {*GROUPS} - {"properties"}
+    assert by_model["set_prediction"] == {"masks", "properties", "fixed_points"}
+
+
+def test_data_that_a_model_cannot_learn_from_is_refused(tmp_path):
+    config = smoke(set_prediction_scenes)
+    config.data.with_masks = False
+    with pytest.raises(UserError, match=r"learns from 'objects'.*with_masks=True"):
+        run.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    config = smoke(set_prediction_scenes)
+    config.data.flip = True
+    with pytest.raises(UserError, match=r"data\.flip=False"):
+        check(config, "train")
+    config = smoke(scenes)
+    config.model.name = "sltae"
+    with pytest.raises(UserError, match="autoencoder, set_prediction"):
+        check(config, "train")
+
+
+def test_fewer_slots_than_objects_are_refused(tmp_path):
+    config = smoke(set_prediction_scenes)
+    config.model.num_slots = 3
+    with pytest.raises(UserError, match="num_slots=4"):
+        run.run(config, tmp_path / "run")
+
+
+def test_a_step_of_nested_arrays_is_replayed(predictor):
+    _, _, _, workdir = predictor
+    config = smoke(set_prediction_scenes)
+    config.data.with_masks = True
+    state = _state(config)
+    reads = ("image", "objects")
+    source = run.sources.build(config.data, "train", reads)
+    faults = state.faults._replace(last=np.int32(2), skipped=np.int32(1))
+    replay.write(config, workdir, source, state._replace(faults=faults))
+    with compiled_quickly():
+        found = run.run(config, workdir, mode="replay")
+    assert found == {"step": 2, "failed": None}
+
+
+def _state(config) -> TrainState:
+    params = run.split_model(run.build(config))[1]
+    optimizer = run.build_optimizer(
+        config.optimizer, params, num_steps=config.num_steps
+    )
+    return run.initial_state(params, optimizer, config.optimizer)
