@@ -336,7 +336,7 @@ def properties(
     curves = {}
     for place, name in enumerate(THRESHOLDS):
         curves[name] = precision_recall(
-            confidence.ravel(), hits[..., place].ravel(), objects.sum()
+            confidence.ravel(), hits[..., place].ravel(), float(objects.sum())
         )
         precision = average_precision(curves[name])
         findings.numbers[f"ap_{name}"] = precision, len(objects)
