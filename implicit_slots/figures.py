@@ -16,8 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = ("png", "pdf", "svg")
-# Okabe and Ito's, those of them that stand out from white, with a dash for each.
-LINES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#000000", ":"))
+# Okabe and Ito's that stand out from white (the last darkened), a dash for each.
+LINES = (
+    ("#0072B2", "-"),
+    ("#D55E00", "--"),
+    ("#009E73", "-."),
+    ("#000000", ":"),
+    ("#8C3B6F", (0, (5, 1, 1, 1, 1, 1))),
+)
 TILE = 1.1  # inches
 
 
