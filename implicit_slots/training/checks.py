@@ -71,6 +71,11 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
         **{f"data.{key}": value for key, value in usage.items()},
     }
     for group in GROUPS:
+        if group not in config.evaluation:
+            raise UserError(
+                f"config.evaluation has no section {group}: an older version wrote "
+                "this configuration; copy the section from configs/base.py into it"
+            )
         of_group = config.evaluation[group].items()
         flat |= {f"evaluation.{group}.{key}": value for key, value in of_group}
     if config.evaluation.split not in sources.SPLITS:

@@ -408,7 +408,10 @@ def test_initial_scales_are_official_slates():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"name": "slaet"}, "model.name must be one of slate, got 'slaet'"),
+        (
+            {"name": "slaet"},
+            "name must be one of autoencoder, set_prediction, slate, got 'slaet'",
+        ),
         ({"initial_positions": "flat"}, '"normal" or "smooth", got \'flat\''),
         ({"num_heads": 3}, "width must be a multiple of its heads, got 8 and 3"),
         ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),

@@ -239,6 +239,14 @@ def test_bad_input_is_a_sentence_and_writes_nothing(changes, sentence, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+def test_an_older_versions_configuration_is_a_sentence(tmp_path):
+    config = smoke()
+    with config.unlocked():
+        del config.evaluation.properties
+    with pytest.raises(UserError, match="has no section properties: an older version"):
+        run(config, tmp_path / "run")
+
+
 @pytest.mark.skipif(
     not CLEVR.is_dir(), reason=f"the rendered CLEVR images are not in {CLEVR}"
 )
