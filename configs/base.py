@@ -73,6 +73,14 @@ def get_config(name: str, data: Config) -> Config:
     config.temperature.end = 0.1
     config.temperature.steps = 30_000
 
+    # Added to any model's loss; 0: not computed. See implicit_slots/training/README.md.
+    config.penalty = ConfigDict()
+    # Times the nats of a position's masks, entropy over the slots, mean over positions.
+    config.penalty.attention_entropy = 0.0
+    # Times ‖J‖²_F without the slots' own blocks, over num_slots · slot_size: of the
+    # step's Jacobian at the slots.
+    config.penalty.slot_coupling = 0.0
+
     config.data = data
 
     config.diagnostics = ConfigDict()  # of the slots' fixed point, on held-out images
@@ -319,8 +327,9 @@ def set_variant(config: Config, variant: str | None) -> Config:
       config: the configuration of the file.
       variant: what follows the colon in --config=FILE:variant. "implicit" (the
         default), "vanilla" (back-propagation through the iterations), "vanilla1" (the
-        same with a single one), the paper's "ib", "bb" and "bn", or "smoke" (seconds: a
-        test that everything works, not a model).
+        same with a single one), "learned" (each slot starts from a vector of its own,
+        trained straight-through), the paper's "ib", "bb" and "bn", or "smoke"
+        (seconds: a test that everything works, not a model).
 
     Raises:
       ValueError: if there is no such variant.
@@ -335,12 +344,14 @@ def set_variant(config: Config, variant: str | None) -> Config:
         # One iteration and its gradient: slots that are never refined.
         config.model.adjoint.name = "unrolled"
         config.model.solver.max_steps = 1
+    elif variant == "learned":
+        config.model.update(initial_slots="learned", straight_through=True)
     elif variant == "smoke":
         set_smoke(config)
     else:
         raise ValueError(
-            "variant must be one of implicit, vanilla, vanilla1, ib, bb, bn, smoke, "
-            f"got {variant!r}"
+            "variant must be one of implicit, vanilla, vanilla1, learned, ib, bb, bn, "
+            f"smoke, got {variant!r}"
         )
     config.name = f"{config.name}-{variant}"
     return config

@@ -21,6 +21,7 @@ from implicit_slots.fixed_point.linear import Dense
 from implicit_slots.fixed_point.regularisation import (
     correction_loss,
     corrections,
+    coupling_norm,
     jacobian_norm,
 )
 from implicit_slots.fixed_point.solvers import Anderson, Broyden, Picard
@@ -47,6 +48,7 @@ __all__ = [
     "check_pair",
     "correction_loss",
     "corrections",
+    "coupling_norm",
     "fixed_point",
     "jacobian_norm",
 ]

@@ -54,6 +54,53 @@ def jacobian_norm(
     return jnp.mean(jax.lax.map(square, jax.random.split(key, samples)), axis=0)
 
 
+def coupling_norm(
+    f: Callable[[PyTree, PyTree, PyTree], PyTree],
+    params: PyTree,
+    x: PyTree,
+    z: Float[Array, "batch blocks dim"],
+    key: Key[Array, ""],
+    *,
+    samples: int = 1,
+) -> Float[Array, " batch"]:
+    """Hutchinson's estimate of ‖J‖²_F without the blocks on J's diagonal, per example.
+
+    J = ∂f/∂z at z, and its block (k, l) is what f's block k feels of z's block l, so
+    this says how much the blocks of z depend on each other: zero where each goes its
+    own way. A sample draws one block k and a standard normal ε on that block alone:
+    the blocks l ≠ k of εᵀJ, squared, summed and times the number of blocks, are
+    unbiased. A direction on all blocks at once would not do: a block of εᵀJ then sums
+    over all k and the diagonal cannot be told apart.
+
+    Args:
+      f: (params, x, z) -> z, without auxiliary output.
+      params: pytree that is shared by the batch.
+      x: pytree of inputs.
+      z: where J is taken; held constant or not as in `jacobian_norm`.
+      key: of the blocks and directions, drawn for each example.
+      samples: as in `jacobian_norm`.
+
+    Raises:
+      ValueError: if `samples` is below one.
+    """
+    check_count("samples", samples)
+    _, transpose = jax.vjp(lambda z: f(params, x, z), z)
+    batch, blocks, dim = z.shape
+    dtype = vectors.working_dtype(z)
+    number = jnp.arange(blocks, dtype=jnp.int32)[:, None]
+
+    def square(key):
+        key_block, key_direction = jax.random.split(key)
+        drawn = jax.random.randint(key_block, (batch, 1, 1), 0, blocks, jnp.int32)
+        direction = jax.random.normal(key_direction, (batch, 1, dim), dtype)
+        own = number[None] == drawn
+        (product,) = transpose(jnp.where(own, direction, 0).astype(z.dtype))
+        others = jnp.where(own, 0, product.astype(dtype)).reshape(batch, -1)
+        return blocks * vectors.dot(others, others)
+
+    return jnp.mean(jax.lax.map(square, jax.random.split(key, samples)), axis=0)
+
+
 def corrections(
     f: Callable[[PyTree, PyTree, PyTree], Any],
     params: PyTree,

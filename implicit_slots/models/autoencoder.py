@@ -163,6 +163,7 @@ class Autoencoder(nnx.Module):
         key: Key[Array, ""],
         deterministic: bool = False,
         probe: BackwardStats | None = None,
+        coupling_key: Key[Array, ""] | None = None,
     ) -> Output:
         """Returns the loss of a batch with images in [0, 1].
 
@@ -174,10 +175,11 @@ class Autoencoder(nnx.Module):
           key: for the initial slots.
           deterministic: changes nothing: the model has no dropout.
           probe: see `SlotAttention`.
+          coupling_key: the same.
         """
         del deterministic
         image = batch["image"]
-        slots = self._attend(image, key, probe)
+        slots = self._attend(image, key, probe, coupling_key)
         mixture = self.mix(slots.slots)
         # Scaled to [−1, 1], differences are twice as large.
         error = jnp.mean((2 * (image - mixture.image)) ** 2, axis=(1, 2, 3))
@@ -187,6 +189,7 @@ class Autoencoder(nnx.Module):
             slots.stats,
             reconstruction=mixture.image,
             masks=mixture.masks,
+            coupling=slots.coupling,
         )
 
     def mix(
@@ -273,9 +276,12 @@ class Autoencoder(nnx.Module):
         image: jax.Array,
         key: Key[Array, ""],
         probe: BackwardStats | None = None,
+        coupling_key: Key[Array, ""] | None = None,
     ) -> SlotsOutput:
         initial = self.slot_attention.initial(len(image), key)
-        return self.slot_attention(self.encoder(image), initial, probe=probe)
+        return self.slot_attention(
+            self.encoder(image), initial, probe=probe, coupling_key=coupling_key
+        )
 
     def _on_grid(self, attention: jax.Array) -> jax.Array:
         side = self.encoder.side

@@ -19,6 +19,7 @@ class Output(NamedTuple):
         (SLATE: the dVAE's, from relaxed tokens).
       masks: the decoder's masks, where a pass makes them; sum to one over slots.
       predicted: each slot's properties, where the model says them.
+      coupling: see `SlotsOutput`; where the call was given a `coupling_key`.
     """
 
     losses: dict[str, Float[Array, " batch"]]
@@ -27,6 +28,7 @@ class Output(NamedTuple):
     reconstruction: Float[Array, "batch height width 3"] | None = None
     masks: Float[Array, "batch slots height width"] | None = None
     predicted: Float[Array, "batch slots properties"] | None = None
+    coupling: Float[Array, " batch"] | None = None
 
 
 class Mixture(NamedTuple):

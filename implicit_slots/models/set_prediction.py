@@ -98,6 +98,7 @@ class SetPredictor(nnx.Module):
         key: Key[Array, ""],
         deterministic: bool = False,
         probe: BackwardStats | None = None,
+        coupling_key: Key[Array, ""] | None = None,
     ) -> Output:
         """Returns the loss of a batch with images in [0, 1].
 
@@ -110,9 +111,10 @@ class SetPredictor(nnx.Module):
           key: for the initial slots.
           deterministic: changes nothing: the model has no dropout.
           probe: see `SlotAttention`.
+          coupling_key: the same.
         """
         del deterministic
-        slots = self._attend(batch["image"], key, probe)
+        slots = self._attend(batch["image"], key, probe, coupling_key)
         predicted = self.predict(slots.slots)
         target = encode_objects(batch["objects"], predicted.shape[1])
         return Output(
@@ -120,6 +122,7 @@ class SetPredictor(nnx.Module):
             self._on_grid(slots.attention),
             slots.stats,
             predicted=predicted,
+            coupling=slots.coupling,
         )
 
     def predict(
@@ -159,9 +162,12 @@ class SetPredictor(nnx.Module):
         image: jax.Array,
         key: Key[Array, ""],
         probe: BackwardStats | None = None,
+        coupling_key: Key[Array, ""] | None = None,
     ) -> SlotsOutput:
         initial = self.slot_attention.initial(len(image), key)
-        return self.slot_attention(self.encoder(image), initial, probe=probe)
+        return self.slot_attention(
+            self.encoder(image), initial, probe=probe, coupling_key=coupling_key
+        )
 
     def _on_grid(self, attention: jax.Array) -> jax.Array:
         side = self.encoder.side

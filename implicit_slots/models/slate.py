@@ -175,6 +175,7 @@ class SLATE(nnx.Module):
         key: Key[Array, ""],
         deterministic: bool = False,
         probe: BackwardStats | None = None,
+        coupling_key: Key[Array, ""] | None = None,
     ) -> Output:
         """Returns the losses of a batch with images in [0, 1].
 
@@ -187,6 +188,7 @@ class SLATE(nnx.Module):
           key: for Gumbel noise, initial slots and dropout.
           deterministic: no dropout; the other noise stays.
           probe: see `SlotAttention`.
+          coupling_key: the same.
         """
         image = batch["image"]
         key_relaxed, key_hard, key_slots, key_embed, key_decoder = jax.random.split(
@@ -205,14 +207,20 @@ class SLATE(nnx.Module):
             self.dropout,
             None if deterministic else key_embed,
         )
-        slots = self.attend(embedded[:, 1:], key_slots, probe=probe)
+        slots = self.attend(
+            embedded[:, 1:], key_slots, probe=probe, coupling_key=coupling_key
+        )
         logits = self.decode(
             embedded[:, :-1], slots.slots, key=None if deterministic else key_decoder
         )
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         losses = {"mse": mse, "cross_entropy": cross_entropy.sum(axis=1)}
         return Output(
-            losses, self._on_grid(slots.attention), slots.stats, reconstruction
+            losses,
+            self._on_grid(slots.attention),
+            slots.stats,
+            reconstruction,
+            coupling=slots.coupling,
         )
 
     def embed(
@@ -227,9 +235,12 @@ class SLATE(nnx.Module):
         key: Key[Array, ""],
         *,
         probe: BackwardStats | None = None,
+        coupling_key: Key[Array, ""] | None = None,
     ) -> SlotsOutput:
         """Returns the slots of embedded image tokens (without BOS)."""
-        return self.slot_attention(*self._encode(embedded, key), probe=probe)
+        return self.slot_attention(
+            *self._encode(embedded, key), probe=probe, coupling_key=coupling_key
+        )
 
     def backward_probe(self, batch: int) -> BackwardStats | None:
         """See `SlotAttention`."""

@@ -20,6 +20,7 @@ from implicit_slots.fixed_point import (
     Unrolled,
     backward_probe,
     check_pair,
+    coupling_norm,
     fixed_point,
 )
 from implicit_slots.models import layers
@@ -143,11 +144,16 @@ class SlotsOutput(NamedTuple):
       slots: the slots.
       attention: of the last application, summed over heads; sums to one over slots.
       stats: of the forward solve, per example.
+      coupling: how much the slots depend on each other, where asked for:
+        ‖J‖²_F without the slots' own blocks, J = ∂f/∂z at the slots, over the number
+        of their entries, as `coupling_norm` estimates it from one sample. The slots
+        are a constant in it, the step's parameters and the inputs are not.
     """
 
     slots: Float[Array, "batch slots dim"]
     attention: Float[Array, "batch slots inputs"]
     stats: Stats
+    coupling: Float[Array, " batch"] | None = None
 
 
 class SlotAttention(nnx.Module):
@@ -244,6 +250,7 @@ class SlotAttention(nnx.Module):
         slots: Float[Array, "batch slots dim"],
         *,
         probe: BackwardStats | None = None,
+        coupling_key: Key[Array, ""] | None = None,
     ) -> SlotsOutput:
         """Iterates from the given initial slots, usually `self.initial(...)`.
 
@@ -252,6 +259,8 @@ class SlotAttention(nnx.Module):
           slots: where the iteration starts.
           probe: from `self.backward_probe`; its gradient is what the backward solve
             did.
+          coupling_key: draws the sample of `SlotsOutput.coupling`; none is measured
+            without.
         """
         problem = self.problem(inputs, slots)
         solution = fixed_point(
@@ -267,7 +276,12 @@ class SlotAttention(nnx.Module):
         value = solution.value
         if self.straight_through:
             value = value + (slots - jax.lax.stop_gradient(slots))
-        return SlotsOutput(value, solution.aux, solution.stats)
+        coupling = None
+        if coupling_key is not None:
+            constant = jax.lax.stop_gradient(solution.value)
+            coupling = coupling_norm(*problem._replace(z0=constant), coupling_key)
+            coupling = coupling / constant[0].size
+        return SlotsOutput(value, solution.aux, solution.stats, coupling)
 
     def problem(
         self,

@@ -18,6 +18,7 @@ from implicit_slots.config import Config
 from implicit_slots.data.layout import write_whole
 from implicit_slots.training import processes
 from implicit_slots.training.errors import UserError
+from implicit_slots.training.penalties import ABSENT
 from implicit_slots.training.state import TrainState
 
 CONFIG_FILE = "config.json"
@@ -287,12 +288,12 @@ def check_same_run(
             )
         return
     try:
-        before = _flat(json.loads(path.read_text()))
+        before = {**ABSENT, **_flat(json.loads(path.read_text()))}
     except (ValueError, AttributeError, OSError) as error:
         raise UserError(
             f"{path} is not a run's configuration; choose another --workdir"
         ) from error
-    now = _flat(json.loads(config.to_json()))
+    now = {**ABSENT, **_flat(json.loads(config.to_json()))}
     may_change = MAY_CHANGE
     for key in sorted((before.keys() | now.keys()) - may_change):
         if key.startswith("evaluation."):

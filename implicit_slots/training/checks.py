@@ -7,7 +7,7 @@ from implicit_slots.data import sources
 from implicit_slots.models.build import MODELS, model_class
 from implicit_slots.models.dvae import STRIDE
 from implicit_slots.models.noise import MOST_WORDS
-from implicit_slots.training import feed
+from implicit_slots.training import feed, penalties
 from implicit_slots.training.errors import UserError
 from implicit_slots.training.evaluate import GROUPS
 from implicit_slots.training.sharding import SHARDINGS
@@ -54,6 +54,7 @@ NOT_NEGATIVE = (
     "profile.start",
     *(f"evaluation.{group}.every" for group in GROUPS),
     *(f"evaluation.{group}.num_images" for group in ANY_NUMBER),
+    *penalties.ABSENT,
 )
 
 
@@ -69,6 +70,7 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
     flat = {
         **dict(config.items()),
         **{f"data.{key}": value for key, value in usage.items()},
+        **penalties.ABSENT,
     }
     for group in GROUPS:
         if group not in config.evaluation:
@@ -85,6 +87,8 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
         )
     for section in ("model", "diagnostics", "nonfinite", "alarms", "profile"):
         flat |= {f"{section}.{key}": value for key, value in config[section].items()}
+    weights = config.get(penalties.SECTION, {}).items()
+    flat |= {f"{penalties.SECTION}.{key}": value for key, value in weights}
     sizes = (f"model.{key}" for key in SIZES if key in config.model)
     for key in (*POSITIVE, *sizes):
         if flat[key] < 1:

@@ -17,7 +17,7 @@ from implicit_slots.training.report_style import SERIES, format_number
 METRICS: Mapping[str, tuple[str, str]] = {
     "fg_ari": ("Foreground ARI", "agreement with the true masks; 1 same, 0 chance"),
     "ari": ("ARI", "the same with the background; 1 same, 0 chance"),
-    "loss": ("Loss", "what is minimised"),
+    "loss": ("Loss", "what is minimised, without penalties"),
     "mse": ("Squared error", "of the dVAE, relaxed tokens; summed over an image"),
     "dvae_mse": (
         "Squared error, dVAE",
@@ -38,6 +38,11 @@ METRICS: Mapping[str, tuple[str, str]] = {
     "decoder_fg_ari": (
         "Foreground ARI, decoder",
         "of the decoder's masks with the true ones; 1 the same, 0 chance",
+    ),
+    "penalty_attention_entropy": ("Penalty, entropy", "nats per position, not weighed"),
+    "penalty_slot_coupling": (
+        "Penalty, coupling",
+        "per entry of the slots, not weighed",
     ),
     "forward_residual": ("Forward residual", "‖f(z) - z‖ / ‖f(z)‖, last application"),
     "forward_steps": ("Forward steps", "evaluations of f by the solver"),

@@ -62,6 +62,7 @@ class Purpose(IntEnum):
     PICTURE = 2
     DIAGNOSE = 3
     EVALUATE = 4
+    PENALTY = 5
 
 
 def purpose_key(

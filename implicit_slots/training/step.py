@@ -25,7 +25,7 @@ from implicit_slots.models.build import model_class
 from implicit_slots.models.outputs import Output, Reconstruction
 from implicit_slots.models.set_prediction import CLASSES, REACH, encode_objects
 from implicit_slots.models.slate import squared_error
-from implicit_slots.training import nonfinite
+from implicit_slots.training import nonfinite, penalties
 from implicit_slots.training.optimizer import build_plateau, cosine, max_norm
 from implicit_slots.training.sharding import replicated, state_sharding
 from implicit_slots.training.state import Purpose, TrainState, purpose_key
@@ -160,13 +160,21 @@ def build_steps(
     plateau = build_plateau(config.optimizer)
     kind = model_class(config.model.name)
     decay = config.optimizer.ema_decay
+    weights = penalties.weights(config)
+    # The losses first: where one is not finite, it says more than a penalty.
+    summed = (*kind.losses, *map(penalties.logged, weights))
 
     def annealed(step) -> dict[str, jax.Array]:
         """What the model is called with that changes with the step."""
         return {name: cosine(config[name], step) for name in kind.annealed}
 
-    def gradient_of(params, batch: Batch, key, values):
-        """Of one part of a batch: the gradient, the losses, what else is logged."""
+    def gradient_of(params, batch: Batch, keys, values):
+        """Of one part of a batch: the gradient, the losses, what else is logged.
+
+        The gradient is that of the losses and the penalties; "loss" is the sum of the
+        losses alone.
+        """
+        key, coupling_key = keys
         model = nnx.merge(graphdef, params)
 
         def loss_of(params, probe):
@@ -175,14 +183,20 @@ def build_steps(
                 batch | {"image": as_float(batch["image"])},
                 key=key,
                 probe=probe,
+                coupling_key=coupling_key,
                 **values,
             )
             losses = {name: loss.mean() for name, loss in output.losses.items()}
-            return sum(losses.values()), (losses, output.stats)
+            added = penalties.measure(weights, output)
+            loss = sum(losses.values())
+            minimised = loss
+            for weight, penalty in zip(weights.values(), added.values(), strict=True):
+                minimised += weight * penalty
+            return minimised, (loss, losses, added, output.stats)
 
         # The probe's gradient is what the backward solve did, if there is one.
         probe = model.backward_probe(len(batch["image"]))
-        (loss, (losses, stats)), (gradient, backward) = jax.value_and_grad(
+        (gradient, backward), (loss, losses, added, stats) = jax.grad(
             loss_of, argnums=(0, 1), has_aux=True
         )(params, probe)
         logged = {"forward_residual": stats.residual.mean()}
@@ -200,15 +214,20 @@ def build_steps(
                 "backward_residual": residual / jnp.maximum(solved.sum(), 1),
                 "backward_failed": backward.failed.mean(),
             }
-        return gradient, {"loss": loss, **losses}, logged
+        return gradient, {"loss": loss, **losses, **added}, logged
 
     def examine(state: TrainState, batch: Batch):
-        key = purpose_key(seed, Purpose.TRAIN, state.step)
+        keys = (
+            purpose_key(seed, Purpose.TRAIN, state.step),
+            purpose_key(seed, Purpose.PENALTY, state.step)
+            if penalties.COUPLING in weights
+            else None,
+        )
         values = annealed(state.step)
         gradient, losses, logged = in_parts(
-            lambda part, key: gradient_of(state.params, part, key, values),
+            lambda part, keys: gradient_of(state.params, part, keys, values),
             batch,
-            key,
+            keys,
             config.accumulate,
         )
         return place(gradient), losses, logged | values
@@ -234,7 +253,7 @@ def build_steps(
             if decay
             else state.ema,
         )
-        looked_at = [*(losses[name] for name in kind.losses), *reversed(norms)]
+        looked_at = [*(losses[name] for name in summed), *reversed(norms)]
         finite = jnp.isfinite(jnp.stack(looked_at))
         after, good = nonfinite.unless_skipped(config.nonfinite, finite, state, after)
         logged = {**losses, **logged}
@@ -325,34 +344,37 @@ def build_steps(
         score=jax.jit(score, out_shardings=whole) if hasattr(kind, "render") else None,
         reconstruct=jax.jit(reconstruct, out_shardings=whole),
         diagnose=jax.jit(diagnose, out_shardings=whole),
-        checks=nonfinite.checks(kind.losses, kind.stages),
+        checks=nonfinite.checks(summed, kind.stages),
     )
 
 
 def in_parts(
-    function: Callable[[Batch, Any], PyTree], batch: Batch, key: Any, parts: int
+    function: Callable[[Batch, Any], PyTree], batch: Batch, keys: PyTree, parts: int
 ) -> PyTree:
-    """Returns the mean over the parts of a batch of a function of (part, key).
+    """Returns the mean over the parts of a batch of a function of (part, keys).
 
     One part after the other, so that only one part's activations are in memory. Part
     i holds the examples i, i + parts, i + 2·parts, …: every device has an equal share
-    of each. With one part the key is the function's own; else it is folded with i.
+    of each. With one part the keys are the function's own; else each is folded with i.
 
     Args:
       function: whose result is a pytree of means over examples.
       batch: pytree of arrays with a leading batch axis that `parts` divides.
-      key: of the step.
+      keys: of the step: one, or a pytree of some.
       parts: how many.
     """
     if parts == 1:
-        return function(batch, key)
+        return function(batch, keys)
 
     def part(index):
         def take(leaf):
             split = leaf.reshape(-1, parts, *leaf.shape[1:])
             return jax.lax.dynamic_index_in_dim(split, index, 1, keepdims=False)
 
-        return function(jax.tree.map(take, batch), jax.random.fold_in(key, index))
+        def fold(key):
+            return jax.random.fold_in(key, index)
+
+        return function(jax.tree.map(take, batch), jax.tree.map(fold, keys))
 
     def add(total, index):
         return jax.tree.map(jnp.add, total, part(index)), None

@@ -15,6 +15,7 @@ from implicit_slots.fixed_point import (
     Picard,
     correction_loss,
     corrections,
+    coupling_norm,
     fixed_point,
     jacobian_norm,
 )
@@ -59,6 +60,67 @@ def test_penalty_has_the_gradient_of_its_definition():
 
     def penalty(a):
         return jnp.sum(jacobian_norm(tanh, {**params, "a": a}, x, z, key, samples=3))
+
+    want = central_difference(jax.jit(penalty), params["a"], direction)
+    got = np.sum(jax.jit(jax.grad(penalty))(params["a"]) * direction)
+    assert abs(got - want) < DIFFERENCES * abs(want)
+
+
+def in_blocks(f):
+    """The same map of three blocks of two, of which each depends on all."""
+
+    def blocked(params, x, z):
+        return f(params, x, z.reshape(BATCH, DIM)).reshape(z.shape)
+
+    return blocked
+
+
+def test_coupling_norm_is_an_unbiased_estimate_of_what_is_off_the_diagonal_blocks():
+    params, x, _ = problem("non-normal")
+    z = solution(tanh, params, x)
+    samples = 40_000
+    got = jax.jit(
+        lambda z: coupling_norm(
+            in_blocks(tanh), params, x, z, jax.random.key(0), samples=samples
+        )
+    )(z.reshape(BATCH, 3, 2))
+    for i in range(BATCH):
+        jacobian = (1 - z[i] ** 2)[:, None] * params["a"].T
+        jacobian = jacobian.reshape(3, 2, 3, 2) * (1 - np.eye(3)[:, None, :, None])
+        rows = jacobian.reshape(3, 2, DIM)
+        # Of a sample of block k: mean 3‖R‖²_F, and variance 9 · 2‖RRᵀ‖²_F around it.
+        means = 3 * np.sum(rows**2, axis=(1, 2))
+        around = 18 * np.sum((rows @ rows.swapaxes(1, 2)) ** 2, axis=(1, 2))
+        spread = np.sqrt((around.mean() + means.var()) / samples)
+        assert abs(got[i] - np.sum(jacobian**2)) < 4 * spread
+
+
+def test_blocks_that_go_their_own_way_are_not_coupled():
+    params, x, _ = problem()
+    key, z = jax.random.key(0), jnp.ones((BATCH, 3, 2))
+
+    def alone(params, x, z):
+        return jnp.tanh(z @ params["a"][:2, :2] + (x @ params["b"][:, :2])[:, None])
+
+    assert np.all(coupling_norm(alone, params, x, z, key, samples=9) == 0)
+    assert np.all(jacobian_norm(alone, params, x, z, key, samples=9) > 0)
+    # One block has nothing to be coupled with.
+    whole, together = in_blocks(tanh), z.reshape(BATCH, 1, DIM)
+    assert np.all(coupling_norm(whole, params, x, together, key) == 0)
+    assert np.all(coupling_norm(whole, params, x, z, key, samples=9) > 0)
+
+
+def test_coupling_norm_has_the_gradient_of_its_definition():
+    params, x, _ = problem()
+    z = jnp.asarray(solution(tanh, params, x)).reshape(BATCH, 3, 2)
+    key = jax.random.key(1)
+    direction = np.random.default_rng(0).normal(size=(DIM, DIM))
+
+    def penalty(a):
+        estimate = coupling_norm(
+            in_blocks(tanh), {**params, "a": a}, x, z, key, samples=3
+        )
+        return jnp.sum(estimate)
 
     want = central_difference(jax.jit(penalty), params["a"], direction)
     got = np.sum(jax.jit(jax.grad(penalty))(params["a"]) * direction)
@@ -139,6 +201,16 @@ def test_stages_come_nearer_and_keep_aux():
         (
             lambda: jacobian_norm(
                 affine, *problem()[:2], None, jax.random.key(0), samples=0
+            ),
+            "samples must be at least 1, got 0",
+        ),
+        (
+            lambda: coupling_norm(
+                affine,
+                *problem()[:2],
+                jnp.zeros((BATCH, 3, 2)),
+                jax.random.key(0),
+                samples=0,
             ),
             "samples must be at least 1, got 0",
         ),

@@ -224,6 +224,7 @@ def test_another_runs_workdir_is_refused_untouched(finished, changes, sentence):
         ({"model.attention": "cudnn"}, "needs an NVIDIA GPU and config.precision="),
         ({"precision": "float16"}, "precision must be one of float32, bfloat16, got"),
         ({"temperature.end": 0.0}, r"temperature\.end must be positive, got 0"),
+        ({"penalty.slot_coupling": -0.1}, r"penalty\.slot_coupling must not be neg"),
         ({"diagnostics.every": -1}, r"diagnostics\.every must not be negative"),
         ({"diagnostics.krylov": 0}, r"diagnostics\.krylov must be at least 1, got 0"),
         ({"model.adjoint.terms": 0}, "model.adjoint: terms must be at least 1, got 0"),

@@ -140,17 +140,22 @@ def test_every_group_of_parameters_is_checked(compiled):
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_parts_are_averaged_and_hold_every_example_once(parts):
     values = {"x": np.arange(24.0).reshape(8, 3).astype("f4")}
-    key = jax.random.key(5)
+    key, other = jax.random.split(jax.random.key(5))
 
-    def function(batch, key):
-        drawn = jax.random.uniform(key)
+    def function(batch, keys):
+        drawn = [jax.random.uniform(key) for key in keys if key is not None]
         return {"mean": batch["x"].mean(axis=0), "square": (batch["x"] ** 2).mean()}, (
             drawn
         )
 
-    means, drawn = jax.jit(lambda v: in_parts(function, v, key, parts))(values)
+    means, drawn = jax.jit(lambda v: in_parts(function, v, (key, None, other), parts))(
+        values
+    )
     np.testing.assert_allclose(means["mean"], values["x"].mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(means["square"], (values["x"] ** 2).mean(), rtol=1e-6)
-    keys = [key] if parts == 1 else [jax.random.fold_in(key, n) for n in range(parts)]
-    want = np.mean([jax.random.uniform(k) for k in keys])
-    np.testing.assert_allclose(drawn, want, rtol=1e-6)
+    for got, whole in zip(drawn, (key, other), strict=True):
+        keys = [jax.random.fold_in(whole, n) for n in range(parts)]
+        want = np.mean(
+            [jax.random.uniform(k) for k in (keys if parts > 1 else [whole])]
+        )
+        np.testing.assert_allclose(got, want, rtol=1e-6)
