@@ -39,6 +39,7 @@ from implicit_slots.training.checkpoint import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
     Checkpoints,
+    Damaged,
     Loop,
     check_same_run,
     restore,
@@ -334,14 +335,22 @@ def evaluation_label(config: Config, workdir: pathlib.Path, checkpoint: str) -> 
     return f"{label}-best" if checkpoint == "best" else label
 
 
-def load(workdir: pathlib.Path) -> tuple[Config, Any]:
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    """Returns the steps of a run's checkpoints, from the first to the last."""
+    folder = workdir / CHECKPOINT_FOLDER
+    with contextlib.closing(Checkpoints(folder, keep=None)) as checkpoints:
+        return sorted(checkpoints.steps())
+
+
+def load(workdir: pathlib.Path, step: int | None = None) -> tuple[Config, Any]:
     """Returns the configuration and the trained model of a run, for a study.
 
     Args:
       workdir: of a run that has a checkpoint; nothing in it is changed.
+      step: of the checkpoint; the latest that is whole if not given.
 
     Raises:
-      UserError: if there is no such run, or it cannot be read.
+      UserError: if there is no such run or checkpoint, or it cannot be read.
     """
     path = workdir / CONFIG_FILE
     if not path.exists() or not (workdir / CHECKPOINT_FOLDER).is_dir():
@@ -360,7 +369,13 @@ def load(workdir: pathlib.Path) -> tuple[Config, Any]:
     like = initial_state(params, optimizer, config.optimizer)
     folder = workdir / CHECKPOINT_FOLDER
     with contextlib.closing(Checkpoints(folder, keep=None)) as checkpoints:
-        found = restore(checkpoints, like, set_aside=False)
+        if step is None:
+            found = restore(checkpoints, like, set_aside=False)
+        else:
+            try:
+                found = checkpoints.read(step, like)
+            except Damaged as damage:
+                raise UserError(f"{folder / str(step)}: {damage}") from damage
     if found is None:
         raise UserError(f"{workdir} holds no checkpoint; train there first")
     return config, nnx.merge(graphdef, found[0].evaluated)

@@ -172,6 +172,16 @@ def test_learned_initial_slots_are_trained_straight_through():
     assert (moved > 0).all()
 
 
+@pytest.mark.parametrize(
+    "kind", [base.autoencoder, base.set_prediction, base.get_config]
+)
+def test_the_variant_learned_is_that(kind):
+    config = base.set_variant(kind("test", base.scenes()), "learned")
+    model = config.model
+    assert (model.initial_slots, model.straight_through) == ("learned", True)
+    assert config.name == "test-learned"
+
+
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="decoder makes images of 32 pixels"):
         build_model(section(broadcast_side=8), resolution=16, seed=0)
