@@ -2,13 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 from small_slate import compiled_quickly
 
 from experiments import digits_deq, solver_comparison
 from implicit_slots.fixed_point import Implicit
 from implicit_slots.training.errors import UserError
-from implicit_slots.training.run import load
+from implicit_slots.training.run import load, saved_steps
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,19 @@ def test_loading_a_run_gives_its_trained_model(workdir, tmp_path):
     assert other == config and fresh is not model
     with pytest.raises(UserError, match="holds no run; train one there first"):
         load(tmp_path)
+
+
+def test_a_run_is_loaded_at_each_of_its_checkpoints(workdir):
+    steps = saved_steps(workdir)
+    assert steps == [10, 20]
+    kernels = [
+        np.asarray(load(workdir, step)[1].slot_projection.kernel[...])
+        for step in (10, 20, None)
+    ]
+    assert np.array_equal(kernels[1], kernels[2])
+    assert not np.array_equal(kernels[0], kernels[1])
+    with pytest.raises(UserError, match="checkpoints/11"):
+        load(workdir, 11)
 
 
 def test_digits(monkeypatch, capsys):

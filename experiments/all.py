@@ -1,0 +1,70 @@
+"""Every study of the paper's figures and tables, one after the other.
+
+    python -m experiments.all --scale=smoke --out=DIR
+
+takes the flags of one study and makes each; runs that several ask for are made once.
+Writes DIR/README.md with all verdicts. Cost: smoke minutes; cpu about three and a half
+hours on two cores with every run new; each study alone stays within two.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from experiments import (
+    basins,
+    fig3_solvers,
+    fig5_tricks,
+    fig6_iterations,
+    fig7_properties,
+    fig8_discovery,
+    fig9_deletion,
+    fig10_locality,
+    fig11_neumann_terms,
+    study,
+    table3_reconstruction,
+)
+from implicit_slots.data.layout import write_whole
+from implicit_slots.training.errors import UserError
+
+STUDIES: tuple[study.Study, ...] = tuple(
+    module.STUDY
+    for module in (
+        fig3_solvers,
+        table3_reconstruction,
+        fig5_tricks,
+        fig6_iterations,
+        fig7_properties,
+        fig8_discovery,
+        fig9_deletion,
+        fig10_locality,
+        fig11_neumann_terms,
+        basins,
+    )
+)
+
+
+def main(argv: Sequence[str] | None = None, **how) -> None:
+    """Makes every study; see `study.execute` for the rest."""
+    options = study.parser_of(str(__doc__)).parse_args(argv)
+    try:
+        execute(options, **how)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on where it was")
+
+
+def execute(options: argparse.Namespace, **how) -> None:
+    """Makes every study and the page of all verdicts."""
+    options.out = options.out or pathlib.Path("runs", "studies", options.scale)
+    lines = [f"# All studies, scale {options.scale}", ""]
+    for one in STUDIES:
+        table = study.execute(one, options, **how)
+        lines += [f"- [{one.title}]({one.name}.md): {study.verdict(one, table)}"]
+    write_whole(options.out / "README.md", "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Basins: does an image have one fixed point, and does it matter how long one iterates?
+
+Claim: implicit differentiation takes slots for a fixed point; the paper does not ask
+    how many an image has, nor where more iterations than in training lead.
+Question: how many distinct fixed points does an image have from random initial slots,
+    how many starts never settle, and does what training left survive 1 … 100 iterations
+    at test time (path independence)?
+Rule: implicit against vanilla: share of starts that settle nowhere, agreement of masks
+    from different starts (a difference of 0.05), and cross-entropy after 100 iterations
+    over that after the trained number (5 %): the median and its whole interval decide.
+Cost: cpu 6 runs of two and a half minutes on a core and two more of iterations each;
+    gpu 6 (not measured); paper 8 of 250k steps.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from experiments import drawing, scales, study
+from experiments.probes import ITERATIONS
+from experiments.runs import Arm
+from experiments.scales import VANILLA
+from experiments.statistics import Rule
+
+GROWTH = "cross_entropy@100 / @trained"
+
+
+def arms(scale: str) -> list[Arm]:
+    """Both gradients."""
+    base = scales.slate(scale)
+    return [
+        scales.arm(base, "vanilla", VANILLA, ["fixed_points", "iterations"]),
+        scales.arm(base, "implicit", {}, ["fixed_points", "iterations"]),
+    ]
+
+
+def growth(table: study.Table) -> Iterator[study.Measurement]:
+    """How cross-entropy changes from the trained number of iterations to 100."""
+    for arm in table.arms():
+        then, now = (table.curves(arm, f"cross_entropy@{count}") for count in (7, 100))
+        for seed, (steps, values) in now.items():
+            if seed in then:
+                ratio = float(values[-1] / then[seed][1][-1])
+                yield study.Measurement(
+                    arm, seed, int(steps[-1]), "derived", GROWTH, ratio
+                )
+
+
+def draw(table: study.Table):
+    """Over iterations at test time, and by arm."""
+
+    def over(metric: str, label: str, counts, *, log: bool = False) -> drawing.Panel:
+        def panel(axis):
+            for place, arm in enumerate(table.arms()):
+                found = [
+                    (n, list(table.last(arm, f"{metric}@{n}").values())) for n in counts
+                ]
+                found = [(n, values) for n, values in found if values]
+                axis.plot(
+                    [n for n, _ in found],
+                    [np.nanmedian(values) for _, values in found],
+                    label=arm,
+                    **drawing.style(place),
+                )
+            axis.set(xscale="log", xlabel="iterations at test time", ylabel=label)
+            if log:
+                axis.set_yscale("log")
+
+        return panel
+
+    counts = sorted({*ITERATIONS, 7})
+    return drawing.panels(
+        over("cross_entropy", "cross-entropy, nats", counts),
+        over("attention/fg_ari", "foreground ARI, attention", counts),
+        over("residual", "‖f(z)−z‖ / ‖f(z)‖", range(1, 101), log=True),
+        drawing.by_arm(table, "fixed_points", "distinct fixed points of an image"),
+        drawing.by_arm(table, "unconverged", "starts that settle nowhere"),
+        drawing.by_arm(table, "mask_agreement", "ARI of masks between starts"),
+    )
+
+
+def _rule(claim: str, metric: str, expected) -> Rule:
+    better = "higher" if metric == "mask_agreement" else "lower"
+    return Rule(
+        *(claim, metric, "implicit", "vanilla", expected, 0.05, "difference", better)
+    )
+
+
+STUDY = study.Study(
+    name="basins",
+    title="Basins and path independence",
+    doc=str(__doc__),
+    arms=arms,
+    metrics=(
+        *("fixed_points", "largest_basin", "unconverged", "mask_agreement"),
+        *("residual*", "mask_flips", "spectral_radius", "cross_entropy*"),
+        *("attention/fg_ari@*", "decoder/fg_ari@*"),
+    ),
+    summary=(
+        *("fixed_points", "largest_basin", "unconverged", "mask_agreement"),
+        *(GROWTH, "residual_last"),
+    ),
+    rules=(
+        _rule("fewer of implicit's starts settle nowhere", "unconverged", "lower"),
+        _rule("its starts agree more on masks", "mask_agreement", "higher"),
+        Rule("it bears 100 iterations better", GROWTH, "implicit", "vanilla", "lower"),
+    ),
+    draw=draw,
+    derive=growth,
+)
+
+if __name__ == "__main__":
+    study.main(STUDY)
