@@ -27,8 +27,8 @@ def get_config(variant: str | None = None) -> Config:
         max_objects=4,
         zoom=4 / 3,
     )
-    config.num_steps = 5_000
-    config.batch_size = 32
+    config.num_steps = 8_000
+    config.batch_size = 16
     config.model.update(
         features=32,
         encoder_strides=(1, 2, 1),
@@ -38,7 +38,7 @@ def get_config(variant: str | None = None) -> Config:
         slot_size=32,
         slot_mlp_size=64,
     )
-    config.optimizer.update(learning_rate=1e-3, warmup_steps=500, schedule="cosine")
+    config.optimizer.update(learning_rate=2e-3, warmup_steps=500, schedule="cosine")
     config.update(
         log_every=100, validate_every=500, draw_every=1_000, checkpoint_every=1_000
     )

@@ -28,14 +28,14 @@ def get_config(variant: str | None = None) -> Config:
         max_objects=4,
         zoom=4 / 3,
     )
-    config.num_steps = 5_000
+    config.num_steps = 3_000
     config.batch_size = 64
     config.model.update(
         features=32,
         encoder_strides=(2, 2, 1),
         num_slots=5,
     )
-    config.optimizer.update(learning_rate=1e-3, warmup_steps=200, schedule="cosine")
+    config.optimizer.update(learning_rate=2e-3, warmup_steps=200, schedule="cosine")
     config.update(
         log_every=100, validate_every=500, draw_every=1_000, checkpoint_every=1_000
     )
