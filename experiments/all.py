@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None, **how) -> None:
     options = study.parser_of(str(__doc__)).parse_args(argv)
     try:
         execute(options, **how)
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on where it was")
@@ -63,7 +63,7 @@ def execute(options: argparse.Namespace, **how) -> None:
     for one in STUDIES:
         table = study.execute(one, options, **how)
         lines += [f"- [{one.title}]({one.name}.md): {study.verdict(one, table)}"]
-    write_whole(options.out / "README.md", "\n".join(lines) + "\n")
+        write_whole(options.out / "README.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ Rule: implicit against vanilla in entropy of a position's attention, area of an 
     A remedy works if its entropy is below implicit's by 5 % and its cross-entropy is
     "similar" to implicit's within 2 %, by the same measure.
 Cost: cpu 21 runs of two to four minutes on a core and one of masks each; gpu 21 (not
-    measured); paper 28 of 250k steps.
+    measured); paper 28 of 250k steps, whose images need masks: CLEVR-Mirror has none.
 """
 
 from experiments import drawing, scales, study
@@ -82,9 +82,14 @@ STUDY = study.Study(
         *("attention/fg_ari", "decoder/fg_ari"),
     ),
     rules=(
-        Rule("implicit's maps are less sure", ENTROPY, "implicit", "vanilla", "higher"),
-        Rule("they are wider", AREA, "implicit", "vanilla", "higher"),
-        Rule("they lie on shadows more", SHADOW, "implicit", "vanilla", "higher"),
+        *(
+            Rule(claim, metric, "implicit", "vanilla", "higher", ranks_diverged=False)
+            for claim, metric in (
+                ("implicit's maps are less sure", ENTROPY),
+                ("they are wider", AREA),
+                ("they lie on shadows more", SHADOW),
+            )
+        ),
         *(
             rule
             for name in REMEDIES

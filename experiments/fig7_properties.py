@@ -11,6 +11,8 @@ Cost: cpu 12 runs of six minutes on a core; gpu 18 (not measured); paper 24 of 1
     steps.
 """
 
+import numpy as np
+
 from experiments import drawing, scales, study
 from experiments.runs import Arm
 from experiments.scales import VANILLA
@@ -41,7 +43,7 @@ def draw(table: study.Table):
     def thresholds(axis):
         for place, arm in enumerate(table.arms()):
             found = [list(table.last(arm, metric).values()) for metric in METRICS]
-            middle = [sorted(values)[len(values) // 2] for values in found]
+            middle = [np.nanmedian(values) if values else np.nan for values in found]
             axis.plot(range(len(METRICS)), middle, label=arm, **drawing.style(place))
         axis.set_xticks(range(len(METRICS)), ["∞", "1", "0.5", "0.25", "0.125"])
         axis.set(xlabel="distance threshold", ylabel="average precision", ylim=(0, 1))

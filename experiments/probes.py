@@ -24,6 +24,7 @@ from experiments.solver_comparison import build_case, gradient_quality
 from implicit_slots.config import Config
 from implicit_slots.data import sources
 from implicit_slots.data.base import DataError
+from implicit_slots.data.layout import write_whole
 from implicit_slots.fixed_point import GMRES, Adjoint, Implicit, Neumann, Unrolled
 from implicit_slots.training import evaluate, run
 from implicit_slots.training.allocator import keep_freed_memory
@@ -191,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = options.workdir / PROBE_FOLDER
     folder.mkdir(exist_ok=True)
     path = folder / f"{options.probe}.json"
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+    write_whole(path, json.dumps(rows, indent=1) + "\n")
     print(f"{len(rows)} numbers in {path}; JAX {jax.__version__}")
 
 

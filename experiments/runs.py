@@ -24,6 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from implicit_slots.config import Config
+from implicit_slots.data.layout import write_whole
 from implicit_slots.training.errors import UserError
 from implicit_slots.training.nonfinite import REPLAY_FOLDER
 from implicit_slots.training.workdir import SUMMARY_FILE, read_summary
@@ -61,12 +62,14 @@ class Done(NamedTuple):
       seed: of the run; runs of two arms with one seed are a pair.
       workdir: where it lies.
       diverged: why it counts as diverged; empty if it does not.
+      probes: what its arm asks to be measured of it.
     """
 
     arm: str
     seed: int
     workdir: pathlib.Path
     diverged: str
+    probes: tuple[str, ...] = ()
 
 
 def resolve(arm: Arm, seed: int) -> Config:
@@ -160,7 +163,8 @@ def train_all(
     todo = {
         workdir: left
         for workdir, wanted in by_place.items()
-        if (left := {m: c for m, c in wanted.items() if not is_done(workdir, m)})
+        if not outcome(workdir)  # Of what diverged there is nothing to probe.
+        and (left := {m: c for m, c in wanted.items() if not m.exists()})
     }
     names = {workdir: f"{arm.name}, seed {seed}" for arm, seed, workdir in plan}
     print(
@@ -179,9 +183,9 @@ def train_all(
         place, then = free.get(), time.perf_counter()
         try:
             for marker, command in todo[workdir].items():
-                make_one(workdir, command, marker, place, start)
-                if outcome(workdir):  # Nothing to probe.
+                if stop or outcome(workdir):
                     break
+                make_one(workdir, command, marker, place, start)
         except BaseException:
             stop.append(workdir)
             raise
@@ -200,7 +204,7 @@ def train_all(
                 f"about {left / 60:.0f} min left",
                 flush=True,
             )
-    return [Done(arm.name, seed, w, outcome(w)) for arm, seed, w in plan]
+    return [Done(arm.name, seed, w, outcome(w), arm.probes) for arm, seed, w in plan]
 
 
 def make_one(
@@ -225,15 +229,10 @@ def make_one(
         return
     if marker.name == SUMMARY_FILE and (workdir / REPLAY_FOLDER).exists():
         reason = "diverged: steps that are not finite"
-        (workdir / OUTCOME_FILE).write_text(json.dumps({"diverged": reason}) + "\n")
+        write_whole(workdir / OUTCOME_FILE, json.dumps({"diverged": reason}) + "\n")
         return
     last = log.read_text().strip().splitlines()[-1]
     raise UserError(f"a run ended with exit code {code}: {last}; all of it is in {log}")
-
-
-def is_done(workdir: pathlib.Path, marker: pathlib.Path) -> bool:
-    """Whether a command's result is there, or can never be."""
-    return marker.exists() or (workdir / OUTCOME_FILE).exists()
 
 
 def outcome(workdir: pathlib.Path) -> str:

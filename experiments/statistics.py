@@ -32,6 +32,8 @@ class Rule(NamedTuple):
         difference.
       by: how two runs are compared.
       better: which values are good ones, so that a diverged run has a bad one.
+      ranks_diverged: whether a diverged run decides as the worst one; else, where it
+        says nothing of what is claimed, one leaves the rule undecided.
     """
 
     claim: str
@@ -42,6 +44,7 @@ class Rule(NamedTuple):
     least: float = 0.05
     by: Literal["ratio", "difference"] = "ratio"
     better: Literal["lower", "higher"] = "lower"
+    ranks_diverged: bool = True
 
 
 class Effect(NamedTuple):
@@ -84,13 +87,13 @@ def paired_effect(
         return None
     effects = np.array([_compare(a[seed], b[seed], rule) for seed in seeds])
     draws = np.random.default_rng(0).integers(len(seeds), size=(RESAMPLES, len(seeds)))
-    # Infinite effects have an order, but no mean: take a middle one.
-    medians = np.sort(np.quantile(effects[draws], 0.5, axis=1, method="nearest"))
+    medians = np.median(effects[draws], axis=1)
+    # Infinite effects have an order, but cannot be interpolated.
     low, high = (
         float(np.quantile(medians, (1 + sign * LEVEL) / 2, method="nearest"))
         for sign in (-1, 1)
     )
-    median = float(np.quantile(effects, 0.5, method="nearest"))
+    median = float(np.median(effects))
     lost = [sum(math.isnan(arm[seed]) for seed in seeds) for arm in (a, b)]
     return Effect(median, low, high, len(seeds), (lost[0], lost[1]))
 
@@ -112,7 +115,7 @@ def judge(effect: Effect | None, rule: Rule) -> str:
     """Returns "holds", "opposite", "undecided" or "not measured"."""
     if effect is None:
         return "not measured"
-    if effect.pairs < 2:
+    if effect.pairs < 2 or (any(effect.diverged) and not rule.ranks_diverged):
         return "undecided"
     nothing = 1.0 if rule.by == "ratio" else 0.0
     if rule.expected == "similar":

@@ -11,20 +11,20 @@ a table, the verdict and how to make it again. Started again it goes on.
 """
 
 import argparse
+import ast
 import csv
 import io
 import json
 import math
 import os
 import pathlib
-import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-import jax
 import numpy as np
 
 from experiments import runs, statistics
@@ -48,7 +48,8 @@ class Measurement(NamedTuple):
       arm: the setting's name.
       seed: of the run.
       step: of training at which it was measured.
-      split: "train" (mean since the last logged step), "validation", or "probe".
+      split: "train" (mean since the last logged step), "validation", "probe", or
+        "derived" from others.
       metric: name; logged ones are in implicit_slots/training/README.md, others in
         implicit_slots/evaluation/README.md.
       value: NaN where it is not defined.
@@ -60,6 +61,11 @@ class Measurement(NamedTuple):
     split: str
     metric: str
     value: float
+
+
+# What a metric is taken of where several have its name: a run's losses are those of
+# sampled tokens, a probe's of the most probable ones.
+SPLITS = ("derived", "validation", "train", "probe")
 
 
 @dataclass(frozen=True)
@@ -86,11 +92,14 @@ class Table:
         Args:
           arm: whose.
           metric: of which.
-          split: of which; any if not given.
+          split: of which; if not given, the first of `SPLITS` that any arm has it of.
         """
+        if split is None:
+            known = {row.split for row in self.rows if row.metric == metric}
+            split = next((one for one in SPLITS if one in known), None)
         found: dict[int, dict[int, float]] = {}
         for row in self.rows:
-            if (row.arm, row.metric) == (arm, metric) and split in (None, row.split):
+            if (row.arm, row.metric, row.split) == (arm, metric, split):
                 found.setdefault(row.seed, {})[row.step] = row.value
         return {
             seed: (
@@ -101,10 +110,14 @@ class Table:
         }
 
     def last(self, arm: str, metric: str, split: str | None = None) -> dict[int, float]:
-        """Returns per seed the last value of a metric; NaN if the run diverged."""
+        """Returns per seed the last value of a metric.
+
+        NaN if the run diverged; no value where it is not defined for another reason.
+        """
         values = {
             seed: float(curve[1][-1])
             for seed, curve in self.curves(arm, metric, split).items()
+            if not math.isnan(curve[1][-1])
         }
         for one in self.done:
             if one.arm == arm and one.diverged:
@@ -157,7 +170,7 @@ def main(study: Study, argv: Sequence[str] | None = None, **how) -> None:
     options = parser_of(study.doc).parse_args(argv)
     try:
         execute(study, options, **how)
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on where it was")
@@ -172,11 +185,53 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=pathlib.Path, help="default: runs/studies/SCALE; runs lie in it"
     )
-    parser.add_argument("--seeds", type=int, help="how many, from 0; default: of scale")
     parser.add_argument(
-        "--jobs", type=int, help="runs at a time; default: one a core, one on a GPU"
+        "--seeds", type=_positive, help="how many, from 0; default: of scale"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=_positive,
+        help="runs at a time; default: one a core, one on a GPU",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of every run's configuration: --set data.path=DIR",
     )
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 1, got {text!r}")
+    return int(text)
+
+
+def settings(pairs: Sequence[str]) -> dict[str, object]:
+    """Returns what --set says, values as Python writes them or else as text.
+
+    Raises:
+      UserError: if one is no key=value.
+    """
+    found: dict[str, object] = {}
+    for pair in pairs:
+        key, sign, text = pair.partition("=")
+        if not sign:
+            raise UserError(f"--set takes KEY=VALUE, got {pair!r}")
+        try:
+            found[key] = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            found[key] = text
+    return found
+
+
+def backend() -> str:
+    """Which devices runs will have; asked by another process, to hold none here."""
+    ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    found = subprocess.run(ask, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "cpu"
 
 
 def execute(
@@ -194,17 +249,19 @@ def execute(
     """
     out = options.out or pathlib.Path("runs", "studies", options.scale)
     count = options.seeds or SEEDS[options.scale]
-    on_cpu = jax.default_backend() == "cpu"
-    jobs = options.jobs or (len(os.sched_getaffinity(0)) if on_cpu else 1)
+    jobs = options.jobs or ((os.cpu_count() or 1) if backend() == "cpu" else 1)
+    changes = settings(options.set)
+    arms = [
+        arm._replace(changes={**arm.changes, **changes})
+        for arm in study.arms(options.scale)
+    ]
     print(f"{study.title} ({options.scale})", flush=True)
-    done = runs.train_all(
-        study.arms(options.scale), range(count), out / "runs", jobs=jobs, start=start
-    )
+    done = runs.train_all(arms, range(count), out / "runs", jobs=jobs, start=start)
     table = gather(study, done)
     write_whole(out / f"{study.name}.csv", as_csv(table.rows))
     for name, draw in {study.name: study.draw, **study.more}.items():
         save_figure(draw(table), out / name)
-    write_whole(out / f"{study.name}.md", page(study, options.scale, table))
+    write_whole(out / f"{study.name}.md", page(study, options, table))
     print(verdict(study, table))
     print(f"{out / study.name}.md, .csv, .png, .pdf")
     return table
@@ -234,7 +291,11 @@ def measured(one: Done) -> Iterable[Measurement]:
             yield Measurement(
                 one.arm, one.seed, step, "validation", metric, number(value)
             )
-    for path in sorted((one.workdir / runs.PROBE_FOLDER).glob("*.json")):
+    # Others may have been asked for by other studies.
+    for probe in one.probes:
+        path = one.workdir / runs.PROBE_FOLDER / f"{probe}.json"
+        if not path.exists():
+            continue
         for row in json.loads(path.read_text()):
             value = number(row["value"])
             yield Measurement(
@@ -276,9 +337,13 @@ def verdict(study: Study, table: Table) -> str:
     return " ".join(sentences)
 
 
-def page(study: Study, scale: str, table: Table) -> str:
+def page(study: Study, options: argparse.Namespace, table: Table) -> str:
     """Returns the study's page: verdict, figure, table, how to make it again."""
-    command = f"python -m experiments.{study.name} --scale={scale}"
+    command = ["python", "-m", f"experiments.{study.name}", f"--scale={options.scale}"]
+    command += [f"--seeds={options.seeds}"] if options.seeds else []
+    command += [f"--set={pair}" for pair in options.set]
+    summaries = [read_summary(one.workdir) for one in table.done]
+    versions = next((s["versions"] for s in summaries if "versions" in s), {})
     seeds = len({one.seed for one in table.done})
     counted = f"{seeds} {'seed' if seeds == 1 else 'seeds'}"
     return "\n".join(
@@ -289,14 +354,15 @@ def page(study: Study, scale: str, table: Table) -> str:
             "",
             *(f"![{study.title}]({name}.png)" for name in (study.name, *study.more)),
             "",
-            f"Last values, median over {counted} (least to greatest):",
+            f"Last values, median (least to greatest) of {counted}, without runs that "
+            "diverged:",
             "",
             summary(study, table),
             "",
             study.doc.strip(),
             "",
-            f"`{shlex.join(shlex.split(command))}`; JAX {jax.__version__}, "
-            f"{jax.default_backend()}, Python {platform.python_version()}.",
+            f"`{shlex.join(command)}`; "
+            + ", ".join(f"{name} {value}" for name, value in versions.items()),
             "",
         ]
     )

@@ -7,7 +7,7 @@ Claim: trained implicitly, SLATE's autoregressive reconstruction has the lower s
 Question: is it so at equal steps on other data and at another size?
 Rule: squared error through the slots (summed over an image) and Fréchet distance of
     implicit against vanilla: 5 % of the ratio's median, and its whole interval, decide.
-    The distance is the FID where `config.evaluation.inception` names Inception's
+    The distance is the FID where `--set evaluation.inception=FILE` names Inception's
     weights, and one of a fixed random network besides, which is no FID.
 Cost: cpu 6 runs of three minutes on a core; gpu 6 (not measured); paper 8 of 250k
     steps.
