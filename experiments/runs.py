@@ -21,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from implicit_slots.config import Config
 from implicit_slots.data.layout import write_whole
@@ -81,11 +80,13 @@ def resolve(arm: Arm, seed: int) -> Config:
     file, _, variant = arm.config.partition(":")
     module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
     config: Config = module.get_config(variant or None)
+    config.lock()  # No new keys.
     try:
         config.update_from_flattened_dict({**arm.changes, "seed": seed})
     except (KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{arm.config} has no such key or type: {error}") from error
-    return ConfigDict(config)
+        what = str(error).strip("'").partition(". Other fields")[0]
+        raise UserError(f"{arm.config} has no such key or type: {what}") from error
+    return config
 
 
 def place_of(config: Config, root: pathlib.Path) -> pathlib.Path:

@@ -101,7 +101,7 @@ def test_similar_needs_the_whole_interval_and_one_pair_decides_nothing():
 
 def in_process(command, log, place):
     """What `runs.launch` starts, in this process, compiled quickly."""
-    del place
+    del log, place
     flags = dict(flag[2:].split("=", 1) for flag in command[3:])
     workdir = pathlib.Path(flags.pop("workdir"))
     with compiled_quickly():
@@ -110,7 +110,6 @@ def in_process(command, log, place):
             return 0
         arm = Arm("", flags.pop("config"), {k[7:]: typed(v) for k, v in flags.items()})
         run.run(runs.resolve(arm, arm.changes["seed"]), workdir)
-    log.open("a").write("done\n")
     return 0
 
 
@@ -197,7 +196,8 @@ def test_every_arm_is_a_configuration_at_every_scale(scale):
         arms = one.arms(scale)
         assert len({arm.name for arm in arms}) == len(arms)
         named = {rule.a for rule in one.rules} | {rule.b for rule in one.rules}
-        assert scale == "smoke" or named <= {arm.name for arm in arms}
+        # Small scales leave some out, and say of their rules "not measured".
+        assert scale in ("smoke", "cpu") or named <= {arm.name for arm in arms}
         for arm in arms:
             assert set(arm.probes) <= probes.PROBES.keys()
             config = runs.resolve(arm, 1)
@@ -215,7 +215,8 @@ def failing(code, *, replay=False, text="error: no room\n"):
         )
         if replay:
             (workdir / "replay").mkdir(parents=True)
-        log.open("a").write(text)
+        with log.open("a") as file:
+            file.write(text)
         return code
 
     return start
