@@ -8,8 +8,6 @@ hours on two cores with every run new; each study alone stays within two.
 """
 
 import argparse
-import pathlib
-import sys
 from collections.abc import Sequence
 
 from experiments import (
@@ -26,7 +24,6 @@ from experiments import (
     table3_reconstruction,
 )
 from implicit_slots.data.layout import write_whole
-from implicit_slots.training.errors import UserError
 
 STUDIES: tuple[study.Study, ...] = tuple(
     module.STUDY
@@ -47,18 +44,11 @@ STUDIES: tuple[study.Study, ...] = tuple(
 
 def main(argv: Sequence[str] | None = None, **how) -> None:
     """Makes every study; see `study.execute` for the rest."""
-    options = study.parser_of(str(__doc__)).parse_args(argv)
-    try:
-        execute(options, **how)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on where it was")
+    study.command(str(__doc__), lambda options: execute(options, **how), argv)
 
 
 def execute(options: argparse.Namespace, **how) -> None:
     """Makes every study and the page of all verdicts."""
-    options.out = options.out or pathlib.Path("runs", "studies", options.scale)
     lines = [f"# All studies, scale {options.scale}", ""]
     for one in STUDIES:
         table = study.execute(one, options, **how)

@@ -64,10 +64,17 @@ def subject(config: Config, model: Any) -> evaluate.Subject:
     )
 
 
-def along_training(workdir: pathlib.Path) -> Iterator[tuple[int, evaluate.Subject]]:
-    """Returns a run at each of its checkpoints, with functions compiled once."""
+def along_training(
+    workdir: pathlib.Path, *, last: bool = False
+) -> Iterator[tuple[int, evaluate.Subject]]:
+    """Returns a run at each of its checkpoints, with functions compiled once.
+
+    Args:
+      workdir: of the run.
+      last: the last checkpoint alone.
+    """
     first = None
-    for step in run.saved_steps(workdir):
+    for step in run.saved_steps(workdir)[-1 if last else 0 :]:
         config, model = run.load(workdir, step)
         first = first or subject(config, model)
         yield step, dataclasses.replace(first, params=split_model(model)[1])
@@ -83,10 +90,7 @@ def group(name: str, *, last: bool = False) -> Callable[[pathlib.Path], Rows]:
 
     def probe(workdir: pathlib.Path) -> Rows:
         rows: Rows = []
-        steps = run.saved_steps(workdir)
-        for step, subject in along_training(workdir):
-            if last and step != steps[-1]:
-                continue
+        for step, subject in along_training(workdir, last=last):
             findings = evaluate.Findings()
             evaluate.GROUPS[name](subject, findings)
             for metric, value in findings.metrics().items():

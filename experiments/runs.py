@@ -24,12 +24,14 @@ import numpy as np
 
 from implicit_slots.config import Config
 from implicit_slots.data.layout import write_whole
+from implicit_slots.training.checkpoint import CONFIG_FILE
 from implicit_slots.training.errors import UserError
 from implicit_slots.training.nonfinite import REPLAY_FOLDER
 from implicit_slots.training.workdir import SUMMARY_FILE, read_summary
 
 OUTCOME_FILE = "outcome.json"
 PROBE_FOLDER = "probes"
+# Times the cross-entropy of guessing evenly: above it a run counts as diverged.
 LOST = 1.5
 STOPPED = os.EX_TEMPFAIL  # what implicit_slots.main ends with when told to stop
 
@@ -251,7 +253,7 @@ def outcome(workdir: pathlib.Path) -> str:
     if loss is None or not np.isfinite(loss):
         return "diverged: a loss that is not finite"
     if "validation/cross_entropy" in summary:
-        config = json.loads((workdir / "config.json").read_text())
+        config = json.loads((workdir / CONFIG_FILE).read_text())
         tokens = (config["data"]["resolution"] // 4) ** 2
         guessing = tokens * np.log(config["model"]["vocab_size"])
         if summary["validation/cross_entropy"] > LOST * guessing:

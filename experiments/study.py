@@ -23,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -167,9 +168,27 @@ def main(study: Study, argv: Sequence[str] | None = None, **how) -> None:
       argv: flags; the process's own if not given.
       how: see `execute`.
     """
-    options = parser_of(study.doc).parse_args(argv)
+    command(study.doc, lambda options: execute(study, options, **how), argv)
+
+
+def command(
+    doc: str,
+    run: Callable[[argparse.Namespace], object],
+    argv: Sequence[str] | None,
+) -> None:
+    """Reads the flags of a study or of all, fills their defaults in, and runs it.
+
+    Args:
+      doc: shown by --help.
+      run: what the options are for.
+      argv: flags; the process's own if not given.
+    """
+    options = parser_of(doc).parse_args(argv)
+    options.out = options.out or pathlib.Path("runs", "studies", options.scale)
+    if not options.jobs:
+        options.jobs = (os.cpu_count() or 1) if backend() == "cpu" else 1
     try:
-        execute(study, options, **how)
+        run(options)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -241,15 +260,14 @@ def execute(
 
     Args:
       study: which.
-      options: of `parser_of`.
+      options: of `command`.
       start: how a command is run.
 
     Returns:
       All that was measured.
     """
-    out = options.out or pathlib.Path("runs", "studies", options.scale)
+    out, jobs = options.out, options.jobs
     count = options.seeds or SEEDS[options.scale]
-    jobs = options.jobs or ((os.cpu_count() or 1) if backend() == "cpu" else 1)
     changes = settings(options.set)
     arms = [
         arm._replace(changes={**arm.changes, **changes})
@@ -284,13 +302,11 @@ def measured(one: Done) -> Iterable[Measurement]:
         step, split = entry.pop("step"), entry.pop("split")
         for metric, value in entry.items():
             yield Measurement(one.arm, one.seed, step, split, metric, number(value))
-    for name, value in read_summary(one.workdir).items():
-        if name in ("validation/slot_mse", "validation/dvae_mse"):
-            step = read_summary(one.workdir)["step"]
-            metric = name.partition("/")[2]
-            yield Measurement(
-                one.arm, one.seed, step, "validation", metric, number(value)
-            )
+    summary = read_summary(one.workdir)
+    for metric in ("slot_mse", "dvae_mse"):
+        if (name := f"validation/{metric}") in summary:
+            step, value = summary["step"], number(summary[name])
+            yield Measurement(one.arm, one.seed, step, "validation", metric, value)
     # Others may have been asked for by other studies.
     for probe in one.probes:
         path = one.workdir / runs.PROBE_FOLDER / f"{probe}.json"
@@ -310,10 +326,7 @@ def number(value: float | None) -> float:
 
 def wanted(patterns: Sequence[str], metric: str) -> bool:
     """Whether a metric is one of those, or begins as one that ends in "*"."""
-    return any(
-        metric == pattern or (pattern.endswith("*") and metric.startswith(pattern[:-1]))
-        for pattern in patterns
-    )
+    return any(fnmatchcase(metric, pattern) for pattern in patterns)
 
 
 def as_csv(rows: Iterable[Measurement]) -> str:
