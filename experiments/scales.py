@@ -36,7 +36,8 @@ _KEEP_ALL = {"keep_checkpoints": 1_000}
 def slate(scale: str) -> Base:
     """Returns the configuration file of SLATE and what a scale changes of it.
 
-    "cpu" is configs/scenes.py at 32x32 and 2,000 steps, two minutes on a core; "gpu"
+    "cpu" is configs/scenes.py at 32x32 with three objects, four slots and 2,000 steps,
+    two minutes on a core; "gpu"
     the whole of it; "paper" CLEVR-Mirror as published, whose images you bring.
     """
     if scale == "smoke":
@@ -52,6 +53,8 @@ def slate(scale: str) -> Base:
     if scale == "cpu":
         changes |= {
             "data.resolution": 32,
+            "data.max_objects": 3,
+            "model.num_slots": 4,
             "num_steps": 2_000,
             "validate_every": 200,
             "checkpoint_every": 400,

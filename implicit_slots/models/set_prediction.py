@@ -43,6 +43,7 @@ class SetPredictor(nnx.Module):
       epsilon: of slot attention's normalisation over inputs.
       initial_slots: see `SlotAttention`.
       straight_through: see `SlotAttention`.
+      attention_gain: see `SlotAttention`.
       solver: how to iterate slot attention.
       adjoint: how to differentiate it.
       rngs: source of the initial parameters.
@@ -68,6 +69,7 @@ class SetPredictor(nnx.Module):
         epsilon: float,
         initial_slots: str,
         straight_through: bool,
+        attention_gain: float = 1.0,
         solver: Solver,
         adjoint: Adjoint,
         rngs: nnx.Rngs,
@@ -82,6 +84,7 @@ class SetPredictor(nnx.Module):
             epsilon=epsilon,
             initial_slots=initial_slots,
             straight_through=straight_through,
+            attention_gain=attention_gain,
             solver=solver,
             adjoint=adjoint,
             rngs=rngs,

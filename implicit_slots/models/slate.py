@@ -55,6 +55,7 @@ class SLATE(nnx.Module):
       epsilon: of slot attention's normalisation over inputs.
       initial_slots: see `SlotAttention`.
       straight_through: see `SlotAttention`.
+      attention_gain: see `SlotAttention`.
       initial_positions: how the learned position embedding begins. "normal" is the
         published truncated normal, independent at every position; "smooth" gives
         neighbours similar vectors, see `layers.smooth_positions`.
@@ -102,6 +103,7 @@ class SLATE(nnx.Module):
         epsilon: float,
         initial_slots: str,
         straight_through: bool,
+        attention_gain: float = 1.0,
         initial_positions: str,
         position_scale: float,
         solver: Solver,
@@ -148,6 +150,7 @@ class SLATE(nnx.Module):
             epsilon=epsilon,
             initial_slots=initial_slots,
             straight_through=straight_through,
+            attention_gain=attention_gain,
             solver=solver,
             adjoint=adjoint,
             rngs=rngs,

@@ -97,6 +97,16 @@ _ALARMS = (
         "--config.model.straight_through=True, without which implicit gradients leave "
         "the initial slots untrained",
     ),
+    _Alarm(
+        "backward_failed",
+        "train",
+        "backward_failed",
+        True,
+        "the backward solve fails, and those images train with the one-term gradient",
+        "more of --config.model.adjoint.solver.max_steps, a larger "
+        "--config.model.adjoint.solver.rtol, or "
+        "--config.model.adjoint.solver.rtol=0, which takes what the steps have found",
+    ),
 )
 
 

@@ -43,6 +43,7 @@ MAY_CHANGE = {
     "alarms.mask_similarity",
     "alarms.largest_slot",
     "alarms.attention_entropy",
+    "alarms.backward_failed",
     "alarms.patience",
     "profile.start",
     "profile.steps",

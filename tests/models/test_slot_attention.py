@@ -159,12 +159,42 @@ def test_initial_slots():
     )
 
 
+def test_attention_gain_enlarges_the_initial_queries_and_keys_alone():
+    _, plain = split_model(build())
+    _, sharp = split_model(build(attention_gain=3.0))
+    ratios = jax.tree.map(
+        lambda a, b: jnp.max(jnp.abs(a)) / jnp.max(jnp.abs(b)), sharp, plain
+    )
+    enlarged = {
+        jax.tree_util.keystr(path)
+        for path, ratio in jax.tree_util.tree_leaves_with_path(ratios)
+        if ratio > 1.01
+    }
+    assert {"project_q", "project_k"} == {
+        name
+        for name in ("project_q", "project_k", "project_v", "gru")
+        if any(name in p for p in enlarged)
+    }
+    assert len(enlarged) == 2
+
+
+def test_attention_gain_parts_the_slots_of_an_untrained_step(arrays):
+    inputs, slots = arrays
+
+    def spread(gain):
+        after = run(build(steps=7, attention_gain=gain), inputs, slots).slots
+        return float(jnp.mean(jnp.std(after, axis=1)))
+
+    assert spread(3.0) > 1.2 * spread(1.0)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"num_slots": 0}, "num_slots must be at least 1, got 0"),
         ({"heads": 3}, "slot_size must be a multiple of the slot heads, got 8 and 3"),
         ({"initial_slots": "zeros"}, '"gaussian" or "learned"'),
+        ({"attention_gain": 0.0}, "attention_gain must be positive"),
         (
             {"initial_slots": "learned", "adjoint": Neumann()},
             "learned initial slots get no gradient",

@@ -19,8 +19,10 @@ LIMITS = {
     "mask_similarity": 0.9,
     "largest_slot": 0.95,
     "attention_entropy": 0.98,
+    "backward_failed": 0.5,
 }
 COLLAPSES = ("mask_similarity", "largest_slot", "attention_entropy")
+FAILED = "backward_failed"
 NAN, INF = math.nan, math.inf
 
 
@@ -68,14 +70,15 @@ def test_one_large_spectral_norm_is_enough():
     assert fired(alarms(), "validation", "spectral_norm", values) == [2, 7]
 
 
-@pytest.mark.parametrize("name", COLLAPSES)
+@pytest.mark.parametrize("name", [*COLLAPSES, FAILED])
 @pytest.mark.parametrize("patience", [1, 3])
-def test_collapse_needs_patience_and_is_reported_once(name, patience):
+def test_what_lasts_needs_patience_and_is_reported_once(name, patience):
     limit = LIMITS[name]
     values = [0.99] * (patience - 1) + [limit] + [0.99] * 7 + [0.1] + [0.99] * 5
     expected = [2 * patience - 1, patience + 8 + patience - 1]
     watch = alarms(patience=patience)
-    assert fired(watch, "validation", name, values) == expected
+    split = "train" if name == FAILED else "validation"
+    assert fired(watch, split, name, values) == expected
 
 
 def test_what_is_not_measured_neither_counts_nor_interrupts():
@@ -117,9 +120,8 @@ def everything():
     for step in range(FEWEST):
         watch.check(step, "train", {"grad_norm_l2": 1.0})
     values = dict.fromkeys(COLLAPSES, 0.99) | {"spectral_norm": 101.0}
-    return watch.check(9, "train", {"grad_norm_l2": 101.0}) + watch.check(
-        9, "validation", values
-    )
+    trained = {"grad_norm_l2": 101.0, FAILED: 1.0}
+    return watch.check(9, "train", trained) + watch.check(9, "validation", values)
 
 
 def test_every_key_that_a_sentence_names_exists():
@@ -140,7 +142,8 @@ def logged(rng):
         gradient = rng.choice(
             [1.0, 2.0, 500.0, NAN, INF], p=[0.5, 0.3, 0.1, 0.05, 0.05]
         )
-        lines.append((step, "train", {"grad_norm_l2": float(gradient)}))
+        failed = float(rng.choice([0.0, 0.9, NAN], p=[0.3, 0.6, 0.1]))
+        lines.append((step, "train", {"grad_norm_l2": float(gradient), FAILED: failed}))
         if step % 2 == 0:
             values = {
                 n: float(rng.choice([0.5, 0.99, NAN], p=[0.3, 0.6, 0.1]))
@@ -164,7 +167,7 @@ def test_a_resumed_run_raises_what_an_uninterrupted_one_does():
     history = [line_of(*line) for line in lines]
     watch = alarms()
     whole = [watch.check(*line) for line in lines]
-    for name in ("grad_norm_l2", "spectral_norm", *COLLAPSES):
+    for name in ("grad_norm_l2", "spectral_norm", *COLLAPSES, FAILED):
         count = json.dumps(whole).count(f" {name} is ")
         assert count > 1, f"the test shows nothing of {name}"
     for cut in range(0, len(lines), 7):
