@@ -15,11 +15,9 @@ import numpy as np
 
 from experiments import drawing, scales, study
 from experiments.runs import Arm
-from experiments.scales import VANILLA
 from experiments.statistics import Rule
 from implicit_slots.evaluation.average_precision import THRESHOLDS
 
-GRADIENTS = {"vanilla": VANILLA, "implicit": {}}
 METRICS = tuple(f"ap_{name}" for name in THRESHOLDS)
 DECIDES = "ap_1"
 
@@ -27,12 +25,11 @@ DECIDES = "ap_1"
 def arms(scale: str) -> list[Arm]:
     """Each gradient with one iteration, three and, but for the cpu scale, seven."""
     base = scales.prediction(scale)
+    bases = {"vanilla": scales.vanilla_of(base), "implicit": base}
     counts = {"smoke": (3,), "cpu": (1, 3)}.get(scale, (1, 3, 7))
     return [
-        scales.arm(
-            base, f"{name}@{count}", {**changes, "model.solver.max_steps": count}
-        )
-        for name, changes in GRADIENTS.items()
+        scales.arm(one, f"{name}@{count}", {"model.solver.max_steps": count})
+        for name, one in bases.items()
         for count in counts
     ]
 

@@ -89,6 +89,14 @@ def _of_locatello(name: str, scale: str) -> Base:
 VANILLA: Mapping[str, object] = {"model.adjoint.name": "unrolled"}
 
 
+def vanilla_of(base: Base) -> Base:
+    """Returns a base's `:vanilla`, which may have settings of its own."""
+    file, changes = base
+    if ":" in file:  # Variants do not combine.
+        return file, {**changes, **VANILLA}
+    return f"{file}:vanilla", changes
+
+
 def arm(
     base: Base,
     name: str,
