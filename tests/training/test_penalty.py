@@ -210,18 +210,29 @@ def test_the_entropy_of_even_and_of_the_sharpest_masks():
 
 def test_a_configuration_of_an_older_version_has_no_penalties(tmp_path):
     """It is evaluated and goes on, but not with a penalty that it did not have."""
-    older = smoke(autoencoder_scenes)
+
+    def now(**weights):
+        config = smoke(autoencoder_scenes, **weights)
+        config.model.attention_gain = 1.0
+        return config
+
+    older = now()
     with older.unlocked():
         del older.penalty
+        del older.model.attention_gain
     assert penalties.weights(older) == {}
     check(older, "train")
     (tmp_path / CONFIG_FILE).write_text(older.to_json())
     check_same_run(older, tmp_path)
-    check_same_run(smoke(autoencoder_scenes), tmp_path)
+    check_same_run(now(), tmp_path)
     with pytest.raises(UserError, match=r"its penalty\.slot_coupling is 0\.0, this"):
-        check_same_run(smoke(autoencoder_scenes, slot_coupling=0.1), tmp_path)
+        check_same_run(now(slot_coupling=0.1), tmp_path)
+    sharper = now()
+    sharper.model.attention_gain = 2.0
+    with pytest.raises(UserError, match=r"its model\.attention_gain is 1\.0, this"):
+        check_same_run(sharper, tmp_path)
     # And the other way around.
-    config = smoke(autoencoder_scenes, attention_entropy=0.1)
+    config = now(attention_entropy=0.1)
     (tmp_path / CONFIG_FILE).write_text(json.dumps(json.loads(config.to_json())))
     with pytest.raises(UserError, match=r"attention_entropy is 0\.1, this .* is 0\.0"):
         check_same_run(older, tmp_path)
