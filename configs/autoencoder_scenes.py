@@ -1,12 +1,12 @@
 """The implicit autoencoder on the embedded scenes, sized for two CPU cores.
 
 Command: python -m implicit_slots.main --config=configs/autoencoder_scenes.py
-Data: rendered by the run itself, 32x32, three or four objects; nothing is downloaded.
+Data: rendered by the run itself, 32x32, three objects; nothing is downloaded.
     `:full` is the published model on scenes of 128x128, for a GPU.
-Cost and expected result: 16 minutes on one core of an Intel Xeon (AVX-512), at 8.5
-    steps/s. Foreground ARI of the decoder's masks with seed 0: 0.892 (256 validation
-    scenes), 0.901 (512 test scenes). Not so with every seed, nor with `:vanilla`:
-    README.md beside this file has all runs.
+Cost and expected result: eight minutes on one core of an Intel Xeon (AVX-512), at 28
+    steps/s. Foreground ARI of the decoder's masks 0.89, 0.88, 0.85 with seeds 0, 1, 2
+    (256 validation scenes); `:vanilla` 0.69 (seed 0). README.md beside this file says
+    what was tried and what limits it.
 """
 
 from configs import base

@@ -46,7 +46,7 @@ ADJOINTS: dict[str, dict[str, Any]] = {
     "neumann 1": {"name": "neumann", "terms": 1},
     "neumann 8": {"name": "neumann", "terms": 8},
     "phantom 8": {"name": "phantom", "steps": 8, "damping": 0.5},
-    "gmres 20": {"name": "implicit", "solver": {"max_steps": 20}},
+    "gmres 20": {"name": "implicit"},
     "adaptive 20": {"name": "adaptive", "max_terms": 20},
 }
 OFFICIAL = "PyTorch"

@@ -23,7 +23,11 @@ from experiments.runs import Arm
 from experiments.scales import VANILLA
 from experiments.statistics import Rule
 
-EXACT = {"model.adjoint.name": "implicit"}  # GMRES to 1e-2, at most 60 products
+EXACT = {
+    "model.adjoint.name": "implicit",
+    "model.adjoint.solver.max_steps": 60,
+    "model.adjoint.solver.rtol": 1e-2,
+}
 TERMS = (1, 2, 3, 4, 8)
 ONE, EIGHT = "1 term", "8 terms"
 SAME_TIME = "cross_entropy at equal time"
