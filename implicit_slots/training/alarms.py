@@ -93,7 +93,8 @@ _ALARMS = (
         True,
         "attention is spread evenly over the slots",
         "patience, for slots part late in many runs (a short run needs more "
-        "--config.num_steps); then a higher --config.optimizer.learning_rate, or "
+        "--config.num_steps); then --config.model.attention_gain=3 (for the two models "
+        "of Locatello et al.), a higher --config.optimizer.learning_rate, or "
         "--config.model.straight_through=True, without which implicit gradients leave "
         "the initial slots untrained",
     ),
