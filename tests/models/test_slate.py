@@ -295,7 +295,7 @@ def test_config_names_every_solver_and_adjoint():
     for config.solver.name, want in solvers.items():
         assert build_solver(config.solver.to_dict()) == want
     config.adjoint.update(terms=3, steps=4, damping=0.5, max_terms=7, remat=True)
-    config.adjoint.solver.update(max_steps=5)
+    config.adjoint.solver.update(max_steps=5, rtol=1e-4)
     adjoints = {
         "unrolled": Unrolled(remat=True),
         "truncated": Truncated(steps=4, damping=0.5, remat=True),
