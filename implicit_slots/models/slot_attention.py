@@ -174,9 +174,8 @@ class SlotAttention(nnx.Module):
       mlp_size: hidden width of the step's MLP.
       num_heads: attention heads; must divide `slot_size`.
       epsilon: see `SlotAttentionStep`.
-      attention_gain: the same. With 1, slots of random beginnings become alike within a
-        few iterations of an untrained step, and in some runs stay so; with more, it
-        parts them from the first.
+      attention_gain: the same. With 1 the attention of some runs of the autoencoder
+        stays even for thousands of steps; with 3 it did not in three seeds.
       initial_slots: "gaussian" draws each slot from one Gaussian whose mean and
         log-scale are parameters; "learned" starts each slot from its own vector.
       straight_through: add z0 − stop_gradient(z0) to the result, so that the initial
