@@ -8,7 +8,7 @@ Question: how many distinct fixed points does an image have from random initial 
 Rule: implicit against vanilla: share of starts that settle nowhere, agreement of masks
     from different starts (a difference of 0.05), and cross-entropy after 100 iterations
     over that after the trained number (5 %): the median and its whole interval decide.
-Cost: cpu 6 runs of two and a half minutes on a core and two more of iterations each;
+Cost: cpu 6 runs of three and a half minutes on a core and two more of iterations each;
     gpu 6 (not measured); paper 8 of 250k steps.
 """
 
@@ -29,7 +29,7 @@ GROWTH = "cross_entropy, most / trained iterations"
 
 def arms(scale: str) -> list[Arm]:
     """Both gradients."""
-    base = scales.slate(scale)
+    base = scales.trained_slate(scale)
     return [
         scales.arm(base, "vanilla", VANILLA, ["fixed_points", "iterations"]),
         scales.arm(base, "implicit", {}, ["fixed_points", "iterations"]),

@@ -23,11 +23,8 @@ from experiments.runs import Arm
 from experiments.scales import VANILLA
 from experiments.statistics import Rule
 
-EXACT = {
-    "model.adjoint.name": "implicit",
-    "model.adjoint.solver.max_steps": 60,
-    "model.adjoint.solver.rtol": 1e-2,
-}
+# Solved directly: in training GMRES with 60 products fails for nearly every image.
+EXACT = {"model.adjoint.name": "implicit", "model.adjoint.solver.name": "dense"}
 TERMS = (1, 2, 3, 4, 8)
 ONE, EIGHT = "1 term", "8 terms"
 SAME_TIME = "cross_entropy at equal time"

@@ -13,11 +13,14 @@ import pathlib
 import queue
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,8 +129,42 @@ def launch(command: Sequence[str], log: pathlib.Path, place: int) -> int:
     if place >= 0 and len(cores) > 1 and shutil.which("taskset"):
         command = ["taskset", "-c", str(cores[place % len(cores)]), *command]
     command = [sys.executable if part == "python" else part for part in command]
-    with log.open("a") as file:
-        return subprocess.run(command, stdout=file, stderr=file, check=False).returncode
+    with log.open("a") as file, _started:
+        if _told_to_stop.is_set():
+            return STOPPED
+        child = subprocess.Popen(command, stdout=file, stderr=file)
+        _children.append(child)
+    code = child.wait()
+    _children.remove(child)
+    # A run ends with STOPPED by itself, a probe has nothing to save.
+    return STOPPED if code == -signal.SIGTERM and _told_to_stop.is_set() else code
+
+
+# What `launch` has started and not yet seen the end of.
+_children: list[subprocess.Popen] = []
+_started = threading.RLock()
+_told_to_stop = threading.Event()
+
+
+@contextmanager
+def passing_on_sigterm() -> Iterator[None]:
+    """Stops what `launch` started when this process is told to stop, here and then.
+
+    A batch system tells only the process that it started itself.
+    """
+
+    def stop(*_: object) -> None:
+        _told_to_stop.set()
+        with _started:
+            for child in _children:
+                child.terminate()
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        _told_to_stop.clear()
 
 
 def train_all(

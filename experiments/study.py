@@ -188,7 +188,8 @@ def command(
     if not options.jobs:
         options.jobs = (os.cpu_count() or 1) if backend() == "cpu" else 1
     try:
-        run(options)
+        with runs.passing_on_sigterm():
+            run(options)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ Rule: squared error through the slots (summed over an image) and Fréchet distan
     implicit against vanilla: 5 % of the ratio's median, and its whole interval, decide.
     The distance is the FID where `--set evaluation.inception=FILE` names Inception's
     weights, and one of a fixed random network besides, which is no FID.
-Cost: cpu 6 runs of three minutes on a core; gpu 6 (not measured); paper 8 of 250k
+Cost: cpu 6 runs of three and a half minutes on a core; gpu 6 (not measured); paper 8 of 250k
     steps.
 """
 
@@ -23,7 +23,7 @@ SHOWN = ("slots/mse", "dvae/mse", "slots/psnr", "slots/frechet_random", "slots/f
 
 def arms(scale: str) -> list[Arm]:
     """Both gradients."""
-    base = scales.slate(scale)
+    base = scales.trained_slate(scale)
     return [
         scales.arm(base, "vanilla", VANILLA, ["rendering", "pictures"]),
         scales.arm(base, "implicit", {}, ["rendering", "pictures"]),

@@ -5,7 +5,11 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import pathlib
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -235,6 +239,22 @@ def test_runs_that_fail_are_told_from_runs_that_diverge(tmp_path):
     # And is not tried again.
     (again,) = runs.train_all([arm], [0], tmp_path, jobs=1, start=failing(1))
     assert again == done
+
+
+def test_being_told_to_stop_is_passed_on_to_what_was_started(tmp_path):
+    log = tmp_path / "log"
+    wait = ["python", "-c", "print('here', flush=True); import time; time.sleep(60)"]
+    with runs.passing_on_sigterm(), ThreadPoolExecutor(1) as pool:
+        code = pool.submit(runs.launch, wait, log, 0)
+        while not (log.exists() and log.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert code.result(timeout=30) == runs.STOPPED
+        # And nothing else begins.
+        assert runs.launch(["python", "-c", "print('again')"], log, 0) == runs.STOPPED
+    assert log.read_text() == "here\n"
+    assert runs.launch(["python", "-c", "print('again')"], log, -1) == 0
+    assert log.read_text() == "here\nagain\n"
 
 
 def test_a_run_that_is_worse_than_guessing_has_diverged(smoke, tmp_path):
