@@ -14,8 +14,8 @@ Rule: implicit against vanilla, at matched steps and at matched cross-entropy: t
     decide. Matched cross-entropy: the values, interpolated between checkpoints, where
     each run of a pair first reaches the higher of the two final cross-entropies, if
     both do so after their first checkpoint. A diverged run leaves a rule undecided.
-Cost: cpu 6 runs of three and a half minutes on a core and about three of deletions each;
-    gpu 6 (not measured); paper 8 of 250k steps.
+Cost: cpu 6 runs of three and a half minutes on a core and about three of deletions
+    each; gpu 6 (not measured); paper 8 of 250k steps.
 """
 
 from collections.abc import Iterator

@@ -9,8 +9,8 @@ Rule: squared error through the slots (summed over an image) and Fréchet distan
     implicit against vanilla: 5 % of the ratio's median, and its whole interval, decide.
     The distance is the FID where `--set evaluation.inception=FILE` names Inception's
     weights, and one of a fixed random network besides, which is no FID.
-Cost: cpu 6 runs of three and a half minutes on a core; gpu 6 (not measured); paper 8 of 250k
-    steps.
+Cost: cpu 6 runs of three and a half minutes on a core; gpu 6 (not measured); paper 8
+    of 250k steps.
 """
 
 from experiments import drawing, scales, study
