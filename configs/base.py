@@ -96,6 +96,8 @@ def get_config(name: str, data: Config) -> Config:
     config.evaluation.split = "test"
     config.evaluation.inception = ""  # file of Inception-v3 weights, for the FID
     config.evaluation.masks = ConfigDict({"every": 0, "num_images": 1_000})
+    # Initial slots tried for each image; those that reconstruct it best are scored.
+    config.evaluation.masks.starts = 1
     config.evaluation.rendering = ConfigDict({"every": 0, "num_images": 1_000})
     config.evaluation.properties = ConfigDict({"every": 0, "num_images": 0})
     config.evaluation.deletion = ConfigDict({"every": 0, "num_images": 32})

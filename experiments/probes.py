@@ -12,7 +12,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,6 +46,8 @@ NUM_JUDGED = 4  # images; the oracle forms each one's Jacobian
 # Numbers of iterations at test time, up to the run's
 # config.evaluation.fixed_points.iterations; what it was trained with is added.
 ITERATIONS = (1, 2, 3, 5, 10, 20, 50, 100)
+# How many initial slots an image is tried with.
+STARTS = (1, 3, 10)
 NUM_PICTURES = 4
 
 
@@ -122,21 +124,36 @@ def gradients(workdir: pathlib.Path) -> Rows:
 
 def iterations(workdir: pathlib.Path) -> Rows:
     """What training left, at other numbers of iterations than it was trained with."""
-    config, model = run.load(workdir)
+    config, _ = run.load(workdir)
     trained = config.model.solver.max_steps
+    most = config.evaluation.fixed_points.iterations
+    counts = {count for count in ITERATIONS if count <= most} | {trained}
+    return masks_at(workdir, "model.solver.max_steps", sorted(counts))
+
+
+def starts(workdir: pathlib.Path) -> Rows:
+    """Masks of the best of several initial slots, by how many are tried."""
+    config, _ = run.load(workdir)
+    if config.model.initial_slots == "learned":
+        return []  # All starts are one.
+    return masks_at(workdir, "evaluation.masks.starts", STARTS)
+
+
+def masks_at(workdir: pathlib.Path, key: str, values: Sequence[int]) -> Rows:
+    """The last checkpoint's masks and cross-entropy where a key has other values."""
+    config, model = run.load(workdir)
     (step,) = run.saved_steps(workdir)[-1:]
     params = split_model(model)[1]
     rows: Rows = []
-    most = config.evaluation.fixed_points.iterations
-    counts = {count for count in ITERATIONS if count <= most}
-    for count in sorted(counts | {trained}):
-        config.model.solver.max_steps = count
+    for value in values:
+        with config.unlocked():  # A run may be older than a key of the evaluation.
+            config.update_from_flattened_dict({key: value})
         again = dataclasses.replace(subject(config, run.build(config)), params=params)
         findings = evaluate.Findings()
         evaluate.masks(again, findings)
-        for metric, value in findings.metrics().items():
+        for metric, found in findings.metrics().items():
             if metric in ("cross_entropy", "attention/fg_ari", "decoder/fg_ari"):
-                rows.append(row(step, f"{metric}@{count}", value["mean"]))
+                rows.append(row(step, f"{metric}@{value}", found["mean"]))
     return rows
 
 
@@ -171,6 +188,7 @@ PROBES: Mapping[str, Callable[[pathlib.Path], Rows]] = {
     "properties": group("properties", last=True),
     "gradients": gradients,
     "iterations": iterations,
+    "starts": starts,
     "pictures": pictures,
 }
 

@@ -14,6 +14,7 @@ from implicit_slots.training.sharding import SHARDINGS
 
 MODES = ("train", "evaluate", "replay")
 CHECKPOINTS = ("latest", "best")
+STARTS = "evaluation.masks.starts"
 POSITIVE = (
     "num_steps",
     "log_every",
@@ -36,6 +37,7 @@ POSITIVE = (
     "evaluation.deletion.orders",
     "evaluation.fixed_points.iterations",
     "evaluation.fixed_points.initialisations",
+    STARTS,
 )
 # Groups of an evaluation for which 0 images are all there are.
 ANY_NUMBER = ("masks", "rendering", "properties")
@@ -71,6 +73,7 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
         **dict(config.items()),
         **{f"data.{key}": value for key, value in usage.items()},
         **penalties.ABSENT,
+        STARTS: 1,
     }
     for group in GROUPS:
         if group not in config.evaluation:
@@ -107,6 +110,8 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
             f"{config.model.name!r}"
         )
     check_slate(config)
+    if flat[STARTS] > 1:
+        check_starts(config)
     if usage["flip"] and "objects" in model_class(config.model.name).reads:
         raise UserError(
             "config.data.flip mirrors images, not the positions this model learns; "
@@ -130,6 +135,24 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
         )
     if checkpoint != "latest" and mode != "evaluate":
         raise UserError("--checkpoint is for --mode=evaluate; runs resume the latest")
+
+
+def check_starts(config: Config) -> None:
+    """Refuses several starts where they cannot differ or none is better.
+
+    Raises:
+      UserError: naming the key.
+    """
+    if not hasattr(model_class(config.model.name), "render"):
+        raise UserError(
+            f"config.{STARTS} chooses initial slots by their reconstruction, which "
+            f"{config.model.name} does not make; set it to 1"
+        )
+    if config.model.initial_slots == "learned":
+        raise UserError(
+            f"config.{STARTS} needs random initial slots, and this model's are "
+            "learned: every start would be the same; set it to 1"
+        )
 
 
 def check_slate(config: Config) -> None:

@@ -144,6 +144,11 @@ def masks(subject: Subject, findings: Findings) -> None:
         absent = _missing(host)
     findings.images |= _joined(rows, count)
     findings.absent |= absent
+    if (starts := subject.config.evaluation.masks.get("starts", 1)) > 1:
+        findings.notes.append(
+            f"masks and cross-entropy are those of the best of {starts} initial slots "
+            "for each image, by the error of the reconstruction"
+        )
     if more:
         findings.notes.append(
             f"{more:,} of {seen:,} images have more masks (objects and ground) than "

@@ -5,17 +5,25 @@ import json
 import pathlib
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 from sklearn.metrics import adjusted_rand_score
 from small_slate import compiled_quickly
 
-from configs import folder, scenes
+from configs import autoencoder_scenes, folder, scenes, set_prediction_scenes
 from implicit_slots.data import sources
 from implicit_slots.evaluation.catalogue import GROUPS, METRICS, describe
+from implicit_slots.evaluation.segmentation import score_masks
 from implicit_slots.training import checks, evaluate, run, saved
 from implicit_slots.training.errors import UserError
+from implicit_slots.training.evaluation_steps import build_evaluation_steps
+from implicit_slots.training.sharding import build_mesh
+from implicit_slots.training.state import Purpose, purpose_key, split_model
+from implicit_slots.training.step import as_float
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -114,6 +122,67 @@ def test_masks_score_as_scikit_learn_scores_them(record, workdir):
 
 def test_more_masks_than_slots_are_told(record):
     assert any("more masks (objects and ground)" in note for note in record["notes"])
+
+
+@pytest.mark.parametrize("file", [scenes, autoencoder_scenes])
+def test_of_several_starts_the_one_that_reconstructs_best_is_scored(file):
+    config = file.get_config("smoke")
+    config.data.cache = ""
+    config.evaluation.masks.num_images = 4
+    source, model = sources.build(config.data, "validation"), run.build(config)
+    graphdef, params = split_model(model)
+    mesh, found = build_mesh(4), {}
+    for starts in (1, 3):
+        config.evaluation.masks.starts = starts
+        steps = build_evaluation_steps(graphdef, config, mesh)
+        subject = evaluate.Subject(config, steps, params, mesh, source, 4, quiet=True)
+        found[starts] = evaluate.Findings()
+        with compiled_quickly():
+            evaluate.masks(subject, found[starts])
+    assert not any("initial slots" in note for note in found[1].notes)
+    assert any("best of 3 initial slots" in note for note in found[3].notes)
+
+    # By hand: one start after the other.
+    batch = source.batch(np.arange(4))
+    image = as_float(jnp.asarray(batch["image"]))
+    truth = jnp.asarray(batch["segmentation"])
+
+    @jax.jit
+    def by_hand(params, key):
+        model = nnx.merge(graphdef, params)
+        encoded = model.encode(image, key=key)
+        forced = model.read(encoded.tokens, encoded.slots)
+        score = score_masks(forced.attention, truth, max_true=config.data.max_objects)
+        if forced.cross_entropy is None:
+            error = (model.render(encoded.slots) - image) ** 2
+            return error.mean(axis=(1, 2, 3)), score["soft_iou"]
+        return forced.cross_entropy.sum(axis=(1, 2)), score["soft_iou"]
+
+    key = purpose_key(config.seed, Purpose.EVALUATE, 0)
+    with compiled_quickly():
+        keys = [key, *(jax.random.fold_in(key, start) for start in (1, 2))]
+        errors, scores = np.array([by_hand(params, key) for key in keys]).swapaxes(0, 1)
+    best = errors.argmin(axis=0)
+    assert best.any()  # Else nothing is chosen here.
+    for starts, chosen in ((1, 0 * best), (3, best)):
+        images = found[starts].images
+        want = scores[chosen, np.arange(4)]
+        np.testing.assert_allclose(images["decoder/soft_iou"], want, atol=1e-5)
+        if "cross_entropy" in images:
+            want = errors[chosen, np.arange(4)]
+            np.testing.assert_allclose(images["cross_entropy"], want, rtol=1e-5)
+
+
+def test_several_starts_are_refused_where_none_is_best():
+    for config in (set_prediction_scenes.get_config(), scenes.get_config("learned")):
+        config.evaluation.masks.starts = 2
+        with pytest.raises(UserError, match=r"masks\.starts .* set it to 1"):
+            checks.check(config, "evaluate")
+        # An older version's configuration has no such key.
+        del config.evaluation.masks.starts
+        checks.check(config, "evaluate")
+    with pytest.raises(UserError, match=r"masks\.starts must be at least 1"):
+        checks.check(smoke(**{"evaluation.masks.starts": 0}), "evaluate")
 
 
 def test_other_data_have_a_place_of_their_own(workdir, record, tmp_path):
