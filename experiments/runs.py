@@ -38,6 +38,11 @@ PROBE_FOLDER = "probes"
 LOST = 1.5
 STOPPED = os.EX_TEMPFAIL  # what implicit_slots.main ends with when told to stop
 
+# What `launch` has started and not yet seen the end of; the lock is held while it does.
+_children: list[subprocess.Popen] = []
+_starting = threading.RLock()
+_told_to_stop = threading.Event()
+
 # Starts a command, its output going to a file; returns the exit code.
 Launch = Callable[[Sequence[str], pathlib.Path, int], int]
 
@@ -129,7 +134,7 @@ def launch(command: Sequence[str], log: pathlib.Path, place: int) -> int:
     if place >= 0 and len(cores) > 1 and shutil.which("taskset"):
         command = ["taskset", "-c", str(cores[place % len(cores)]), *command]
     command = [sys.executable if part == "python" else part for part in command]
-    with log.open("a") as file, _started:
+    with log.open("a") as file, _starting:
         if _told_to_stop.is_set():
             return STOPPED
         child = subprocess.Popen(command, stdout=file, stderr=file)
@@ -138,12 +143,6 @@ def launch(command: Sequence[str], log: pathlib.Path, place: int) -> int:
     _children.remove(child)
     # A run ends with STOPPED by itself, a probe has nothing to save.
     return STOPPED if code == -signal.SIGTERM and _told_to_stop.is_set() else code
-
-
-# What `launch` has started and not yet seen the end of.
-_children: list[subprocess.Popen] = []
-_started = threading.RLock()
-_told_to_stop = threading.Event()
 
 
 @contextmanager
@@ -155,7 +154,7 @@ def passing_on_sigterm() -> Iterator[None]:
 
     def stop(*_: object) -> None:
         _told_to_stop.set()
-        with _started:
+        with _starting:
             for child in _children:
                 child.terminate()
 
