@@ -23,7 +23,7 @@ DECIDES = "ap_1"
 
 
 def arms(scale: str) -> list[Arm]:
-    """Each gradient with one iteration, three and seven; cpu: what the rules need."""
+    """Each gradient with one iteration, three and seven; cpu: what two rules need."""
     base = scales.prediction(scale)
     bases = {"vanilla": scales.vanilla_of(base), "implicit": base}
     counts = {"smoke": (3,)}.get(scale, (1, 3, 7))

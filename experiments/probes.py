@@ -146,8 +146,7 @@ def masks_at(workdir: pathlib.Path, key: str, values: Sequence[int]) -> Rows:
     params = split_model(model)[1]
     rows: Rows = []
     for value in values:
-        with config.unlocked():  # A run may be older than a key of the evaluation.
-            config.update_from_flattened_dict({key: value})
+        config.update_from_flattened_dict({key: value})
         again = dataclasses.replace(subject(config, run.build(config)), params=params)
         findings = evaluate.Findings()
         evaluate.masks(again, findings)

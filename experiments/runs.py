@@ -38,9 +38,9 @@ PROBE_FOLDER = "probes"
 LOST = 1.5
 STOPPED = os.EX_TEMPFAIL  # what implicit_slots.main ends with when told to stop
 
-# What `launch` has started and not yet seen the end of; the lock is held while it does.
+# What `launch` has started and not yet seen the end of.
 _children: list[subprocess.Popen] = []
-_starting = threading.RLock()
+_starting = threading.RLock()  # Held meanwhile, so that none is missed.
 _told_to_stop = threading.Event()
 
 # Starts a command, its output going to a file; returns the exit code.
@@ -142,21 +142,24 @@ def launch(command: Sequence[str], log: pathlib.Path, place: int) -> int:
     code = child.wait()
     _children.remove(child)
     # A run ends with STOPPED by itself, a probe has nothing to save.
-    return STOPPED if code == -signal.SIGTERM and _told_to_stop.is_set() else code
+    return STOPPED if code == -signal.SIGTERM else code
 
 
 @contextmanager
 def passing_on_sigterm() -> Iterator[None]:
-    """Stops what `launch` started when this process is told to stop, here and then.
+    """Stops what `launch` has started when this process is told to stop.
 
-    A batch system tells only the process that it started itself.
+    A batch system tells only the process that it started itself. Where nothing runs,
+    the process ends as one that was interrupted.
     """
 
     def stop(*_: object) -> None:
         _told_to_stop.set()
         with _starting:
-            for child in _children:
+            for child in tuple(_children):
                 child.terminate()
+        if not _children:
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

@@ -246,13 +246,18 @@ def test_being_told_to_stop_is_passed_on_to_what_was_started(tmp_path):
     wait = ["python", "-c", "print('here', flush=True); import time; time.sleep(60)"]
     with runs.passing_on_sigterm(), ThreadPoolExecutor(1) as pool:
         code = pool.submit(runs.launch, wait, log, 0)
-        while not (log.exists() and log.read_text()):
+        for _ in range(600):
+            if log.exists() and log.read_text():
+                break
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
         assert code.result(timeout=30) == runs.STOPPED
         # And nothing else begins.
         assert runs.launch(["python", "-c", "print('again')"], log, 0) == runs.STOPPED
     assert log.read_text() == "here\n"
+    # Where nothing runs, it ends.
+    with pytest.raises(KeyboardInterrupt), runs.passing_on_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
     assert runs.launch(["python", "-c", "print('again')"], log, -1) == 0
     assert log.read_text() == "here\nagain\n"
 

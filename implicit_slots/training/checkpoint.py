@@ -27,7 +27,11 @@ DAMAGED_FOLDER = "damaged"
 CHECKSUM_FILE = "checksums.json"
 
 # Keys that configurations of older versions lack, and what their absence means.
-ABSENT: Mapping[str, object] = {**penalties.ABSENT, "model.attention_gain": 1.0}
+ABSENT: Mapping[str, object] = {
+    **penalties.ABSENT,
+    "model.attention_gain": 1.0,
+    "evaluation.masks.starts": 1,
+}
 
 # What a run may change when it goes on; anything else makes it another run.
 MAY_CHANGE = {

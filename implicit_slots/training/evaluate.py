@@ -46,7 +46,11 @@ from implicit_slots.evaluation.catalogue import describe
 from implicit_slots.evaluation.segmentation import upsample
 from implicit_slots.models.build import model_class
 from implicit_slots.training import processes
-from implicit_slots.training.evaluation_steps import EvaluationSteps, classes_of
+from implicit_slots.training.evaluation_steps import (
+    EvaluationSteps,
+    classes_of,
+    starts_of,
+)
 from implicit_slots.training.sharding import shard_batch
 from implicit_slots.training.state import Purpose, purpose_key
 from implicit_slots.training.step import as_float
@@ -144,10 +148,10 @@ def masks(subject: Subject, findings: Findings) -> None:
         absent = _missing(host)
     findings.images |= _joined(rows, count)
     findings.absent |= absent
-    if (starts := subject.config.evaluation.masks.get("starts", 1)) > 1:
+    if (starts := starts_of(subject.config)) > 1:
         findings.notes.append(
-            f"masks and cross-entropy are those of the best of {starts} initial slots "
-            "for each image, by the error of the reconstruction"
+            f"masks are those of the best of {starts} initial slots for each image, by "
+            "the reconstruction"
         )
     if more:
         findings.notes.append(

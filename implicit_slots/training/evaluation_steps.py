@@ -38,7 +38,8 @@ RESTART = 4
 class EvaluationSteps(NamedTuple):
     """The compiled functions of an evaluation.
 
-    A batch's number gives its initial slots, so that all functions see the same slots.
+    A batch's number gives its initial slots, so that all functions see the same slots
+    (but `masks` where it chooses among several starts).
 
     Attributes:
       encode: (params, image, number) -> `Encoded`.
@@ -77,7 +78,7 @@ def build_evaluation_steps(
     """
     whole = None if mesh is None else replicated(mesh)
     decodes = hasattr(model_class(config.model.name), "read")
-    starts = config.evaluation.masks.get("starts", 1)  # Older versions had no such key.
+    starts = starts_of(config)
     settings = config.evaluation.fixed_points
     iterations = settings.iterations
 
@@ -113,7 +114,7 @@ def build_evaluation_steps(
 
             def better(best, start):
                 other = from_start(model, image, jax.random.fold_in(key, start))
-                is_better = other[-1] < best[-1]
+                is_better = (other[-1] < best[-1]) | jnp.isnan(best[-1])
 
                 def chosen(new, old):
                     return jax.vmap(jnp.where)(is_better, new, old)
@@ -211,6 +212,11 @@ def build_evaluation_steps(
         iterate=compiled(iterate),
         restart=compiled(restart),
     )
+
+
+def starts_of(config: Config) -> int:
+    """How many initial slots are tried for masks; older configurations lack the key."""
+    return config.evaluation.masks.get("starts", 1)
 
 
 def applications(slots: SlotAttention) -> int:

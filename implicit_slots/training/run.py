@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from implicit_slots.config import Config
 from implicit_slots.data import pipeline, sources
@@ -49,9 +48,11 @@ from implicit_slots.training.errors import UserError
 from implicit_slots.training.evaluation_steps import (
     EvaluationSteps,
     build_evaluation_steps,
+    starts_of,
 )
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.report import write_report
+from implicit_slots.training.saved import read
 from implicit_slots.training.sharding import build_mesh, replicated, state_sharding
 from implicit_slots.training.state import (
     TrainState,
@@ -323,7 +324,7 @@ def evaluate_all(
 
 
 def evaluation_label(config: Config, workdir: pathlib.Path, checkpoint: str) -> str:
-    """Names an evaluation: the split, and the data where they are not the run's own."""
+    """Names an evaluation: the split, data that are not the run's own, its starts."""
     label = config.evaluation.split
     section = config.data.to_dict()
     trained_on = json.loads((workdir / CONFIG_FILE).read_text())["data"]
@@ -332,6 +333,8 @@ def evaluation_label(config: Config, workdir: pathlib.Path, checkpoint: str) -> 
     }:
         digest = hashlib.sha256(json.dumps(section, sort_keys=True).encode())
         label = f"{config.data.name}-{label}-{digest.hexdigest()[:4]}"
+    if (starts := starts_of(config)) > 1:
+        label = f"{label}-{starts}-starts"
     return f"{label}-best" if checkpoint == "best" else label
 
 
@@ -355,7 +358,7 @@ def load(workdir: pathlib.Path, step: int | None = None) -> tuple[Config, Any]:
     path = workdir / CONFIG_FILE
     if not path.exists() or not (workdir / CHECKPOINT_FOLDER).is_dir():
         raise UserError(f"{workdir} holds no run; train one there first")
-    config: Config = ConfigDict(json.loads(path.read_text()))
+    config = read(path)
     try:
         graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -11,8 +11,8 @@ import types
 from ml_collections import ConfigDict
 
 from implicit_slots.config import Config
+from implicit_slots.training.checkpoint import ABSENT, CONFIG_FILE
 
-CONFIG_FILE = "config.json"
 # Between the workdir and the file whose data section takes the place of the run's.
 SEPARATOR = "\n"
 
@@ -36,7 +36,7 @@ def get_config(what: str) -> Config:
     workdir, *data = what.split(SEPARATOR)
     path = pathlib.Path(workdir) / CONFIG_FILE
     try:
-        config: Config = ConfigDict(json.loads(path.read_text()))
+        config = read(path)
         resolution = config.data.resolution
     except OSError:
         raise ValueError(
@@ -49,6 +49,26 @@ def get_config(what: str) -> Config:
     for source in data:
         config.data = _load(source).data
         config.data.resolution = resolution
+    return config
+
+
+def read(path: pathlib.Path) -> Config:
+    """Returns the configuration in a run's file, with the keys its version lacked.
+
+    Raises:
+      OSError: if there is no such file.
+      AttributeError, ValueError, TypeError: if it is none.
+    """
+    config: Config = ConfigDict(json.loads(path.read_text()))
+    for key, value in ABSENT.items():
+        *sections, name = key.split(".")
+        section = config
+        for part in sections:
+            if part not in section:
+                section[part] = ConfigDict()
+            section = section[part]
+        if name not in section:
+            section[name] = value
     return config
 
 

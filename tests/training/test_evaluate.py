@@ -152,25 +152,48 @@ def test_of_several_starts_the_one_that_reconstructs_best_is_scored(file):
         model = nnx.merge(graphdef, params)
         encoded = model.encode(image, key=key)
         forced = model.read(encoded.tokens, encoded.slots)
-        score = score_masks(forced.attention, truth, max_true=config.data.max_objects)
+        scores = [
+            score_masks(masks, truth, max_true=config.data.max_objects)["soft_iou"]
+            for masks in (encoded.attention, forced.attention)
+        ]
         if forced.cross_entropy is None:
             error = (model.render(encoded.slots) - image) ** 2
-            return error.mean(axis=(1, 2, 3)), score["soft_iou"]
-        return forced.cross_entropy.sum(axis=(1, 2)), score["soft_iou"]
+            return error.mean(axis=(1, 2, 3)), *scores
+        return forced.cross_entropy.sum(axis=(1, 2)), *scores
 
     key = purpose_key(config.seed, Purpose.EVALUATE, 0)
     with compiled_quickly():
         keys = [key, *(jax.random.fold_in(key, start) for start in (1, 2))]
-        errors, scores = np.array([by_hand(params, key) for key in keys]).swapaxes(0, 1)
+        errors, *scores = np.array([by_hand(params, key) for key in keys]).swapaxes(
+            0, 1
+        )
     best = errors.argmin(axis=0)
     assert best.any()  # Else nothing is chosen here.
     for starts, chosen in ((1, 0 * best), (3, best)):
         images = found[starts].images
-        want = scores[chosen, np.arange(4)]
-        np.testing.assert_allclose(images["decoder/soft_iou"], want, atol=1e-5)
+        for kind, score in zip(("attention", "decoder"), scores, strict=True):
+            want = score[chosen, np.arange(4)]
+            np.testing.assert_allclose(images[f"{kind}/soft_iou"], want, atol=1e-5)
         if "cross_entropy" in images:
             want = errors[chosen, np.arange(4)]
             np.testing.assert_allclose(images["cross_entropy"], want, rtol=1e-5)
+
+
+def test_an_older_run_has_one_start_and_several_have_a_place_of_their_own(
+    workdir, tmp_path
+):
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    written = json.loads((copy / "config.json").read_text())
+    del written["evaluation"]["masks"]["starts"], written["model"]["attention_gain"]
+    (copy / "config.json").write_text(json.dumps(written))
+    config = saved.get_config(str(copy))
+    assert config.evaluation.masks.starts == 1 and config.model.attention_gain == 1.0
+    assert run.evaluation_label(config, copy, "best") == "test-best"
+    config.evaluation.masks.starts = 3
+    assert run.evaluation_label(config, copy, "best") == "test-3-starts-best"
+    older, _ = run.load(copy)
+    assert older.evaluation.masks.starts == 1
 
 
 def test_several_starts_are_refused_where_none_is_best():
