@@ -70,7 +70,9 @@ def draw(table: study.Table):
             ("foreground ARI, attention", "foreground ARI, decoder"),
         ),
         drawing.along(table, ENTROPY, "entropy of attention, nats"),
-        drawing.along(table, SHADOW, "attention on the shadow / other ground"),
+        drawing.along(
+            table, SHADOW, "attention on the shadow / other ground", log=True
+        ),
         drawing.along(table, "decoder/token_entropy", "entropy of decoder masks, nats"),
     )
 
