@@ -52,7 +52,7 @@ from implicit_slots.training.evaluation_steps import (
 )
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.report import write_report
-from implicit_slots.training.saved import read
+from implicit_slots.training.saved import read_config
 from implicit_slots.training.sharding import build_mesh, replicated, state_sharding
 from implicit_slots.training.state import (
     TrainState,
@@ -358,7 +358,7 @@ def load(workdir: pathlib.Path, step: int | None = None) -> tuple[Config, Any]:
     path = workdir / CONFIG_FILE
     if not path.exists() or not (workdir / CHECKPOINT_FOLDER).is_dir():
         raise UserError(f"{workdir} holds no run; train one there first")
-    config = read(path)
+    config = read_config(path)
     try:
         graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -36,7 +36,7 @@ def get_config(what: str) -> Config:
     workdir, *data = what.split(SEPARATOR)
     path = pathlib.Path(workdir) / CONFIG_FILE
     try:
-        config = read(path)
+        config = read_config(path)
         resolution = config.data.resolution
     except OSError:
         raise ValueError(
@@ -52,7 +52,7 @@ def get_config(what: str) -> Config:
     return config
 
 
-def read(path: pathlib.Path) -> Config:
+def read_config(path: pathlib.Path) -> Config:
     """Returns the configuration in a run's file, with the keys its version lacked.
 
     Raises:
