@@ -7,7 +7,8 @@ Question: is it so in numbers, and what sharpens implicit's maps without losing
     cross-entropy: a penalty on the attention's entropy or on the Jacobian between
     slots, more iterations, more terms?
 Rule: implicit against vanilla in entropy of a position's attention, area of an object's
-    map, share on the shadow: 5 % of the ratio's median, and its whole interval, decide.
+    map, attention on the shadow over that on other ground: 5 % of the ratio's median,
+    and its whole interval, decide.
     A remedy works if its entropy is below implicit's by 5 % and its cross-entropy is
     "similar" to implicit's within 2 %, by the same measure.
 Cost: cpu 9 runs (one of the five remedies) of three and a half minutes on a core and

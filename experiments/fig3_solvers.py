@@ -44,7 +44,7 @@ def arms(scale: str) -> list[Arm]:
 
 
 def draw(table: study.Table):
-    """Curves along training, then what a step costs and how often the solve fails."""
+    """Curves along training, then what a step costs and the backward solve leaves."""
     return drawing.panels(
         drawing.along(
             table, CROSS_ENTROPY, "cross-entropy, nats per image", split="validation"
