@@ -15,8 +15,6 @@ Cost: cpu 6 runs of three and a half minutes on a core and two more of iteration
 import json
 from collections.abc import Iterator
 
-import numpy as np
-
 from experiments import drawing, scales, study
 from experiments.probes import ITERATIONS
 from experiments.runs import Arm
@@ -59,23 +57,8 @@ def draw(table: study.Table):
     """Over iterations at test time, and by arm."""
 
     def over(metric: str, label: str, counts, *, log: bool = False) -> drawing.Panel:
-        def panel(axis):
-            for place, arm in enumerate(table.arms()):
-                found = [
-                    (n, list(table.last(arm, f"{metric}@{n}").values())) for n in counts
-                ]
-                found = [(n, values) for n, values in found if values]
-                axis.plot(
-                    [n for n, _ in found],
-                    [np.nanmedian(values) for _, values in found],
-                    label=arm,
-                    **drawing.style(place),
-                )
-            axis.set(xscale="log", xlabel="iterations at test time", ylabel=label)
-            if log:
-                axis.set_yscale("log")
-
-        return panel
+        labels = ("iterations at test time", label)
+        return drawing.over_counts(table, metric, counts, labels, log_x=True, log=log)
 
     counts = sorted({*ITERATIONS, 7})
     return drawing.panels(

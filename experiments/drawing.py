@@ -1,7 +1,7 @@
 """How studies draw: lines with their seeds, values by arm, pictures by step."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -163,6 +163,40 @@ def against(
         if log:
             axis.set_yscale("log")
         axis.set(xlabel=labels[0], ylabel=labels[1], title=title)
+
+    return draw
+
+
+def over_counts(
+    table: Table,
+    metric: str,
+    counts: Iterable[int],
+    labels: tuple[str, str],
+    *,
+    log_x: bool = False,
+    log: bool = False,
+) -> Panel:
+    """The last values of "METRIC@COUNT" over the counts, medians over seeds, by arm.
+
+    Args:
+      table: the study's.
+      metric: what stands before the "@".
+      counts: at which it may have been measured.
+      labels: of the two axes.
+      log_x: a logarithmic axis of counts.
+      log: a logarithmic axis of values.
+    """
+
+    def draw(axis: "Axes") -> None:
+        for place, arm in enumerate(table.arms()):
+            values = {n: table.last(arm, f"{metric}@{n}").values() for n in counts}
+            middle = {n: np.nanmedian([*found]) for n, found in values.items() if found}
+            axis.plot([*middle], [*middle.values()], label=arm, **style(place))
+        if log_x:
+            axis.set_xscale("log")
+        if log:
+            axis.set_yscale("log")
+        axis.set(xlabel=labels[0], ylabel=labels[1])
 
     return draw
 

@@ -12,14 +12,10 @@ Cost: cpu 6 runs of eight minutes on a core and one of starts each; gpu 6 (not
     measured); paper 8 of 500k steps.
 """
 
-import numpy as np
-
 from experiments import drawing, scales, study
 from experiments.probes import STARTS
 from experiments.runs import Arm
 from experiments.statistics import Rule
-
-OF_STARTS = "decoder/fg_ari@"
 
 
 def arms(scale: str) -> list[Arm]:
@@ -33,18 +29,6 @@ def arms(scale: str) -> list[Arm]:
 
 def draw(table: study.Table):
     """Masks and loss along training, and masks over the number of starts."""
-
-    def over_starts(axis):
-        for place, arm in enumerate(table.arms()):
-            found = [list(table.last(arm, f"{OF_STARTS}{n}").values()) for n in STARTS]
-            middle = [np.nanmedian(values) if values else np.nan for values in found]
-            axis.plot(STARTS, middle, label=arm, **drawing.style(place))
-        axis.set_xticks(STARTS)
-        axis.set(
-            xlabel="initial slots tried for each image",
-            ylabel="foreground ARI, decoder",
-        )
-
     return drawing.panels(
         drawing.along(
             table, "decoder_fg_ari", "foreground ARI, decoder", split="validation"
@@ -53,7 +37,12 @@ def draw(table: study.Table):
         drawing.along(
             table, "reconstruction", "mean squared error", split="validation", log=True
         ),
-        over_starts,
+        drawing.over_counts(
+            table,
+            "decoder/fg_ari",
+            STARTS,
+            ("initial slots tried for each image", "foreground ARI, decoder"),
+        ),
     )
 
 
@@ -68,7 +57,7 @@ STUDY = study.Study(
     ),
     summary=(
         *("decoder_fg_ari", "fg_ari", "reconstruction"),
-        *(f"{OF_STARTS}{count}" for count in STARTS),
+        *(f"decoder/fg_ari@{count}" for count in STARTS),
     ),
     rules=tuple(
         Rule(

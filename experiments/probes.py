@@ -124,24 +124,25 @@ def gradients(workdir: pathlib.Path) -> Rows:
 
 def iterations(workdir: pathlib.Path) -> Rows:
     """What training left, at other numbers of iterations than it was trained with."""
-    config, _ = run.load(workdir)
+    config, model = run.load(workdir)
     trained = config.model.solver.max_steps
     most = config.evaluation.fixed_points.iterations
-    counts = {count for count in ITERATIONS if count <= most} | {trained}
-    return masks_at(workdir, "model.solver.max_steps", sorted(counts))
+    counts = sorted({count for count in ITERATIONS if count <= most} | {trained})
+    return masks_at(workdir, config, model, "model.solver.max_steps", counts)
 
 
 def starts(workdir: pathlib.Path) -> Rows:
     """Masks of the best of several initial slots, by how many are tried."""
-    config, _ = run.load(workdir)
+    config, model = run.load(workdir)
     if config.model.initial_slots == "learned":
         return []  # All starts are one.
-    return masks_at(workdir, "evaluation.masks.starts", STARTS)
+    return masks_at(workdir, config, model, "evaluation.masks.starts", STARTS)
 
 
-def masks_at(workdir: pathlib.Path, key: str, values: Sequence[int]) -> Rows:
+def masks_at(
+    workdir: pathlib.Path, config: Config, model: Any, key: str, values: Sequence[int]
+) -> Rows:
     """The last checkpoint's masks and cross-entropy where a key has other values."""
-    config, model = run.load(workdir)
     (step,) = run.saved_steps(workdir)[-1:]
     params = split_model(model)[1]
     rows: Rows = []

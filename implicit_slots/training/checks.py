@@ -8,6 +8,7 @@ from implicit_slots.models.build import MODELS, model_class
 from implicit_slots.models.dvae import STRIDE
 from implicit_slots.models.noise import MOST_WORDS
 from implicit_slots.training import feed, penalties
+from implicit_slots.training.checkpoint import ABSENT
 from implicit_slots.training.errors import UserError
 from implicit_slots.training.evaluate import GROUPS
 from implicit_slots.training.sharding import SHARDINGS
@@ -72,8 +73,7 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
     flat = {
         **dict(config.items()),
         **{f"data.{key}": value for key, value in usage.items()},
-        **penalties.ABSENT,
-        STARTS: 1,
+        **ABSENT,
     }
     for group in GROUPS:
         if group not in config.evaluation:
