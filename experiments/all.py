@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None, **how) -> None:
 
 def execute(options: argparse.Namespace, **how) -> None:
     """Makes every study and the page of all verdicts."""
+    for one in STUDIES:
+        one.arms(options.scale)  # Refuses before the hours, not amid them.
     lines = [f"# All studies, scale {options.scale}", ""]
     for one in STUDIES:
         table = study.execute(one, options, **how)

@@ -230,9 +230,9 @@ def scatter(
     return draw
 
 
-def pictures_of(one: Done) -> dict[str, np.ndarray]:
-    """What the probe `pictures` left; nothing if the run diverged before it."""
-    path = one.workdir / PROBE_FOLDER / "pictures.npz"
+def arrays_of(one: Done, probe: str) -> dict[str, np.ndarray]:
+    """The arrays that a probe left; nothing if the run diverged before it."""
+    path = one.workdir / PROBE_FOLDER / f"{probe}.npz"
     if not path.exists():
         return {}
     with np.load(path) as arrays:
@@ -258,7 +258,7 @@ def montage(
     """
     from matplotlib.figure import Figure
 
-    found = {arm: pictures_of(table.runs(arm)[0]) for arm in arms}
+    found = {arm: arrays_of(table.runs(arm)[0], "pictures") for arm in arms}
     found = {arm: arrays for arm, arrays in found.items() if steps_of(arrays, kind)}
     columns = max((len(steps_of(a, kind)) for a in found.values()), default=1)
     lines = max(rows * len(found), 1)

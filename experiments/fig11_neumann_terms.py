@@ -9,9 +9,9 @@ Question: with one stored linearisation more terms cost one product each. Is it 
 Rule: cross-entropy after equal steps, and after equal time (the fastest run's), of k
     terms and of the exact gradient against one term, and of 8 terms against vanilla:
     5 % of the ratio's median, and its whole interval, decide; steps per second: 10 %.
-Cost: cpu 21 runs of two and a half minutes on a core and half a minute of comparisons
-    with the exact gradient for three of them; gpu 21 (not measured); paper 28 of 250k
-    steps.
+Cost: cpu 21 runs of two minutes on a core, four and a half with the exact gradient, and
+    a minute of comparisons with it for three of them; gpu 21 (not measured); paper 28
+    of 250k steps.
 """
 
 from collections.abc import Iterator

@@ -21,6 +21,7 @@ GRADIENTS = {"vanilla": VANILLA, "implicit": {}}
 COUNTS = {
     "smoke": (7,),
     "cpu": (1, 3, 7, 15),
+    "folder": (1, 3, 7, 15),
     "gpu": (1, 2, 3, 5, 7, 11, 15),
     "paper": (1, 2, 3, 5, 7, 11, 15),
 }

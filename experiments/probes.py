@@ -3,8 +3,9 @@
     python -m experiments.probes --workdir=DIR --probe=deletion
 
 Each probe writes WORKDIR/probes/NAME.json, a list of {step, metric, value}: means over
-held-out images, how many of them the run's `config.evaluation` says. `pictures` writes
-arrays beside it. The runner of studies starts these; nothing of the run is changed.
+held-out images, how many of them the run's `config.evaluation` says. `pictures` and
+`slots_left` write arrays beside it. The runner of studies starts these; nothing of the
+run is changed.
 """
 
 import argparse
@@ -174,10 +175,31 @@ def pictures(workdir: pathlib.Path) -> Rows:
             )
             arrays[f"slots/{step}"] = np.asarray(rendered)
             arrays[f"decoder/{step}"] = np.asarray(forced.attention)
+    save(workdir, "pictures", arrays)
+    return []
+
+
+def slots_left(workdir: pathlib.Path) -> Rows:
+    """Renders of the last checkpoint with an image's first K, …, 1 slots alone."""
+    ((_, subject),) = along_training(workdir, last=True)
+    batch = subject.source.batch(np.arange(NUM_PICTURES))
+    image = as_float(jnp.asarray(batch["image"]))
+    slots = subject.steps.encode(subject.params, image, 0).slots
+    count = slots.shape[1]
+    arrays = {"image": np.asarray(image)}
+    for left in range(count, 0, -1):
+        present = jnp.broadcast_to(jnp.arange(count) < left, slots.shape[:2])
+        render = subject.steps.render(subject.params, slots, present)
+        arrays[f"left/{left}"] = np.asarray(render)
+    save(workdir, "slots_left", arrays)
+    return []
+
+
+def save(workdir: pathlib.Path, probe: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a probe's arrays; `drawing.arrays_of` reads them."""
     folder = workdir / PROBE_FOLDER
     folder.mkdir(exist_ok=True)
-    np.savez_compressed(folder / "pictures.npz", **arrays)  # pyright: ignore
-    return []
+    np.savez_compressed(folder / f"{probe}.npz", **arrays)  # pyright: ignore
 
 
 PROBES: Mapping[str, Callable[[pathlib.Path], Rows]] = {
@@ -190,6 +212,7 @@ PROBES: Mapping[str, Callable[[pathlib.Path], Rows]] = {
     "iterations": iterations,
     "starts": starts,
     "pictures": pictures,
+    "slots_left": slots_left,
 }
 
 

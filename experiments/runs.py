@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from implicit_slots.config import Config
+from implicit_slots.config import Config, flat
 from implicit_slots.data.layout import write_whole
-from implicit_slots.training.checkpoint import CONFIG_FILE
+from implicit_slots.training.checkpoint import ABSENT, CONFIG_FILE
 from implicit_slots.training.errors import UserError
 from implicit_slots.training.nonfinite import REPLAY_FOLDER
 from implicit_slots.training.workdir import SUMMARY_FILE, read_summary
@@ -100,8 +100,17 @@ def resolve(arm: Arm, seed: int) -> Config:
 
 
 def place_of(config: Config, root: pathlib.Path) -> pathlib.Path:
-    """Returns the folder of a run: its name, and what its configuration hashes to."""
-    digest = hashlib.sha256(config.to_json(sort_keys=True).encode())
+    """Returns the folder of a run: its name, and what its configuration hashes to.
+
+    Keys that older versions lack do not count where they mean what their absence means:
+    finished runs stay found when the program gets new ones.
+    """
+    values = {
+        key: value
+        for key, value in flat(json.loads(config.to_json())).items()
+        if key not in ABSENT or value != ABSENT[key]
+    }
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     return root / f"{config.name}-{digest.hexdigest()[:10]}"
 
 

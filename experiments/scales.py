@@ -4,6 +4,7 @@
 |---|---|---|
 | smoke | four steps of toy models, one seed | continuous integration |
 | cpu | the embedded scenes at 32x32, minutes a run, three seeds | two cores |
+| folder | the same on your images (`--set=data.path=DIR`), three seeds | two cores |
 | gpu | the small configurations whole, three seeds | one GPU |
 | paper | the published models and data sets, four seeds | accelerators, your images |
 """
@@ -11,11 +12,12 @@
 from collections.abc import Mapping, Sequence
 
 from experiments.runs import Arm
+from implicit_slots.training.errors import UserError
 
 Base = tuple[str, dict[str, object]]
 
-SCALES = ("smoke", "cpu", "gpu", "paper")
-SEEDS: Mapping[str, int] = {"smoke": 1, "cpu": 3, "gpu": 3, "paper": 4}
+SCALES = ("smoke", "cpu", "folder", "gpu", "paper")
+SEEDS: Mapping[str, int] = {"smoke": 1, "cpu": 3, "folder": 3, "gpu": 3, "paper": 4}
 
 _SMOKE = {
     "num_steps": 4,
@@ -37,7 +39,8 @@ def slate(scale: str) -> Base:
     """Returns the configuration file of SLATE and what a scale changes of it.
 
     "cpu" is configs/scenes.py at 32x32 with three objects, four slots and 2,000 steps,
-    two minutes on a core: how training begins. "gpu" is the whole of it; "paper"
+    two minutes on a core: how training begins. "folder" is the same of
+    configs/folder.py, with its seven slots; "gpu" the whole of scenes.py; "paper"
     CLEVR-Mirror as published, whose images you bring.
     """
     if scale == "smoke":
@@ -50,11 +53,9 @@ def slate(scale: str) -> Base:
         "evaluation.rendering.num_images": 128,
         **_KEEP_ALL,
     }
-    if scale == "cpu":
+    if scale in ("cpu", "folder"):
         changes |= {
             "data.resolution": 32,
-            "data.max_objects": 3,
-            "model.num_slots": 4,
             "num_steps": 2_000,
             "validate_every": 200,
             "checkpoint_every": 400,
@@ -62,16 +63,19 @@ def slate(scale: str) -> Base:
             "num_scored": 16,
             "diagnostics.every": 200,
         }
-    return "configs/scenes.py", changes
+    if scale == "cpu":
+        changes |= {"data.max_objects": 3, "model.num_slots": 4}
+    return f"configs/{'folder' if scale == 'folder' else 'scenes'}.py", changes
 
 
 def trained_slate(scale: str) -> Base:
     """Returns the same for studies of what slots hold, which need trained ones.
 
-    "cpu" trains four times as long with half the batch: three and a half minutes.
+    "cpu" and "folder" train four times as long with half the batch: at "cpu" three and
+    a half minutes.
     """
     file, changes = slate(scale)
-    if scale == "cpu":
+    if scale in ("cpu", "folder"):
         changes = changes | {
             "batch_size": 8,
             "num_steps": 8_000,
@@ -90,7 +94,16 @@ def discovery(scale: str) -> Base:
 
 
 def prediction(scale: str) -> Base:
-    """Returns the same of the set predictor."""
+    """Returns the same of the set predictor.
+
+    Raises:
+      UserError: for a folder: not every one has attributes.
+    """
+    if scale == "folder":
+        raise UserError(
+            "properties of objects are not studied on a folder of images; choose "
+            "another --scale, or another study"
+        )
     return _of_locatello("set_prediction", scale)
 
 
@@ -102,6 +115,8 @@ def _of_locatello(name: str, scale: str) -> Base:
     if scale == "paper":
         published = {"autoencoder": "clevr6", "set_prediction": "clevr"}
         return f"configs/{name}_{published[name]}.py", {**_KEEP_ALL}
+    if scale == "folder":
+        file = f"configs/{name}_folder.py"
     return file, {**_KEEP_ALL}
 
 

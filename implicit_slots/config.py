@@ -1,5 +1,6 @@
-"""The type of a configuration or of one of its sections."""
+"""A configuration or one of its sections: its type, and its values by key."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
@@ -9,3 +10,22 @@ if TYPE_CHECKING:
     Config = Any
 else:
     Config = ConfigDict
+
+
+def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns a section's values by keys with dots, as on the command line.
+
+    Args:
+      section: sections are mappings.
+      prefix: what each key begins with.
+
+    Raises:
+      AttributeError: if it is no mapping.
+    """
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found

@@ -17,7 +17,15 @@ from scipy import stats
 from small_slate import compiled_quickly
 
 from experiments import all as all_studies
-from experiments import fig9_deletion, probes, runs, scales, study
+from experiments import (
+    drawing,
+    fig7_properties,
+    fig9_deletion,
+    probes,
+    runs,
+    scales,
+    study,
+)
 from experiments.runs import Arm
 from experiments.statistics import Rule, judge, paired_effect, sentence
 from implicit_slots.training import run
@@ -186,6 +194,14 @@ def test_a_folder_is_one_configuration_and_a_command_makes_it(tmp_path):
     renamed = runs.resolve(scales.arm(base, "another name"), 0)
     assert runs.place_of(renamed, tmp_path) == a
     assert runs.place_of(runs.resolve(scales.arm(base, "a"), 1), tmp_path) != a
+    # Hashed before the key was there: such a run is found, one with more starts is not.
+    older = runs.resolve(scales.arm(base, "a"), 0)
+    with older.unlocked():
+        del older.evaluation.masks.starts
+    assert runs.place_of(older, tmp_path) == a
+    starts = {"evaluation.masks.starts": 3}
+    many = runs.resolve(scales.arm(base, "a", starts), 0)
+    assert runs.place_of(many, tmp_path) != a
     arm = scales.arm(base, "a", {"optimizer.clip": "none"}, ["masks"])
     train, probe = runs.commands(arm, 3, a).values()
     assert "--config.optimizer.clip=none" in train and "--config.seed=3" in train
@@ -197,11 +213,17 @@ def test_a_folder_is_one_configuration_and_a_command_makes_it(tmp_path):
 @pytest.mark.parametrize("scale", scales.SCALES)
 def test_every_arm_is_a_configuration_at_every_scale(scale):
     for one in all_studies.STUDIES:
+        if scale == "folder" and one is fig7_properties.STUDY:
+            with pytest.raises(UserError, match="choose another --scale"):
+                one.arms(scale)
+            continue
         arms = one.arms(scale)
         assert len({arm.name for arm in arms}) == len(arms)
         named = {rule.a for rule in one.rules} | {rule.b for rule in one.rules}
         # Small scales leave some out, and say of their rules "not measured".
-        assert scale in ("smoke", "cpu") or named <= {arm.name for arm in arms}
+        assert scale in ("smoke", "cpu", "folder") or named <= {
+            arm.name for arm in arms
+        }
         for arm in arms:
             assert set(arm.probes) <= probes.PROBES.keys()
             config = runs.resolve(arm, 1)
@@ -287,6 +309,20 @@ def read(out):
     arms = fig9_deletion.STUDY.arms("smoke")
     done = runs.train_all(arms, [0], out / "runs", jobs=1, start=failing(1))
     return study.gather(fig9_deletion.STUDY, done)
+
+
+def test_slots_go_one_by_one_from_the_render_of_all(smoke):
+    for one in read(smoke[0]).done:
+        left, all_of_them = (
+            drawing.arrays_of(one, probe) for probe in ("slots_left", "pictures")
+        )
+        last = max(drawing.steps_of(all_of_them, "slots"))
+        counts = drawing.steps_of(left, "left")
+        assert counts == list(range(1, counts[-1] + 1))
+        np.testing.assert_array_equal(
+            left[f"left/{counts[-1]}"], all_of_them[f"slots/{last}"]
+        )
+        assert np.any(left["left/1"] != left[f"left/{counts[-1]}"])
 
 
 def test_matching_compares_where_both_have_the_same_cross_entropy(smoke):

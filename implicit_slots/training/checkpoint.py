@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from implicit_slots.config import Config
+from implicit_slots.config import Config, flat
 from implicit_slots.data.layout import write_whole
 from implicit_slots.training import penalties, processes
 from implicit_slots.training.errors import UserError
@@ -295,12 +295,12 @@ def check_same_run(
             )
         return
     try:
-        before = {**ABSENT, **_flat(json.loads(path.read_text()))}
+        before = {**ABSENT, **flat(json.loads(path.read_text()))}
     except (ValueError, AttributeError, OSError) as error:
         raise UserError(
             f"{path} is not a run's configuration; choose another --workdir"
         ) from error
-    now = {**ABSENT, **_flat(json.loads(config.to_json()))}
+    now = {**ABSENT, **flat(json.loads(config.to_json()))}
     may_change = MAY_CHANGE
     for key in sorted((before.keys() | now.keys()) - may_change):
         if key.startswith("evaluation."):
@@ -321,14 +321,3 @@ def _is_one_place(path: str | None, other: str | None) -> bool:
     if not path or not other:
         return False
     return os.path.realpath(path) == os.path.realpath(other)
-
-
-def _flat(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Keys with dots, as on the command line."""
-    flat = {}
-    for key, value in section.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from implicit_slots.config import flat
 from implicit_slots.data.layout import write_whole
 from implicit_slots.training.report_curves import METRICS as CURVES
 from implicit_slots.training.report_curves import (
@@ -130,7 +131,7 @@ def _latest_label(workdirs: Sequence[pathlib.Path]) -> str | None:
 def _read(workdir: pathlib.Path, label: str) -> _Run:
     config, seed, record, problem = None, None, None, ""
     try:
-        config = _flat(json.loads((workdir / "config.json").read_text()))
+        config = flat(json.loads((workdir / "config.json").read_text()))
         seed = config["seed"]
         config = {
             key: value
@@ -146,16 +147,6 @@ def _read(workdir: pathlib.Path, label: str) -> _Run:
         missing = f"it has no evaluation on {label}"
         problem = problem or (str(error) if there else missing)
     return _Run(workdir, config, seed, record, problem)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _names(configs: Sequence[dict[str, Any] | None]) -> list[str]:

@@ -20,7 +20,7 @@ from fixed_points import (
     solution,
     tanh,
 )
-from reference import DIFFERENCES, FLOAT64, central_difference, relative_error
+from reference import DIFFERENCES, FLOAT32, FLOAT64, central_difference, relative_error
 
 from implicit_slots.fixed_point import (
     GMRES,
@@ -450,6 +450,38 @@ def test_backward_solves_do_not_depend_on_the_scale_of_the_loss(name, scale):
     got, stats = both(affine, params, x, np.float32(scale) * g, **options)
     assert relative_error(got[1] / np.float32(scale), want[1]) < 1e-4
     assert not np.any(stats.failed)
+
+
+def normalised(params, x, z):
+    """Each slot's normalised vector times a number, and the input."""
+    centred = z - z.mean(axis=-1, keepdims=True)
+    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+    return params * centred * jax.lax.rsqrt(variance) + x
+
+
+def test_dense_solve_of_a_batch_of_a_models_size():
+    """With jaxlib 0.10.2 most are wrong on a CPU: a block of products takes 1 MiB."""
+    z0, x, g = np.random.default_rng(0).normal(size=(3, 16, 4, 64)).astype(np.float32)
+    with jax.enable_x64(False):
+        (_, u, _), _ = gradients(
+            normalised,
+            np.float32(0.5),
+            x,
+            g,
+            solver=Picard(max_steps=1),
+            adjoint=Implicit(solver=Dense()),
+            z0=z0,
+        )
+    # J where it is taken, by hand: (1 − 1/d − h hᵀ/d) / 2σ for each slot.
+    z0, x, g = (array.astype(np.float64) for array in (z0, x, g))
+    z = normalised(np.float64(0.5), x, z0)
+    centred = np.asarray(z - z.mean(axis=-1, keepdims=True))
+    sigma = centred.std(axis=-1)[..., None, None]
+    h = centred[..., None] / sigma
+    size = z.shape[-1]
+    jacobian = (np.eye(size) - 1 / size - h * h.swapaxes(-1, -2) / size) / 2 / sigma
+    want = np.linalg.solve(np.eye(size) - jacobian, g[..., None])[..., 0]
+    assert relative_error(u, want) < FLOAT32
 
 
 def square_root(params, x, z):
