@@ -3,10 +3,10 @@
 Command: python -m implicit_slots.main --config=configs/autoencoder_folder.py \
     --config.data.path=DIR
 Data: as configs/folder.py; masks, where the folder has some, only score.
-Cost and expected result: 3,000 steps on 918 CLEVR renders of three to six objects in
-    three and a half minutes on one core (20 steps/s): foreground ARI of the decoder's
-    masks on 108 held-out ones 0.70, 0.71, 0.66 (seeds 0, 1, 2), `:vanilla` 0.33, 0.50,
-    0.51. The whole run is not yet measured.
+Cost and expected result: `--config.num_steps=3000` on 918 CLEVR renders of three to six
+    objects in three and a half minutes on one core (20 steps/s): foreground ARI of the
+    decoder's masks on 108 held-out ones 0.70, 0.71, 0.66 (seeds 0, 1, 2), `:vanilla`
+    0.33, 0.50, 0.51. The whole run is not yet measured.
 """
 
 from configs import autoencoder_scenes, base

@@ -245,6 +245,19 @@ def steps_of(arrays: Mapping[str, np.ndarray], kind: str) -> list[int]:
     return sorted(int(step) for _, step in names)
 
 
+def blank(
+    rows: int, columns: int, size: tuple[float, float]
+) -> tuple["Figure", np.ndarray]:
+    """Returns a figure with places for pictures, [rows, columns], without axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.ravel():
+        axis.set_axis_off()
+    return figure, axes
+
+
 def montage(
     table: Table, arms: Sequence[str], *, kind: str = "attention", rows: int = 2
 ) -> "Figure":
@@ -256,18 +269,12 @@ def montage(
       kind: "attention" or "decoder": whose masks.
       rows: how many images of each arm.
     """
-    from matplotlib.figure import Figure
-
     found = {arm: arrays_of(table.runs(arm)[0], "pictures") for arm in arms}
     found = {arm: arrays for arm, arrays in found.items() if steps_of(arrays, kind)}
     columns = max((len(steps_of(a, kind)) for a in found.values()), default=1)
     lines = max(rows * len(found), 1)
-    figure = Figure(
-        figsize=(2 * columns + 1.4, 1.05 * lines + 0.4), layout="constrained"
-    )
-    axes = figure.subplots(lines, 2 * columns + 1, squeeze=False)
-    for axis in axes.ravel():
-        axis.set_axis_off()
+    size = 2 * columns + 1.4, 1.05 * lines + 0.4
+    figure, axes = blank(lines, 2 * columns + 1, size)
     for block, (arm, arrays) in enumerate(found.items()):
         for row in range(rows):
             line = axes[block * rows + row]

@@ -103,18 +103,13 @@ def draw(table: study.Table):
 
 def pictures(table: study.Table):
     """Images of the first seed, and their renders as slots go one by one."""
-    from matplotlib.figure import Figure
-
     found = {
         arm: drawing.arrays_of(table.runs(arm)[0], "slots_left") for arm in table.arms()
     }
     found = {arm: arrays for arm, arrays in found.items() if arrays}
     columns = max((len(arrays) for arrays in found.values()), default=1)
     rows = [(arm, row) for arm in found for row in range(ROWS)] or [("", 0)]
-    figure = Figure(figsize=(1.1 * columns, 1.2 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for axis in axes.ravel():
-        axis.set_axis_off()
+    figure, axes = drawing.blank(len(rows), columns, (1.1 * columns, 1.2 * len(rows)))
     for line, (arm, row) in zip(axes, rows, strict=True):
         for axis, (name, images) in zip(line, found.get(arm, {}).items(), strict=False):
             axis.imshow(np.clip(images[row], 0, 1))
