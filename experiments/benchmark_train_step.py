@@ -72,14 +72,14 @@ def build_ours(
     graphdef, params = split_model(run.build(config))
     parameters = count_parameters(params)
     optimizer = build_optimizer(config.optimizer, params, num_steps=config.num_steps)
-    train: Any = build_steps(graphdef, optimizer, config).train
+    train = build_steps(graphdef, optimizer, config).train
     image = benchmarking.draw_images(configuration)
     state, batch = jax.device_put(
         (initial_state(params, optimizer, config.optimizer), {"image": image}),
         jax.devices()[0],
     )
     begin = time.perf_counter()
-    compiled = train.lower(state, batch).compile()
+    compiled = train.compile(state, batch)
     facts = contestants.jax_facts() | {
         "parameters": parameters,
         "compilation_seconds": time.perf_counter() - begin,

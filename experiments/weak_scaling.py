@@ -125,8 +125,8 @@ def compile_step(layout: Layout) -> tuple[Any, Any, Any]:
     image = jax.ShapeDtypeStruct((layout.batch, side, side, 3), jnp.uint8)
     split = NamedSharding(mesh, PartitionSpec(sharding.DATA_AXIS))
     batch = {"image": placed(image, split)}
-    train: Any = build_steps(graphdef, optimizer, config, mesh).train
-    return train.lower(state, batch).compile(), state, batch
+    train = build_steps(graphdef, optimizer, config, mesh).train
+    return train.compile(state, batch), state, batch
 
 
 def describe(compiled: Any, state: Any) -> dict[str, Any]:

@@ -4,9 +4,22 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
 
-# Before JAX is imported.
+# Before JAX is imported, and for the processes that tests start. What runs once or twice
+# is not worth optimising; tests/test_programs.py looks at the programs that train.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if "XLA_FLAGS" not in os.environ:
+    # XLA's older code for fusions is compiled twice as fast. A version without it ends a
+    # process that is started with the flag, so that another one is asked; its answer is
+    # inherited by the workers of a session.
+    asked = "import jax; jax.jit(lambda x: x).lower(0.0).compile({'%s': False})"
+    flag = "xla_cpu_use_fusion_emitters"
+    command = [sys.executable, "-c", asked % flag]
+    done = subprocess.run(command, capture_output=True, check=False)
+    os.environ["XLA_FLAGS"] = f"--{flag}=false" if done.returncode == 0 else ""
 
 import jax
 import pytest
@@ -17,6 +30,7 @@ def compilation_cache(tmp_path_factory):
     """One cache for the session, so that nothing of it outlives the tests."""
     folder = tmp_path_factory.getbasetemp().parent / "compilation"
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +40,6 @@ def smoke_run(tmp_path_factory, worker_id):
     It takes half a minute, so that the workers of a session share one.
     """
     # After the environment is set, and not for tests of other things.
-    from small_slate import compiled_quickly
-
     from configs import scenes
     from implicit_slots.training.run import run
 
@@ -40,8 +52,7 @@ def smoke_run(tmp_path_factory, worker_id):
             config = scenes.get_config("smoke")
             config.data.cache = ""
             command = "python -m implicit_slots.main"
-            with compiled_quickly():
-                summary = run(config, shared / "smoke", command=command)
+            summary = run(config, shared / "smoke", command=command)
             (shared / "smoke.json").write_text(json.dumps(summary))
     workdir = tmp_path_factory.mktemp("runs") / "smoke"
     shutil.copytree(shared / "smoke", workdir)

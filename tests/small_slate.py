@@ -1,8 +1,6 @@
 """A SLATE that compiles in seconds."""
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 from flax import nnx
@@ -11,30 +9,6 @@ from configs import base
 from implicit_slots.config import Config
 from implicit_slots.models.slate import SLATE
 from implicit_slots.training.state import split_model
-
-# What runs once or twice is not worth optimising. XLA's older code for fusions is
-# compiled several times faster than MLIR's, and needs the same temporary memory to 64
-# bytes.
-QUICKLY = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-# The same for programs of their own, in XLA_FLAGS.
-QUICKLY_FLAGS = " ".join(f"--{name}={value}" for name, value in QUICKLY.items())
-
-
-@contextlib.contextmanager
-def compiled_quickly() -> Iterator[None]:
-    """Everything that is compiled meanwhile is compiled as `QUICKLY` says."""
-    careful = jax.jit
-    jax.jit = functools.partial(careful, compiler_options=QUICKLY)  # pyright: ignore
-    try:
-        yield
-    finally:
-        jax.jit = careful
-
 
 RESOLUTION, VOCAB, WIDTH, HEADS = 16, 7, 8, 2
 
@@ -72,5 +46,5 @@ class Compiled:
         def function(params, *arguments):
             return method(self.merge(params), *arguments)
 
-        compiled = jax.jit(function, compiler_options=QUICKLY)
+        compiled = jax.jit(function)
         return compiled(self.params, *arguments)

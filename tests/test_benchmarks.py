@@ -25,15 +25,6 @@ from implicit_slots.training.state import initial_state, split_model
 from implicit_slots.training.step import build_steps
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Half the compilation time: what is measured here is thrown away."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()  # Another module's programs are to be optimised.
-
-
 def written(out, capsys):
     """The numbers of OUT.json; OUT.md was printed and there is a picture."""
     table = (out.parent / f"{out.name}.md").read_text()
@@ -121,7 +112,7 @@ def test_flops_are_those_of_the_traced_step():
             params,
         )
         image = jax.ShapeDtypeStruct((16, 64, 64, 3), "uint8")
-        program = jax.make_jaxpr(train)(state, {"image": image})
+        program = train.trace(state, {"image": image}).jaxpr
         traced[adjoint] = 2 * multiply_adds(program.jaxpr)
         counted[adjoint] = train_step_floor.count_flops(configuration, adjoint)
         assert counted[adjoint] == pytest.approx(traced[adjoint], rel=0.05)

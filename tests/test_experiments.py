@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from small_slate import compiled_quickly
 
 from experiments import digits_deq, solver_comparison
 from implicit_slots.fixed_point import Implicit
@@ -19,10 +18,9 @@ def workdir(smoke_run):
 
 def test_solver_comparison(workdir, tmp_path, capsys):
     sizes = "--images=3 --judged=2 --steps=9 --rounds=2".split()
-    with compiled_quickly():
-        solver_comparison.main(
-            ["--smoke", f"--workdir={workdir}", f"--out={tmp_path}", *sizes]
-        )
+    solver_comparison.main(
+        ["--smoke", f"--workdir={workdir}", f"--out={tmp_path}", *sizes]
+    )
     table = (tmp_path / "solver_comparison.md").read_text()
     assert table in capsys.readouterr().out
     assert (tmp_path / "solver_comparison.png").stat().st_size > 10_000

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from scipy import stats
-from small_slate import compiled_quickly
 
 from experiments import all as all_studies
 from experiments import (
@@ -116,12 +115,11 @@ def in_process(command, log, place):
     del log, place
     flags = dict(flag[2:].split("=", 1) for flag in command[3:])
     workdir = pathlib.Path(flags.pop("workdir"))
-    with compiled_quickly():
-        if command[2] == "experiments.probes":
-            probes.main([f"--workdir={workdir}", f"--probe={flags['probe']}"])
-            return 0
-        arm = Arm("", flags.pop("config"), {k[7:]: typed(v) for k, v in flags.items()})
-        run.run(runs.resolve(arm, arm.changes["seed"]), workdir)
+    if command[2] == "experiments.probes":
+        probes.main([f"--workdir={workdir}", f"--probe={flags['probe']}"])
+        return 0
+    arm = Arm("", flags.pop("config"), {k[7:]: typed(v) for k, v in flags.items()})
+    run.run(runs.resolve(arm, arm.changes["seed"]), workdir)
     return 0
 
 

@@ -58,6 +58,13 @@ class Source(abc.ABC):
           of arrays [batch, max_objects, …] with `present` bool [batch, max_objects].
         """
 
+    def example(self) -> Example:
+        """Arrays of the shapes and types of an example; what they hold means nothing.
+
+        A source that knows them without reading says so at once.
+        """
+        return self[0]
+
     def without(
         self,
         indices: Int[np.ndarray, " batch"],

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from implicit_slots.data import rendering, scenes
-from implicit_slots.data.base import Batch, DataError, Source
+from implicit_slots.data.base import Batch, DataError, Example, Source
 from implicit_slots.data.cache import BlockCache
 from implicit_slots.data.layout import cache_folder
 
@@ -90,7 +90,8 @@ class Scenes(Source):
             )
         if not zoom >= 1:
             raise DataError(f"scenes need zoom >= 1, got {zoom}")
-        block = min(SCENES_BLOCK, self._size)
+        # The same for all splits, however small: they then share a program.
+        block = SCENES_BLOCK
         arguments: dict[str, Any] = {
             "seed": seed,
             "split": split,
@@ -108,18 +109,23 @@ class Scenes(Source):
         example = jax.tree.map(
             lambda leaf: np.empty(leaf.shape[1:], leaf.dtype), shapes
         )
-        # Ids fit into a byte; `batch` hands them out as the contract's int32.
-        for name in ("segmentation", "shadow"):
-            example[name] = example[name].astype(np.uint8)
         if split == "train" and not with_masks:
             example = {"image": example["image"]}
+        self._example = {n: v for n, v in example.items() if keys is None or n in keys}
+        # Ids fit into a byte; `batch` hands them out as the contract's int32.
+        example |= {
+            name: example[name].astype(np.uint8)
+            for name in ("segmentation", "shadow")
+            if name in example
+        }
         manifest = {
             "name": "scenes",
             **arguments,
             "with_masks": "segmentation" in example,
             "renderer": RENDERER,
-            # The same source rounds some pixels differently on these.
+            # The same source rounds some pixels differently with these.
             "jax": jax.__version__,
+            "optimised": not jax.config.read("jax_disable_most_optimizations"),
             "backend": jax.default_backend(),
             "count": self._size,
         }
@@ -141,6 +147,10 @@ class Scenes(Source):
 
     def __len__(self) -> int:
         return self._size
+
+    def example(self) -> Example:
+        """As `Source.example`; renders nothing."""
+        return self._example
 
     def batch(self, indices: Int[np.ndarray, " batch"]) -> Batch:
         """Gathers scenes, after rendering the blocks that are missing."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax import nnx
 
 from implicit_slots.config import Config
@@ -56,7 +57,7 @@ ADJOINTS = {
 
 
 def build_model(
-    config: Config, *, resolution: int, seed: int, precision: str = "float32"
+    config: Config, *, resolution: int, seed: Any, precision: str = "float32"
 ) -> Any:
     """Builds the model of a configuration's `model` section.
 
@@ -64,7 +65,7 @@ def build_model(
       config: the section; its `solver` and `adjoint` become objects, `name` picks the
         class, and everything else goes to the constructor as it stands.
       resolution: image side in pixels.
-      seed: of the initial parameters.
+      seed: of the initial parameters: an integer, which may be traced.
       precision: see `layers.set_precision`.
 
     Returns:
@@ -82,7 +83,7 @@ def build_model(
             "solver": build_solver(arguments["solver"]),
             "adjoint": build_adjoint(arguments["adjoint"]),
         },
-        rngs=nnx.Rngs(params=seed),
+        rngs=nnx.Rngs(params=jax.random.key(seed)),
     )
     set_precision(model, precision)
     return model

@@ -30,6 +30,7 @@ CHECKSUM_FILE = "checksums.json"
 ABSENT: Mapping[str, object] = {
     **penalties.ABSENT,
     "model.attention_gain": 1.0,
+    "optimize_programs": True,
     "evaluation.masks.starts": 1,
 }
 
@@ -42,6 +43,7 @@ MAY_CHANGE = {
     "checkpoint_every",
     "keep_checkpoints",
     "sharding",
+    "optimize_programs",
     "nonfinite.stop_after",
     "alarms.enabled",
     "alarms.gradient_growth",

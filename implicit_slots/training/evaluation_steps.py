@@ -25,8 +25,9 @@ from implicit_slots.models.set_prediction import (
     pairwise_distance,
 )
 from implicit_slots.models.slot_attention import SlotAttention
+from implicit_slots.training.program import bind
 from implicit_slots.training.sharding import replicated
-from implicit_slots.training.state import Purpose, purpose_key
+from implicit_slots.training.state import Given, Purpose, purpose_key
 from implicit_slots.training.step import Batch, as_float
 
 # Attributes that name an object's class; the first one that the data has counts.
@@ -87,11 +88,11 @@ def build_evaluation_steps(
             params = jax.lax.with_sharding_constraint(params, whole)
         return nnx.merge(graphdef, params)
 
-    def key_of(number):
-        return purpose_key(config.seed, Purpose.EVALUATE, number)
+    def key_of(given: Given, number):
+        return purpose_key(given.seed, Purpose.EVALUATE, number)
 
-    def encode(params, image, number) -> Encoded:
-        return model_of(params).encode(as_float(image), key=key_of(number))
+    def encode(given: Given, params, image, number) -> Encoded:
+        return model_of(params).encode(as_float(image), key=key_of(given, number))
 
     def from_start(model, image, key):
         """Masks by kind, the decoder's cross-entropy, and what a start is judged by."""
@@ -106,9 +107,9 @@ def build_evaluation_steps(
         error = (image - model.render(encoded.slots)) ** 2
         return by_name, None, error.mean(axis=(1, 2, 3))
 
-    def masks(params, batch: Batch, number):
+    def masks(given: Given, params, batch: Batch, number):
         model = model_of(params)
-        image, key = as_float(batch["image"]), key_of(number)
+        image, key = as_float(batch["image"]), key_of(given, number)
         found = from_start(model, image, key)
         if starts > 1:  # As of k-means, which has fixed points of every quality too.
 
@@ -142,9 +143,9 @@ def build_evaluation_steps(
             values |= {f"{name}/{key}": value for key, value in found.items()}
         return values
 
-    def rendering(params, image, number):
+    def rendering(given: Given, params, image, number):
         image = as_float(image)
-        rendered = model_of(params).reconstruct(image, key=key_of(number))
+        rendered = model_of(params).reconstruct(image, key=key_of(given, number))
         values = {}
         by_name = {"dvae": rendered.dvae, "slots": rendered.slots}
         by_name = {name: other for name, other in by_name.items() if other is not None}
@@ -153,24 +154,24 @@ def build_evaluation_steps(
             values |= {f"{name}/{key}": value for key, value in found.items()}
         return values, by_name
 
-    def properties(params, batch: Batch, number):
+    def properties(given: Given, params, batch: Batch, number):
         model = model_of(params)
-        encoded = model.encode(as_float(batch["image"]), key=key_of(number))
+        encoded = model.encode(as_float(batch["image"]), key=key_of(given, number))
         predicted = model.predict(encoded.slots)
         target = encode_objects(batch["objects"], predicted.shape[1])
         matched = match_sets(pairwise_distance(predicted, target))
         scores = attribute_scores(predicted, target, matched, CLASSES, REACH)
         return scores, detect(predicted, target, CLASSES, REACH)
 
-    def render(params, slots, present):
+    def render(given: Given, params, slots, present):
         return model_of(params).render(slots, present=present)
 
-    def read(params, tokens, slots, present) -> Reading:
+    def read(given: Given, params, tokens, slots, present) -> Reading:
         return model_of(params).read(tokens, slots, present=present)
 
-    def iterate(params, image, number):
+    def iterate(given: Given, params, image, number):
         model = model_of(params)
-        problem = model.slot_problem(as_float(image), key_of(number))
+        problem = model.slot_problem(as_float(image), key_of(given, number))
         applied = applications(model.slot_attention)
         trajectory = fixed_points.iterate(
             problem, steps=max(iterations, applied), trained=applied
@@ -178,7 +179,7 @@ def build_evaluation_steps(
         slots = model.slot_attention
         z = fixed_point(*problem, solver=slots.solver, adjoint=slots.adjoint).value
         at = problem.f, problem.params, problem.x, z
-        key_radius, key_norm = jax.random.split(key_of(number))
+        key_radius, key_norm = jax.random.split(key_of(given, number))
         krylov, powers = config.diagnostics.krylov, config.diagnostics.powers
         values = {
             "residual": trajectory.residual[:, applied - 1],
@@ -191,16 +192,16 @@ def build_evaluation_steps(
         }
         return values, trajectory, coupling(*at)
 
-    def restart(params, image, number):
+    def restart(given: Given, params, image, number):
         starts = jnp.repeat(image[None], settings.initialisations, axis=0)
-        problem = model_of(params).slot_problem(as_float(starts), key_of(number))
+        problem = model_of(params).slot_problem(as_float(starts), key_of(given, number))
         slots, residual, attention = fixed_points.settle(
             problem, steps=RESTART * iterations
         )
         return slots, residual, fixed_points.mask_agreement(attention)
 
     def compiled(function):
-        return jax.jit(function, out_shardings=whole)
+        return bind(function, Given.of(config), out_shardings=whole)
 
     return EvaluationSteps(
         encode=compiled(encode),

@@ -6,7 +6,8 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future
 from itertools import islice
 
 import jax
@@ -20,6 +21,7 @@ from implicit_slots.config import Config
 from implicit_slots.data import pipeline
 from implicit_slots.data.base import DataError
 from implicit_slots.data.sources import Source, usage_of
+from implicit_slots.models.outputs import Reconstruction
 from implicit_slots.training import (
     checkpoint,
     evaluate,
@@ -28,11 +30,12 @@ from implicit_slots.training import (
     processes,
     replay,
 )
+from implicit_slots.training.ahead import MEASURED
 from implicit_slots.training.alarms import Alarms
 from implicit_slots.training.checkpoint import Checkpoints
 from implicit_slots.training.evaluation_steps import EvaluationSteps
 from implicit_slots.training.preemption import Notice, Preempted
-from implicit_slots.training.program import compile_step
+from implicit_slots.training.program import Program, compile_step
 from implicit_slots.training.progress import Progress
 from implicit_slots.training.sharding import shard_batch
 from implicit_slots.training.state import TrainState
@@ -60,6 +63,7 @@ class Run:
       best: the one of the lowest validation loss.
       writer: of this workdir.
       began: when the run began, by `time.perf_counter`.
+      program: of the train step, where it is being compiled already.
     """
 
     config: Config
@@ -73,6 +77,7 @@ class Run:
     best: Checkpoints
     writer: MetricWriter
     began: float
+    program: Future[Program] | None = None
 
 
 def train(
@@ -141,7 +146,6 @@ class _Loop:
         self._best = so_far["best"]
         self._earlier = so_far["window"]
         self._window: list[metrics.Collection] = []
-        self._step = run.steps.train
 
     def run(self) -> TrainState:
         run, end = self._run, self._run.config.num_steps
@@ -159,15 +163,18 @@ class _Loop:
                 raise
             untrained = None
             if step == self._start + 1:
-                program = compile_step(run.steps.train, self._state, batch)
+                program = (
+                    compile_step(run.steps.train, self._state, batch)
+                    if run.program is None
+                    else run.program.result()
+                )
                 self._progress.write(str(program))
-                self._step = program.step
                 if self._start == 0:
                     # The step gives the old state up, and the picture of what
                     # training starts from can wait until after the first step.
-                    untrained = jax.tree.map(jnp.copy, self._state.params)
+                    untrained = jax.jit(_copied)(self._state.params)
             self._trace.before(step)
-            self._state, logged = self._step(self._state, batch)
+            self._state, logged = run.steps.train(self._state, batch)
             self._window.append(logged)
             # JAX would take orders without end; a notice to stop waits for them all.
             jax.block_until_ready(self._window[-1 - AHEAD : -AHEAD])
@@ -286,6 +293,10 @@ class _Loop:
         return functools.reduce(lambda a, b: a.merge(b), window)
 
 
+def _copied(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.copy, tree)
+
+
 def validate(run: Run, state: TrainState, source: Source) -> dict[str, float]:
     """Returns the mean losses, and foreground ARI where there are masks."""
     return _mean(
@@ -304,11 +315,12 @@ def score(run: Run, state: TrainState, source: Source) -> dict[str, float]:
     """
     if run.steps.score is None:
         return {}
-    batches = math.ceil(run.config.num_scored / _evaluated_at_once(run.config))
     return _mean(
         [
-            run.steps.score(state.evaluated, batch, number)
-            for number, batch in enumerate(islice(_evaluation(run, source), batches))
+            run.steps.score(batch, rendered)
+            for batch, rendered in _rendered(
+                run, state.evaluated, source, run.config.num_scored
+            )
         ]
     )
 
@@ -340,11 +352,14 @@ def evaluate_group(run: Run, params: PyTree, group: str) -> dict[str, float]:
 def draw(run: Run, params: PyTree, step: int) -> None:
     """Saves the reconstruction grid of the first held-out images."""
     count = min(run.config.num_pictures, len(run.validation))
-    examples = run.validation.batch(np.arange(count))
+    parts = [part for _, part in _rendered(run, params, run.validation, count)]
     # Every process computes its part of it.
-    rendered = jax.device_get(run.steps.reconstruct(params, examples["image"], 0))
+    rendered = jax.tree.map(
+        lambda *leaves: np.concatenate(leaves)[:count], *jax.device_get(parts)
+    )
     if not processes.is_main():
         return
+    examples = run.validation.batch(np.arange(count))
     picture = visualisation.reconstruction_grid(
         examples["image"],
         rendered.dvae,
@@ -356,7 +371,7 @@ def draw(run: Run, params: PyTree, step: int) -> None:
     run.writer.write_image(step, "reconstructions", picture)
 
 
-def _evaluation(run: Run, source: Source) -> Iterator[dict]:
+def _evaluation(run: Run, source: Source) -> Generator[dict]:
     """Whole passes over a source, without what the metrics do not read."""
     batches = pipeline.evaluation_batches(
         source,
@@ -367,12 +382,20 @@ def _evaluation(run: Run, source: Source) -> Iterator[dict]:
     )
     with contextlib.closing(batches):
         for batch in batches:
-            read = {
-                name: batch[name]
-                for name in ("image", "segmentation", "objects", "mask")
-                if name in batch
-            }
+            read = {name: batch[name] for name in MEASURED if name in batch}
             yield shard_batch(read, run.mesh)
+
+
+def _rendered(
+    run: Run, params: PyTree, source: Source, count: int
+) -> Iterator[tuple[dict, Reconstruction]]:
+    """Batches of the first `count` examples, and what the model makes of their images.
+
+    By the same whole batches for pictures and scores: one program.
+    """
+    batches = math.ceil(count / _evaluated_at_once(run.config))
+    for number, batch in enumerate(islice(_evaluation(run, source), batches)):
+        yield batch, run.steps.reconstruct(params, batch["image"], number)
 
 
 def _evaluated_at_once(config: Config) -> int:

@@ -1,6 +1,6 @@
 """The optimiser: Adam (SLATE: two groups), schedules, clipping, average of weights."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,15 @@ from implicit_slots.config import Config
 
 SCHEDULES = ("constant", "half_life", "cosine", "plateau")
 CLIPPINGS = ("none", "l2", "max_norm")
+# (updates made, updates to make) -> a rate, or a factor on it.
+Schedule = Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike], jax.typing.ArrayLike]
 # Optax wants some tolerance; any smaller loss counts as better in official SLATE.
 _ANY_IMPROVEMENT = 1e-30
 
 
 def build_optimizer(
     config: Config, params: dict, *, num_steps: int
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Builds the optimiser of a configuration's `optimizer` section.
 
     The dVAE's parameters (those below the key "dvae") have a rate of their own and no
@@ -27,7 +29,9 @@ def build_optimizer(
     Args:
       config: the section; see configs/base.py.
       params: nested dictionary of parameters, whose top-level keys pick the group.
-      num_steps: where a cosine schedule ends.
+      num_steps: where a cosine schedule ends, unless an update is told otherwise:
+        `update(…, num_steps=…)` may be a traced number, so that one compiled step
+        serves runs of any length.
 
     Raises:
       ValueError: if a name or a number is not one of the possible ones.
@@ -45,19 +49,21 @@ def build_optimizer(
         raise ValueError(
             f"optimizer.ema_decay must be in [0, 1), got {config.ema_decay}"
         )
-    decay = _decay(config, num_steps)
+    decay = _decay(config)
 
-    def dvae_rate(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
-        return config.dvae_learning_rate * decay(step)
+    def dvae_rate(step, num_steps) -> jax.typing.ArrayLike:
+        return config.dvae_learning_rate * decay(step, num_steps)
 
-    def main_rate(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+    def main_rate(step, num_steps) -> jax.typing.ArrayLike:
         # Official SLATE counts from one: the first update is not lost.
         warm = jnp.minimum((step + 1) / max(config.warmup_steps, 1), 1.0)
-        return config.learning_rate * (warm * decay(step))
+        return config.learning_rate * (warm * decay(step, num_steps))
 
-    groups: dict[Hashable, optax.GradientTransformation] = {"main": _adam(main_rate)}
+    groups: dict[Hashable, optax.GradientTransformation] = {
+        "main": _adam(main_rate, num_steps)
+    }
     if "dvae" in params:
-        groups["dvae"] = _adam(dvae_rate)
+        groups["dvae"] = _adam(dvae_rate, num_steps)
     labels = {key: "dvae" if key == "dvae" else "main" for key in params}
     return optax.chain(_clipping(config), optax.partition(groups, labels))
 
@@ -117,8 +123,33 @@ def cosine(config: Config, step: jax.typing.ArrayLike) -> Float[Array, ""]:
     return config.end + (config.start - config.end) * share
 
 
-def _adam(schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adam(schedule, b1=0.9, b2=0.999, eps=1e-8)
+def _adam(rate: Schedule, num_steps: int) -> optax.GradientTransformation:
+    scale = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+    return optax.chain(scale, _scale_by_rate(rate, num_steps))
+
+
+def _scale_by_rate(
+    rate: Schedule, num_steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """As `optax.scale_by_learning_rate`, of a schedule whose end comes with an update.
+
+    Its state is Optax's own.
+    """
+
+    def init(params):
+        del params
+        return optax.ScaleByScheduleState(count=jnp.int32(0))
+
+    def update(updates, state, params=None, *, num_steps=num_steps, **other):
+        del params, other
+        factor = -rate(state.count, num_steps)
+        updates = jax.tree.map(
+            lambda leaf: jnp.asarray(factor, leaf.dtype) * leaf, updates
+        )
+        count = optax.safe_increment(state.count)
+        return updates, optax.ScaleByScheduleState(count=count)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _clipping(config: Config) -> optax.GradientTransformation:
@@ -137,15 +168,17 @@ def _clipping(config: Config) -> optax.GradientTransformation:
     return clip_by_max_norm(config.clip_limit)
 
 
-def _decay(config: Config, num_steps: int) -> optax.Schedule:
-    """The factor on all rates, by the number of updates made."""
+def _decay(config: Config) -> Schedule:
+    """The factor on all rates, by the number of updates made and of those to make."""
     if config.schedule == "cosine":
 
-        def to_zero(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+        def to_zero(step, num_steps) -> jax.typing.ArrayLike:
             progress = jnp.minimum(step / num_steps, 1.0)
             return 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
         return to_zero
     if config.schedule == "half_life":
-        return optax.exponential_decay(1.0, config.half_life, 0.5)
-    return optax.constant_schedule(1.0)
+        decay = optax.exponential_decay(1.0, config.half_life, 0.5)
+    else:
+        decay = optax.constant_schedule(1.0)
+    return lambda step, num_steps: decay(step)

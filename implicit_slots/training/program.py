@@ -1,20 +1,112 @@
-"""The compiled training step, and what it costs: time to compile, FLOPs, memory."""
+"""How functions are compiled, and what the training step costs: FLOPs, memory, time."""
 
+import contextlib
+import dataclasses
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 from clu import parameter_overview
 from jaxtyping import PyTree
 
 from implicit_slots.training.state import TrainState, count_parameters
 
 
+# What JAX sets where it leaves out most optimisations. Every backend takes them.
+UNOPTIMISED = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+# XLA's older code for fusions is compiled twice as fast as MLIR's; some versions have it.
+OLDER_FUSIONS = {"xla_cpu_use_fusion_emitters": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A jitted function that gets the same first argument in every call.
+
+    A number that the function closed over would be a constant of its program, and
+    another number another program to compile.
+
+    Attributes:
+      function: jitted; its first argument is `given`.
+      given: numbers, the same in every process.
+    """
+
+    function: Any
+    given: PyTree
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(self.given, *arguments)
+
+    def trace(self, *arguments: Any) -> Any:
+        """Traces for arguments, or their shapes; returns a `jax.stages.Traced`."""
+        return self.function.trace(self.given, *arguments)
+
+    def compile(self, *arguments: Any) -> Any:
+        """Compiles for arguments, or their shapes, and runs nothing.
+
+        A later call with such arguments finds the program compiled.
+
+        Returns:
+          JAX's account of the program, `jax.stages.Compiled`.
+        """
+        return self.trace(*arguments).lower().compile()
+
+
+@contextlib.contextmanager
+def optimised(wanted: bool) -> Iterator[None]:
+    """Everything compiled meanwhile is compiled with XLA's optimisations, or without.
+
+    Without them compiling takes about half the time, and a step on a CPU longer.
+    """
+    before = without_optimisations()
+    jax.config.update("jax_disable_most_optimizations", before or not wanted)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+def without_optimisations() -> bool:
+    """Whether JAX is set to leave out most of XLA's optimisations."""
+    return jax.config.read("jax_disable_most_optimizations")
+
+
+def runs_once() -> dict[str, Any]:
+    """Options of the compiler for a program that is not worth optimising."""
+    return UNOPTIMISED | (OLDER_FUSIONS if knows(**OLDER_FUSIONS) else {})
+
+
+@functools.cache
+def knows(**options: Any) -> bool:
+    """Whether this version of XLA has these options: it is asked."""
+    try:
+        jax.jit(lambda x: x).lower(0.0).compile(options)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def bind(function: Callable[..., Any], given: PyTree, **options: Any) -> Bound:
+    """Jits a function for `Bound`, optimised or not as JAX is set now.
+
+    Args:
+      function: its first argument is `given`.
+      given: numbers, the same in every process.
+      **options: of `jax.jit`.
+    """
+    if without_optimisations():
+        options["compiler_options"] = runs_once()
+    return Bound(jax.jit(function, **options), given)
+
+
 class Program(NamedTuple):
     """A compiled training step.
 
     Attributes:
-      step: (state, batch) -> (state, metrics), as `Steps.train`.
       seconds: that compiling took.
       flops: of a step on one device, as XLA counts them: a loop's body once, and
         nothing for what a library computes. None where XLA does not say.
@@ -22,7 +114,6 @@ class Program(NamedTuple):
         where XLA does not say.
     """
 
-    step: Callable[..., Any]
     seconds: float
     flops: float | None
     memory: int | None
@@ -36,10 +127,10 @@ class Program(NamedTuple):
         return f"train step: {text}, on each device"
 
 
-def compile_step(train: Any, state: TrainState, batch: PyTree) -> Program:
-    """Compiles a jitted training step for this state and batch, and runs nothing."""
+def compile_step(train: Bound, state: TrainState, batch: PyTree) -> Program:
+    """Compiles a training step for this state and batch, and runs nothing."""
     began = time.perf_counter()
-    compiled = train.lower(state, batch).compile()
+    compiled = train.compile(state, batch)
     seconds = time.perf_counter() - began
     costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
     if memory is not None:
@@ -49,7 +140,7 @@ def compile_step(train: Any, state: TrainState, batch: PyTree) -> Program:
             + memory.temp_size_in_bytes
             - memory.alias_size_in_bytes
         )
-    return Program(compiled, seconds, (costs or {}).get("flops"), memory)
+    return Program(seconds, (costs or {}).get("flops"), memory)
 
 
 def overview(params: dict) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from implicit_slots.config import Config
@@ -33,6 +34,7 @@ from implicit_slots.training import (
     program,
     replay,
 )
+from implicit_slots.training.ahead import compile_ahead
 from implicit_slots.training.checkpoint import (
     BEST_FOLDER,
     CHECKPOINT_FOLDER,
@@ -105,8 +107,20 @@ def run(
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
     """
     began = time.perf_counter() if began is None else began
-    training = mode == "train"
     enable_compilation_cache()
+    with program.optimised(config.get("optimize_programs", True)):
+        return _run(config, workdir, mode, checkpoint, command, began)
+
+
+def _run(
+    config: Config,
+    workdir: pathlib.Path,
+    mode: str,
+    checkpoint: str,
+    command: str,
+    began: float,
+) -> dict[str, Any]:
+    training = mode == "train"
     if not processes.same(f"{config.to_json()} {workdir} {mode} {checkpoint}"):
         raise UserError(
             "the processes of this run have different configurations, workdirs or "
@@ -131,14 +145,9 @@ def run(
         # Scenes are rendered on first use: the first ones while the model is built. A
         # failure here comes up again, in the loop.
         ThreadPoolExecutor(1).submit(train.batch, np.arange(1))
-    params = split_model(build(config))[1]
-    state = initial_state(params, optimizer, config.optimizer)
-    if mode == "replay":
-        with room_in(workdir):
-            return replay.run(config, workdir, steps, state)
-    state = jax.device_put(state, state_sharding(state, mesh, config.sharding))
-
     with contextlib.ExitStack() as stack, room_in(workdir):
+        if mode == "replay":
+            return replay.run(config, workdir, steps, first_state(config, optimizer))
         with processes.together():
             open_workdir(config, workdir, training, stack)
         last, best = (
@@ -152,6 +161,25 @@ def run(
                 (BEST_FOLDER, 1),
             )
         )
+        ahead = None
+        # Several processes compile in the order of their calls.
+        if training and jax.process_count() == 1 and not is_finished(config, last):
+            assert train is not None
+            ahead = compile_ahead(
+                steps,
+                jax.eval_shape(
+                    lambda params: initial_state(params, optimizer, config.optimizer),
+                    shapes,
+                ),
+                train,
+                held_out["validation"],
+                mesh,
+                batch_size=config.batch_size,
+                accumulate=config.accumulate,
+                sharding=config.sharding,
+            )
+        state = first_state(config, optimizer)
+        state = jax.device_put(state, state_sharding(state, mesh, config.sharding))
         source = best if checkpoint == "best" else last
         found = restore(source, state, set_aside=training)
         so_far = Loop(window=[], best=None)
@@ -197,6 +225,7 @@ def run(
             best=best,
             writer=writer,
             began=began,
+            program=ahead,
         )
         introduce(this, state.params, held_out)
         old = read_summary(workdir)
@@ -218,6 +247,27 @@ def run(
             write_json(workdir / SUMMARY_FILE, summary)
             print(f"report: {write_report(workdir)}")
     return summary
+
+
+def first_state(
+    config: Config, optimizer: optax.GradientTransformationExtraArgs
+) -> TrainState:
+    """Draws the parameters and returns the state before the first update.
+
+    In one program: array by array, each shape would be compiled by itself.
+    """
+
+    def draw(seed: jax.Array) -> TrainState:
+        params = split_model(build(config, seed))[1]
+        return initial_state(params, optimizer, config.optimizer)
+
+    seed = np.asarray(config.seed)
+    return jax.jit(draw, compiler_options=program.runs_once())(seed)
+
+
+def is_finished(config: Config, checkpoints: Checkpoints) -> bool:
+    """Whether a checkpoint of the last step is there."""
+    return max(checkpoints.steps(), default=0) >= config.num_steps
 
 
 def open_data(
@@ -366,10 +416,14 @@ def load(workdir: pathlib.Path, step: int | None = None) -> tuple[Config, Any]:
             f"{path} is not a configuration of this version ({error}); train again, or "
             "read it with the version that wrote it"
         ) from error
-    # Drawing parameters that are replaced at once would take seconds.
-    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    optimizer = build_optimizer(config.optimizer, params, num_steps=config.num_steps)
-    like = initial_state(params, optimizer, config.optimizer)
+    optimizer = build_optimizer(config.optimizer, shapes, num_steps=config.num_steps)
+
+    def zeros() -> TrainState:
+        # Drawing parameters that are replaced at once would take seconds.
+        params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return initial_state(params, optimizer, config.optimizer)
+
+    like = jax.jit(zeros, compiler_options=program.runs_once())()
     folder = workdir / CHECKPOINT_FOLDER
     with contextlib.closing(Checkpoints(folder, keep=None)) as checkpoints:
         if step is None:
@@ -384,8 +438,13 @@ def load(workdir: pathlib.Path, step: int | None = None) -> tuple[Config, Any]:
     return config, nnx.merge(graphdef, found[0].evaluated)
 
 
-def build(config: Config) -> Any:
+def build(config: Config, seed: jax.typing.ArrayLike | None = None) -> Any:
     """Builds the model of a whole configuration.
+
+    Args:
+      config: the whole configuration.
+      seed: of the parameters, where it is not to be a constant of a program; the
+        configuration's if not given.
 
     Raises:
       ValueError: if a name or a value is not one of the possible ones.
@@ -393,7 +452,7 @@ def build(config: Config) -> Any:
     return build_model(
         config.model,
         resolution=config.data.resolution,
-        seed=config.seed,
+        seed=config.seed if seed is None else seed,
         precision=config.precision,
     )
 

@@ -65,7 +65,7 @@ def state_sharding(tree: PyTree, mesh: jax.sharding.Mesh, name: str) -> PyTree:
         and the moving average alike. A pass gathers the parameters alone.
     """
 
-    def place(leaf: jax.Array) -> NamedSharding:
+    def place(leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         if name == "fsdp" and mesh.size > 1 and leaf.size >= SMALLEST_SPLIT:
             divided = [n for n, size in enumerate(leaf.shape) if size % mesh.size == 0]
             if divided:

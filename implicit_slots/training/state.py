@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Int, Key, PyTree
@@ -54,6 +55,26 @@ class TrainState(NamedTuple):
         return self.ema or self.params
 
 
+class Given(NamedTuple):
+    """What a run's compiled functions are told in every call, beside its state.
+
+    They are arguments and no constants, so that a run of another seed or length finds
+    its programs in the compilation cache.
+
+    Attributes:
+      seed: of the run.
+      num_steps: where training ends.
+    """
+
+    seed: Int[np.ndarray | Array, ""]
+    num_steps: Int[np.ndarray | Array, ""]
+
+    @classmethod
+    def of(cls, config: Config) -> "Given":
+        """Those of a whole configuration."""
+        return cls(np.asarray(config.seed), np.asarray(config.num_steps, np.int32))
+
+
 class Purpose(IntEnum):
     """What a key is for: keys of different purposes never meet."""
 
@@ -66,7 +87,7 @@ class Purpose(IntEnum):
 
 
 def purpose_key(
-    seed: int, purpose: Purpose, index: jax.typing.ArrayLike
+    seed: jax.typing.ArrayLike, purpose: Purpose, index: jax.typing.ArrayLike
 ) -> Key[Array, ""]:
     """Returns the key of one step or batch: a function of (seed, purpose, index)."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), index)

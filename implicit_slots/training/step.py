@@ -27,8 +27,9 @@ from implicit_slots.models.set_prediction import CLASSES, REACH, encode_objects
 from implicit_slots.models.slate import squared_error
 from implicit_slots.training import nonfinite, penalties
 from implicit_slots.training.optimizer import build_plateau, cosine, max_norm
+from implicit_slots.training.program import Bound, bind
 from implicit_slots.training.sharding import replicated, state_sharding
-from implicit_slots.training.state import Purpose, TrainState, purpose_key
+from implicit_slots.training.state import Given, Purpose, TrainState, purpose_key
 
 Batch = dict[str, Any]
 
@@ -106,26 +107,26 @@ class Steps(NamedTuple):
         do not depend on it.
       examine: (state, batch) -> gradient, losses and other means of the step.
       validate: (params, step, batch, number of the batch) -> metrics.
-      score: (params, batch, number of the batch) -> metrics of what is rendered without
-        noise; None for a model that renders nothing.
+      score: (batch, `Reconstruction`) -> metrics of what is rendered without noise; None
+        for a model that renders nothing.
       reconstruct: (params, images, number of the batch) -> `Reconstruction`.
       diagnose: (params, images) -> what the slots' fixed points are like.
       checks: what each training step looks at; see `TrainState.faults`.
     """
 
-    train: Callable[..., Any]
+    train: Bound
     observe: Callable[..., Any] | None
-    examine: Callable[..., Any]
-    validate: Callable[..., Any]
+    examine: Bound
+    validate: Bound
     score: Callable[..., Any] | None
-    reconstruct: Callable[..., Any]
-    diagnose: Callable[..., Any]
+    reconstruct: Bound
+    diagnose: Bound
     checks: tuple[str, ...]
 
 
 def build_steps(
     graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     config: Config,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Steps:
@@ -138,7 +139,6 @@ def build_steps(
       mesh: the devices; None leaves it to JAX where results lie, which is right for
         one.
     """
-    seed = config.seed
     whole = None if mesh is None else replicated(mesh)
 
     def place(tree: PyTree) -> PyTree:
@@ -216,10 +216,10 @@ def build_steps(
             }
         return gradient, {"loss": loss, **losses, **added}, logged
 
-    def examine(state: TrainState, batch: Batch):
+    def examine(given: Given, state: TrainState, batch: Batch):
         keys = (
-            purpose_key(seed, Purpose.TRAIN, state.step),
-            purpose_key(seed, Purpose.PENALTY, state.step)
+            purpose_key(given.seed, Purpose.TRAIN, state.step),
+            purpose_key(given.seed, Purpose.PENALTY, state.step)
             if penalties.COUPLING in weights
             else None,
         )
@@ -232,10 +232,12 @@ def build_steps(
         )
         return place(gradient), losses, logged | values
 
-    def train(state: TrainState, batch: Batch):
-        gradient, losses, logged = examine(state, batch)
+    def train(given: Given, state: TrainState, batch: Batch):
+        gradient, losses, logged = examine(given, state, batch)
         last = {name: logged.pop(name) for name in kind.annealed}
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(
+            gradient, state.opt_state, state.params, num_steps=given.num_steps
+        )
         if plateau is not None:
             scale = state.plateau.scale
             updates = jax.tree.map(lambda leaf: scale * leaf, updates)
@@ -268,11 +270,11 @@ def build_steps(
         assert plateau is not None
         return plateau.update({}, state, value=loss)[1]
 
-    def validate(params, step, batch: Batch, number):
+    def validate(given: Given, params, step, batch: Batch, number):
         model = nnx.merge(graphdef, gather(params))
         output: Output = model(
             batch | {"image": as_float(batch["image"])},
-            key=purpose_key(seed, Purpose.VALIDATE, number),
+            key=purpose_key(given.seed, Purpose.VALIDATE, number),
             deterministic=True,
             **annealed(step),
         )
@@ -293,14 +295,13 @@ def build_steps(
             max_true=config.data.max_objects,
         )
 
-    def reconstruct(params, image, number) -> Reconstruction:
-        key = purpose_key(seed, Purpose.PICTURE, number)
+    def reconstruct(given: Given, params, image, number) -> Reconstruction:
+        key = purpose_key(given.seed, Purpose.PICTURE, number)
         model = nnx.merge(graphdef, gather(params))
         return model.reconstruct(as_float(image), key=key)
 
-    def score(params, batch: Batch, number) -> metrics.Collection:
+    def score(batch: Batch, rendered: Reconstruction) -> metrics.Collection:
         image = as_float(batch["image"])
-        rendered = reconstruct(params, image, number)
         errors = {
             f"{name}_mse": squared_error(image, other)
             for name, other in (("dvae", rendered.dvae), ("slot", rendered.slots))
@@ -309,10 +310,10 @@ def build_steps(
         collection = metrics.Collection.create(**_averages(*errors))
         return collection.single_from_model_output(**errors, mask=batch["mask"])
 
-    def diagnose(params, image) -> dict[str, jax.Array]:
+    def diagnose(given: Given, params, image) -> dict[str, jax.Array]:
         model = nnx.merge(graphdef, gather(params))
         key_slots, key_radius, key_norm = jax.random.split(
-            purpose_key(seed, Purpose.DIAGNOSE, 0), 3
+            purpose_key(given.seed, Purpose.DIAGNOSE, 0), 3
         )
         problem = model.slot_problem(as_float(image), key_slots)
         f, step_params, x, _ = problem
@@ -335,15 +336,18 @@ def build_steps(
             "diagnosed_residual": found.stats.residual.mean(),
         }
 
+    def bound(function: Callable[..., Any], **options: Any) -> Bound:
+        return bind(function, Given.of(config), **options)
+
     return Steps(
         # The old state is given up for the new one: half the memory.
-        train=jax.jit(train, donate_argnums=0),
+        train=bound(train, donate_argnums=1),
         observe=None if plateau is None else jax.jit(observe, out_shardings=whole),
-        examine=jax.jit(examine, out_shardings=whole),
-        validate=jax.jit(validate, out_shardings=whole),
+        examine=bound(examine, out_shardings=whole),
+        validate=bound(validate, out_shardings=whole),
         score=jax.jit(score, out_shardings=whole) if hasattr(kind, "render") else None,
-        reconstruct=jax.jit(reconstruct, out_shardings=whole),
-        diagnose=jax.jit(diagnose, out_shardings=whole),
+        reconstruct=bound(reconstruct, out_shardings=whole),
+        diagnose=bound(diagnose, out_shardings=whole),
         checks=nonfinite.checks(summed, kind.stages),
     )
 

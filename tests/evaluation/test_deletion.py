@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import FLOAT32
-from small_slate import QUICKLY, Compiled, section
+from small_slate import Compiled, section
 
 from implicit_slots.evaluation.deletion import (
     Deletions,
@@ -355,7 +355,6 @@ def test_a_model_goes_through_the_study():
     def call(method):
         compiled = jax.jit(
             lambda p, s, present: method(model.merge(p), s, present),
-            compiler_options=QUICKLY,
         )
         return lambda s, present: compiled(model.params, s, present)
 

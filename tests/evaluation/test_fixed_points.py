@@ -12,7 +12,7 @@ from reference import FLOAT32, relative_error
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from sklearn.metrics import adjusted_rand_score
-from small_slate import QUICKLY, RESOLUTION, Compiled, section
+from small_slate import RESOLUTION, Compiled, section
 
 from implicit_slots.evaluation.fixed_points import (
     CONVERGED,
@@ -60,7 +60,7 @@ def iteration(kind, steps, trained):
         problem = Problem(Toy(kind), params, x, z0)  # pyright: ignore[reportArgumentType]
         return iterate(problem, steps=steps, trained=trained)
 
-    return jax.jit(iterated, compiler_options=QUICKLY)
+    return jax.jit(iterated)
 
 
 def iterated(kind, z0, x=None, params=None, *, steps, trained=1):
@@ -262,7 +262,7 @@ def one_hot(winners, slots):
     return jnp.asarray(0.6 * attention + 0.4 / slots)
 
 
-agreement = jax.jit(mask_agreement, compiler_options=QUICKLY)
+agreement = jax.jit(mask_agreement)
 
 
 @pytest.mark.parametrize("starts", [2, 6, 20])

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_slate import QUICKLY
 
 from configs import autoencoder_clevr6, autoencoder_scenes, base
 from implicit_slots.models.build import build_model
@@ -151,7 +150,7 @@ def gradient(**changes):
         output = nnx.merge(graphdef, params)({"image": image}, key=jax.random.key(0))
         return output.losses["reconstruction"].mean()
 
-    return jax.jit(jax.grad(loss), compiler_options=QUICKLY)(params)
+    return jax.jit(jax.grad(loss))(params)
 
 
 @pytest.mark.parametrize("name", ["neumann", "unrolled", "implicit", "phantom"])

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 from reference import FLOAT32, relative_error
-from small_slate import QUICKLY, RESOLUTION, Compiled, section
+from small_slate import RESOLUTION, Compiled, section
 
 from implicit_slots.models.attention import MultiHeadAttention
 from implicit_slots.models.build import build_model
@@ -45,9 +45,7 @@ def training(compiled):
 @pytest.fixture(scope="module")
 def results(image):
     return {
-        name: jax.jit(training(compiled), compiler_options=QUICKLY)(
-            compiled.params, image
-        )
+        name: jax.jit(training(compiled))(compiled.params, image)
         for name, compiled in {
             "float32": build(),
             "bfloat16": build("bfloat16"),

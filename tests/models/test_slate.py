@@ -15,7 +15,6 @@ from small_slate import (
     VOCAB,
     WIDTH,
     Compiled,
-    compiled_quickly,
     section,
 )
 
@@ -47,12 +46,6 @@ from implicit_slots.models.transformer import TransformerDecoder
 from implicit_slots.training.state import split_model
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with compiled_quickly():
-        yield
 
 
 def initial(config):

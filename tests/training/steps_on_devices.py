@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from small_slate import compiled_quickly
 
 from configs import scenes
 from experiments.collectives import read_collectives
@@ -79,18 +78,18 @@ def train(layout: str) -> dict:
     state = initial_state(params, optimizer, config.optimizer)
     placement = sharding.state_sharding(state, mesh, name)
     state = jax.device_put(state, placement)
-    jitted: Any = build_steps(graphdef, optimizer, config, mesh).train
+    jitted = build_steps(graphdef, optimizer, config, mesh).train
     batches = feed.train_batches(
         Pictures(), mesh, batch_size=BATCH, seed=0, start_step=0, placement="host"
     )
     batch, losses = batches.next(), []
-    step = jitted.lower(state, batch).compile()
+    program = jitted.compile(state, batch)
     for _ in range(STEPS):
-        state, logged = step(state, batch)
+        state, logged = jitted(state, batch)
         batch = batches.next()
         losses.append(float(jax.device_get(logged).compute()["loss"]))
     batches.close()
-    sent = sum(found.sent for found in read_collectives(step.as_text()))
+    sent = sum(found.sent for found in read_collectives(program.as_text()))
     return {
         "losses": losses,
         "sent": sent / sum(leaf.nbytes for leaf in jax.tree.leaves(numbers)),
@@ -105,8 +104,7 @@ def main() -> None:
     several = {"coordinator": f"localhost:{port}", "count": count, "index": index}
     assert bool(processes.initialize(**several if count > 1 else {})) == (count > 1)
     sharding.SMALLEST_SPLIT = 64
-    with compiled_quickly():
-        print(json.dumps({layout: train(layout) for layout in sys.argv[4:]}))
+    print(json.dumps({layout: train(layout) for layout in sys.argv[4:]}))
 
 
 if __name__ == "__main__":

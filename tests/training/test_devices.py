@@ -11,7 +11,6 @@ import sys
 
 import numpy as np
 import pytest
-from small_slate import QUICKLY_FLAGS, compiled_quickly
 
 from configs import scenes
 from implicit_slots.training.run import run
@@ -29,7 +28,8 @@ def free_port():
 
 
 def environment(devices):
-    flags = f"--xla_force_host_platform_device_count={devices} {QUICKLY_FLAGS}"
+    flags = os.environ["XLA_FLAGS"]
+    flags += f" --xla_force_host_platform_device_count={devices}"
     path = os.pathsep.join(str(HERE.parents[n]) for n in (0, 1))
     return {
         **os.environ,
@@ -173,7 +173,7 @@ def test_another_number_of_devices_goes_on(preempted, smoke_run):
     workdir = preempted[0]
     config = scenes.get_config("smoke")
     config.data.cache = ""
-    with compiled_quickly(), contextlib.chdir(HERE.parents[1]):
+    with contextlib.chdir(HERE.parents[1]):
         summary = run(config, workdir)
     reference, wanted = smoke_run
     for ours, theirs in zip(

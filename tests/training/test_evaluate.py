@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 from PIL import Image
 from sklearn.metrics import adjusted_rand_score
-from small_slate import compiled_quickly
 
 from configs import autoencoder_scenes, folder, scenes, set_prediction_scenes
 from implicit_slots.data import sources
@@ -47,8 +46,7 @@ def history(workdir):
 
 @pytest.fixture(scope="module")
 def record(workdir, history):
-    with compiled_quickly():
-        return run.run(smoke(), workdir, mode="evaluate", command="again")
+    return run.run(smoke(), workdir, mode="evaluate", command="again")
 
 
 def test_every_metric_of_the_table_is_measured_or_its_absence_explained(record):
@@ -137,8 +135,7 @@ def test_of_several_starts_the_one_that_reconstructs_best_is_scored(file):
         steps = build_evaluation_steps(graphdef, config, mesh)
         subject = evaluate.Subject(config, steps, params, mesh, source, 4, quiet=True)
         found[starts] = evaluate.Findings()
-        with compiled_quickly():
-            evaluate.masks(subject, found[starts])
+        evaluate.masks(subject, found[starts])
     assert not any("initial slots" in note for note in found[1].notes)
     assert any("best of 3 initial slots" in note for note in found[3].notes)
 
@@ -162,11 +159,8 @@ def test_of_several_starts_the_one_that_reconstructs_best_is_scored(file):
         return forced.cross_entropy.sum(axis=(1, 2)), *scores
 
     key = purpose_key(config.seed, Purpose.EVALUATE, 0)
-    with compiled_quickly():
-        keys = [key, *(jax.random.fold_in(key, start) for start in (1, 2))]
-        errors, *scores = np.array([by_hand(params, key) for key in keys]).swapaxes(
-            0, 1
-        )
+    keys = [key, *(jax.random.fold_in(key, start) for start in (1, 2))]
+    errors, *scores = np.array([by_hand(params, key) for key in keys]).swapaxes(0, 1)
     best = errors.argmin(axis=0)
     assert best.any()  # Else nothing is chosen here.
     for starts, chosen in ((1, 0 * best), (3, best)):
@@ -234,8 +228,7 @@ def test_images_without_masks_leave_out_what_needs_them(workdir, record, tmp_pat
     other.update(path=str(tmp_path / "images"), cache="", resolution=16)
     other.update(test_fraction=0.2)
     config.data = other
-    with compiled_quickly():
-        found = run.run(config, copy, mode="evaluate")
+    found = run.run(config, copy, mode="evaluate")
     assert found["label"].startswith("folder-test-") and found["images"] == 8
     assert found["absent"]["Segmentation"] == evaluate.NO_MASKS
     assert found["absent"]["counterfactual_error"] == evaluate.NO_RENDERER
@@ -248,8 +241,7 @@ def test_training_logs_the_same_numbers_at_their_own_intervals(tmp_path):
     changes = {f"evaluation.{group}.every": 5 for group in ("masks", "deletion")}
     changes |= {"num_steps": 10, "evaluation.rendering.every": 10}
     config = smoke(**changes)
-    with compiled_quickly():
-        run.run(config, tmp_path / "run")
+    run.run(config, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
 
@@ -280,7 +272,7 @@ def test_weights_that_are_not_there_are_a_sentence(workdir, record, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(workdir, copy)
     config = smoke(**{"evaluation.inception": str(tmp_path / "nothing.pth")})
-    with pytest.raises(UserError, match=r"nothing\.pth"), compiled_quickly():
+    with pytest.raises(UserError, match=r"nothing\.pth"):
         run.run(config, copy, mode="evaluate")
 
 

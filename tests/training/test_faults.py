@@ -7,7 +7,6 @@ import signal
 
 import numpy as np
 import pytest
-from small_slate import compiled_quickly
 from training.test_run import final_state, smoke
 
 from implicit_slots.data.base import DataError
@@ -18,12 +17,6 @@ from implicit_slots.training.nonfinite import NonFiniteRun
 from implicit_slots.training.preemption import Preempted, noticed
 from implicit_slots.training.workdir import locked
 from implicit_slots.training.writer import MetricWriter, read_metrics
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with compiled_quickly():
-        yield
 
 
 def steps_of(workdir):

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from small_slate import compiled_quickly
 
 from configs import autoencoder_scenes, scenes, set_prediction_scenes
 from implicit_slots.evaluation.average_precision import THRESHOLDS
@@ -27,9 +26,8 @@ def smoke(module):
 
 def trained(module, workdir):
     config = smoke(module)
-    with compiled_quickly():
-        summary = run.run(config, workdir, command="first")
-        record = run.run(config, workdir, mode="evaluate", command="again")
+    summary = run.run(config, workdir, command="first")
+    record = run.run(config, workdir, mode="evaluate", command="again")
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return summary, record, [json.loads(line) for line in lines], workdir
 
@@ -120,8 +118,7 @@ def test_a_step_of_nested_arrays_is_replayed(predictor):
     source = run.sources.build(config.data, "train", reads)
     faults = state.faults._replace(last=np.int32(2), skipped=np.int32(1))
     replay.write(config, workdir, source, state._replace(faults=faults))
-    with compiled_quickly():
-        found = run.run(config, workdir, mode="replay")
+    found = run.run(config, workdir, mode="replay")
     assert found == {"step": 2, "failed": None}
 
 

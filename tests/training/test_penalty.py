@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from reference import FLOAT32, relative_error
-from small_slate import compiled_quickly
 
 from configs import autoencoder_scenes, scenes, set_prediction_scenes
 from implicit_slots.models import slot_attention
@@ -33,12 +32,6 @@ from implicit_slots.training.step import build_steps
 BATCH = 4
 ENTROPY, COUPLING = "penalty_attention_entropy", "penalty_slot_coupling"
 MODULES = (autoencoder_scenes, set_prediction_scenes, scenes)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with compiled_quickly():
-        yield
 
 
 def smoke(module, **weights):
@@ -155,7 +148,7 @@ def test_without_weights_nothing_is_computed(module, monkeypatch):
     monkeypatch.setattr(penalties, "attention_entropy", refuse)
     config = smoke(module)
     _, state, steps = prepared(config, traced=True)
-    _, losses, logged = jax.eval_shape(steps.examine, state, batch_for(config))
+    _, losses, logged = steps.examine.trace(state, batch_for(config)).out_info
     assert not any(name.startswith("penalty") for name in (*losses, *logged))
     assert not any("penalty" in name for name in steps.checks)
 
@@ -171,7 +164,7 @@ def test_without_weights_nothing_is_computed(module, monkeypatch):
 def test_models_take_each_penalty_with_and_without_the_other(module, weights, names):
     config = smoke(module, **weights)
     _, state, steps = prepared(config, traced=True)
-    _, losses, _ = jax.eval_shape(steps.examine, state, batch_for(config))
+    _, losses, _ = steps.examine.trace(state, batch_for(config)).out_info
     assert {name for name in losses if name.startswith("penalty")} == names
 
 

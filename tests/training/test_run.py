@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from small_slate import compiled_quickly
 
 from configs import folder, scenes
 from implicit_slots.data import sources
@@ -23,12 +22,6 @@ from implicit_slots.training.workdir import LOCK_FILE, write_json
 from implicit_slots.training.writer import MetricWriter, read_metrics
 
 CLEVR = pathlib.Path(__file__).parents[3] / "shared" / "data" / "clevr_blender"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with compiled_quickly():
-        yield
 
 
 def smoke(**changes):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from reference import FLOAT32, relative_error
-from small_slate import compiled_quickly
 
 from configs import scenes
 from implicit_slots.models.slate import SLATE
@@ -28,20 +27,17 @@ def compiled():
     config = scenes.get_config("smoke")
     config.optimizer.update(ema_decay=DECAY, schedule="plateau", warmup_steps=0)
     config.nonfinite.stop_after = STOP
-    with compiled_quickly():
-        graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
-        rng = np.random.default_rng(0)
-        params = jax.tree.map(
-            lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), leaf.dtype),
-            shapes,
-        )
-        optimizer = build_optimizer(config.optimizer, params, num_steps=20)
-        state = initial_state(params, optimizer, config.optimizer)
-        steps = build_steps(graphdef, optimizer, config)
-        jitted: Any = steps.train
-        train = jitted.lower(state, batch()).compile()
+    graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), leaf.dtype),
+        shapes,
+    )
+    optimizer = build_optimizer(config.optimizer, params, num_steps=20)
+    state = initial_state(params, optimizer, config.optimizer)
+    steps = build_steps(graphdef, optimizer, config)
     # It gives its state up: each call gets a copy.
-    return lambda s, b: train(jax.tree.map(jnp.copy, s), b), state, steps.checks
+    return lambda s, b: steps.train(jax.tree.map(jnp.copy, s), b), state, steps.checks
 
 
 def batch(seed=0, bad=False):
