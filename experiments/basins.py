@@ -20,7 +20,7 @@ from experiments.probes import ITERATIONS
 from experiments.runs import Arm
 from experiments.scales import VANILLA
 from experiments.statistics import Rule
-from implicit_slots.training.checkpoint import CONFIG_FILE
+from implicit_slots.training.saved import CONFIG_FILE
 
 GROWTH = "cross_entropy, most / trained iterations"
 

@@ -27,9 +27,9 @@ import numpy as np
 
 from implicit_slots.config import Config, flat
 from implicit_slots.data.layout import write_whole
-from implicit_slots.training.checkpoint import ABSENT, CONFIG_FILE
 from implicit_slots.training.errors import UserError
 from implicit_slots.training.nonfinite import REPLAY_FOLDER
+from implicit_slots.training.saved import ABSENT, CONFIG_FILE
 from implicit_slots.training.workdir import SUMMARY_FILE, read_summary
 
 OUTCOME_FILE = "outcome.json"

@@ -356,11 +356,11 @@ def _write_run(
     from implicit_slots.training import run
     from implicit_slots.training.checkpoint import (
         CHECKPOINT_FOLDER,
-        CONFIG_FILE,
         Checkpoints,
     )
     from implicit_slots.training.checks import check
     from implicit_slots.training.optimizer import build_optimizer
+    from implicit_slots.training.saved import CONFIG_FILE
     from implicit_slots.training.state import initial_state, split_model
     from implicit_slots.training.workdir import write_json
 

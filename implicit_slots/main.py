@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from implicit_slots.command_line import flag_value, is_flag, parse
-from implicit_slots.training import saved
+from implicit_slots.training import false_alarms, saved
 from implicit_slots.training.allocator import keep_freed_memory
 
 _BEGAN = time.perf_counter()
@@ -76,19 +76,20 @@ def main(_: list[str]) -> None:
     # Orbax and clu report every file they touch at INFO.
     logging.set_verbosity(logging.WARNING)
     keep_freed_memory()
-    # After the flags are parsed: --help needs no JAX.
-    from implicit_slots.data.base import DataError
-    from implicit_slots.training import processes
-    from implicit_slots.training.errors import UserError
-    from implicit_slots.training.preemption import Preempted
-    from implicit_slots.training.run import run
-
+    false_alarms.leave_out()
     config = _CONFIG.value
     workdirs = (_WORKDIR.value or "").split(",")
     if len(workdirs) > 1:
         sys.exit(_compare(workdirs))
     if _DATA.value and _MODE.value != "evaluate":
         sys.exit("error: --data is for --mode=evaluate; --config says what to train on")
+    # After the flags are looked at, and --help: they need no JAX.
+    from implicit_slots.data.base import DataError
+    from implicit_slots.training import processes
+    from implicit_slots.training.errors import UserError
+    from implicit_slots.training.preemption import Preempted
+    from implicit_slots.training.run import run
+
     workdir = pathlib.Path(_WORKDIR.value or os.path.join("runs", config.name))
     try:
         if where := processes.initialize(

@@ -7,14 +7,14 @@ import shutil
 import subprocess
 import sys
 
-# Before JAX is imported, and for the processes that tests start. What runs once or twice
-# is not worth optimising; tests/test_programs.py looks at the programs that train.
+# Before JAX is imported, and for the processes that tests start. What runs once or
+# twice is not worth optimising; test_programs.py looks at the programs that train.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "XLA_FLAGS" not in os.environ:
-    # XLA's older code for fusions is compiled twice as fast. A version without it ends a
-    # process that is started with the flag, so that another one is asked; its answer is
-    # inherited by the workers of a session.
+    # XLA's older code for fusions is compiled twice as fast. A version without it ends
+    # a process that is started with the flag, so that another one is asked; the
+    # workers of a session inherit its answer.
     asked = "import jax; jax.jit(lambda x: x).lower(0.0).compile({'%s': False})"
     flag = "xla_cpu_use_fusion_emitters"
     command = [sys.executable, "-c", asked % flag]

@@ -36,6 +36,7 @@ def written(out, capsys):
     return numbers["results"]["tiny"], table
 
 
+@pytest.mark.slow
 def test_train_step(tmp_path, capsys):
     out = tmp_path / "v1.5"
     sizes = "--configurations=tiny --adjoints=implicit --rounds=2 --steps=3".split()
@@ -52,6 +53,7 @@ def test_train_step(tmp_path, capsys):
     assert ours["ratios"] == {}
 
 
+@pytest.mark.slow
 def test_sampling(tmp_path, capsys):
     sizes = "--configurations=tiny --batch=3 --rounds=2 --steps=2".split()
     benchmark_sampling.main([f"--out={tmp_path / 's'}", *sizes], isolate=False)
@@ -64,6 +66,7 @@ def test_sampling(tmp_path, capsys):
         assert f"| {name} |" in table
 
 
+@pytest.mark.slow
 def test_memory(tmp_path, capsys):
     sizes = "--configurations=tiny --iterations=15,3 --repeats=1".split()
     adjoints = "neumann 1", "unrolled"
@@ -95,6 +98,7 @@ def test_every_adjoint_of_the_memory_table_can_be_built(adjoint):
     assert slots.solver.max_steps == 5 and slots.num_slots == 3
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_traced_step():
     configuration = CONFIGURATIONS["b"]
     traced, counted = {}, {}
@@ -174,6 +178,7 @@ def build_counting(limit: int) -> Bench:
     return Bench(step, lambda _: None, facts, lambda: len(steps), chained=False)
 
 
+@pytest.mark.slow
 def test_contestants_have_processes_of_their_own():
     ours = Contestant("ours", build_counting, 2, steps=1)
     assert ours.facts["process"] != os.getpid()

@@ -16,6 +16,7 @@ def workdir(smoke_run):
     return smoke_run[0]
 
 
+@pytest.mark.slow
 def test_solver_comparison(workdir, tmp_path, capsys):
     sizes = "--images=3 --judged=2 --steps=9 --rounds=2".split()
     solver_comparison.main(
@@ -65,6 +66,7 @@ def test_a_run_is_loaded_at_each_of_its_checkpoints(workdir):
         load(workdir, 11)
 
 
+@pytest.mark.slow
 def test_digits(monkeypatch, capsys):
     kept = {
         name: pair

@@ -12,7 +12,6 @@ import os
 import pathlib
 import subprocess
 import sys
-from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -7,6 +7,11 @@ import sys
 
 import pytest
 
+from configs import folder
+from implicit_slots.data.base import DataError
+from implicit_slots.training.errors import UserError
+from implicit_slots.training.run import run
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -46,15 +51,24 @@ def test_bad_flags_are_one_sentence(arguments, code, sentence):
 
 
 def test_bad_data_is_one_sentence_with_exit_code_1(tmp_path):
-    for path in ("", f"{tmp_path / 'nowhere'}", f"{tmp_path}"):
-        result = command(
-            "--config=configs/folder.py",
-            f"--config.data.path={path}",
-            f"--workdir={tmp_path / 'run'}",
-        )
-        assert result.returncode == 1, result.stderr
-        assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
-        assert not (tmp_path / "run").exists()
+    result = command(
+        "--config=configs/folder.py",
+        f"--config.data.path={tmp_path / 'nowhere'}",
+        f"--workdir={tmp_path / 'run'}",
+    )
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", ["", "empty"])
+def test_bad_data_writes_nothing(path, tmp_path):
+    (tmp_path / "empty").mkdir()
+    config = folder.get_config()
+    config.data.path = path and str(tmp_path / path)
+    with pytest.raises((UserError, DataError)):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_devices_must_divide_the_batch(tmp_path):

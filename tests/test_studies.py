@@ -139,6 +139,7 @@ def smoke(tmp_path_factory):
     return out, flags
 
 
+@pytest.mark.slow
 def test_every_study_ends_in_a_figure_a_table_and_a_verdict(smoke):
     out, _ = smoke
     # What needs weights, or a run that has passed more than one checkpoint.
@@ -167,6 +168,7 @@ def test_every_study_ends_in_a_figure_a_table_and_a_verdict(smoke):
         assert not missing, one.name
 
 
+@pytest.mark.slow
 def test_nothing_is_made_twice_and_studies_share_runs(smoke, capsys):
     out, flags = smoke
     made = sorted(path.name for path in (out / "runs").iterdir() if path.is_dir())
@@ -282,6 +284,7 @@ def test_being_told_to_stop_is_passed_on_to_what_was_started(tmp_path):
     assert log.read_text() == "here\nagain\n"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_worse_than_guessing_has_diverged(smoke, tmp_path):
     out, _ = smoke
     table = read(out)
@@ -309,6 +312,7 @@ def read(out):
     return study.gather(fig9_deletion.STUDY, done)
 
 
+@pytest.mark.slow
 def test_slots_go_one_by_one_from_the_render_of_all(smoke):
     for one in read(smoke[0]).done:
         left, all_of_them = (
@@ -323,6 +327,7 @@ def test_slots_go_one_by_one_from_the_render_of_all(smoke):
         assert np.any(left["left/1"] != left[f"left/{counts[-1]}"])
 
 
+@pytest.mark.slow
 def test_matching_compares_where_both_have_the_same_cross_entropy(smoke):
     rows, done = [], read(smoke[0]).done
     steps = np.array([0, 100, 200, 300])

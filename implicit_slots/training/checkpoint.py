@@ -6,7 +6,7 @@ import json
 import logging as standard_logging
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, TypedDict
 
 import google_crc32c
@@ -16,23 +16,15 @@ from absl import logging
 
 from implicit_slots.config import Config, flat
 from implicit_slots.data.layout import write_whole
-from implicit_slots.training import penalties, processes
+from implicit_slots.training import processes
 from implicit_slots.training.errors import UserError
+from implicit_slots.training.saved import ABSENT, CONFIG_FILE
 from implicit_slots.training.state import TrainState
 
-CONFIG_FILE = "config.json"
 CHECKPOINT_FOLDER = "checkpoints"
 BEST_FOLDER = "best"
 DAMAGED_FOLDER = "damaged"
 CHECKSUM_FILE = "checksums.json"
-
-# Keys that configurations of older versions lack, and what their absence means.
-ABSENT: Mapping[str, object] = {
-    **penalties.ABSENT,
-    "model.attention_gain": 1.0,
-    "optimize_programs": True,
-    "evaluation.masks.starts": 1,
-}
 
 # What a run may change when it goes on; anything else makes it another run.
 MAY_CHANGE = {

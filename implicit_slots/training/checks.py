@@ -4,13 +4,14 @@ import jax
 
 from implicit_slots.config import Config
 from implicit_slots.data import sources
+from implicit_slots.data.base import expand
 from implicit_slots.models.build import MODELS, model_class
 from implicit_slots.models.dvae import STRIDE
 from implicit_slots.models.noise import MOST_WORDS
 from implicit_slots.training import feed, penalties
-from implicit_slots.training.checkpoint import ABSENT
 from implicit_slots.training.errors import UserError
 from implicit_slots.training.evaluate import GROUPS
+from implicit_slots.training.saved import ABSENT
 from implicit_slots.training.sharding import SHARDINGS
 
 MODES = ("train", "evaluate", "replay")
@@ -57,7 +58,7 @@ NOT_NEGATIVE = (
     "profile.start",
     *(f"evaluation.{group}.every" for group in GROUPS),
     *(f"evaluation.{group}.num_images" for group in ANY_NUMBER),
-    *penalties.ABSENT,
+    *penalties.KEYS,
 )
 
 
@@ -87,6 +88,11 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
         raise UserError(
             f"config.evaluation.split must be one of {', '.join(sources.SPLITS)}, got "
             f"{config.evaluation.split!r}"
+        )
+    weights_file = config.evaluation.inception
+    if weights_file and not expand(weights_file).exists():
+        raise UserError(
+            f"there is no file {weights_file}, which config.evaluation.inception names"
         )
     for section in ("model", "diagnostics", "nonfinite", "alarms", "profile"):
         flat |= {f"{section}.{key}": value for key, value in config[section].items()}

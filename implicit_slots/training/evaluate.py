@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from implicit_slots.config import Config
 from implicit_slots.data import pipeline
-from implicit_slots.data.base import Batch
+from implicit_slots.data.base import Batch, expand
 from implicit_slots.data.layout import write_whole
 from implicit_slots.data.sources import Source, usage_of
 from implicit_slots.evaluation import (
@@ -165,7 +165,7 @@ def rendering(subject: Subject, findings: Findings) -> None:
     settings = subject.config.evaluation
     features: dict[str, Any] = {"frechet_random": jax.jit(frechet.random_features)}
     if settings.inception:
-        weights = inception.load(pathlib.Path(settings.inception))
+        weights = inception.load(expand(settings.inception))
         network = jax.jit(inception.features)
         features["fid"] = lambda images: network(weights, images)
     else:

@@ -1,6 +1,7 @@
 """The optimiser: Adam (SLATE: two groups), schedules, clipping, average of weights."""
 
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from implicit_slots.config import Config
 SCHEDULES = ("constant", "half_life", "cosine", "plateau")
 CLIPPINGS = ("none", "l2", "max_norm")
 # (updates made, updates to make) -> a rate, or a factor on it.
-Schedule = Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike], jax.typing.ArrayLike]
+Schedule = Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike], Any]
 # Optax wants some tolerance; any smaller loss counts as better in official SLATE.
 _ANY_IMPROVEMENT = 1e-30
 

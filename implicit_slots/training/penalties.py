@@ -39,8 +39,7 @@ PENALTIES: Mapping[str, Callable[[Output], Float[Array, " batch"]]] = {
 }
 # The one that needs a product with J, which a model makes where it is asked to.
 COUPLING = "slot_coupling"
-# What a configuration of a version without penalties means, its keys with dots.
-ABSENT: Mapping[str, float] = {f"{SECTION}.{name}": 0.0 for name in PENALTIES}
+KEYS = tuple(f"{SECTION}.{name}" for name in PENALTIES)
 
 
 def weights(config: Config) -> dict[str, Any]:

@@ -13,13 +13,12 @@ from jaxtyping import PyTree
 
 from implicit_slots.training.state import TrainState, count_parameters
 
-
 # What JAX sets where it leaves out most optimisations. Every backend takes them.
 UNOPTIMISED = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
-# XLA's older code for fusions is compiled twice as fast as MLIR's; some versions have it.
+# XLA's older code for fusions is compiled twice as fast. Not every version has it.
 OLDER_FUSIONS = {"xla_cpu_use_fusion_emitters": False}
 
 
@@ -39,6 +38,7 @@ class Bound:
     given: PyTree
 
     def __call__(self, *arguments: Any) -> Any:
+        """Calls the function with `given` and the arguments."""
         return self.function(self.given, *arguments)
 
     def trace(self, *arguments: Any) -> Any:

@@ -38,7 +38,6 @@ from implicit_slots.training.ahead import compile_ahead
 from implicit_slots.training.checkpoint import (
     BEST_FOLDER,
     CHECKPOINT_FOLDER,
-    CONFIG_FILE,
     Checkpoints,
     Damaged,
     Loop,
@@ -54,7 +53,7 @@ from implicit_slots.training.evaluation_steps import (
 )
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.report import write_report
-from implicit_slots.training.saved import read_config
+from implicit_slots.training.saved import CONFIG_FILE, read_config
 from implicit_slots.training.sharding import build_mesh, replicated, state_sharding
 from implicit_slots.training.state import (
     TrainState,

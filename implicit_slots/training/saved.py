@@ -1,18 +1,28 @@
 """The configuration of a run that is there, so that a command need not repeat it.
 
-`main` passes this file as --config where a --workdir is given without one.
+`main` passes this file as --config where a --workdir is given without one. It imports
+no JAX: what is wrong with a command is said before that is loaded.
 """
 
 import importlib.util
 import json
 import pathlib
 import types
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
 from implicit_slots.config import Config
-from implicit_slots.training.checkpoint import ABSENT, CONFIG_FILE
 
+CONFIG_FILE = "config.json"
+# Keys that configurations of older versions lack, and what their absence means.
+ABSENT: Mapping[str, object] = {
+    "penalty.attention_entropy": 0.0,
+    "penalty.slot_coupling": 0.0,
+    "model.attention_gain": 1.0,
+    "optimize_programs": True,
+    "evaluation.masks.starts": 1,
+}
 # Between the workdir and the file whose data section takes the place of the run's.
 SEPARATOR = "\n"
 

@@ -107,8 +107,8 @@ class Steps(NamedTuple):
         do not depend on it.
       examine: (state, batch) -> gradient, losses and other means of the step.
       validate: (params, step, batch, number of the batch) -> metrics.
-      score: (batch, `Reconstruction`) -> metrics of what is rendered without noise; None
-        for a model that renders nothing.
+      score: (batch, `Reconstruction`) -> metrics of what is rendered without noise;
+        None for a model that renders nothing.
       reconstruct: (params, images, number of the batch) -> `Reconstruction`.
       diagnose: (params, images) -> what the slots' fixed points are like.
       checks: what each training step looks at; see `TrainState.faults`.

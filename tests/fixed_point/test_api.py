@@ -81,6 +81,15 @@ CROSS = [
     ("anderson", "unrolled"),
     ("broyden", "gmres"),
 ]
+# Every solver, and one backward pass of each kind: loop, series, solve.
+KINDS = [
+    ("picard", "unrolled"),
+    ("picard", "truncated"),
+    ("picard", "adaptive"),
+    ("anderson", "neumann"),
+    ("broyden", "gmres"),
+]
+each_of_kinds = pytest.mark.parametrize(("solver", "adjoint"), KINDS)
 each_of_cross = pytest.mark.parametrize(("solver", "adjoint"), CROSS)
 each_adjoint = pytest.mark.parametrize("adjoint", ADJOINTS)
 PICARD = Picard(max_steps=400)
@@ -133,16 +142,7 @@ def test_each_example_gets_what_it_gets_alone(solver, adjoint):
     assert together.stats.steps[0] != together.stats.steps[1]
 
 
-@pytest.mark.parametrize(
-    ("solver", "adjoint"),
-    [
-        ("picard", "unrolled"),
-        ("picard", "adaptive"),
-        ("picard", "bicgstab"),
-        ("anderson", "neumann"),
-        ("broyden", "gmres"),
-    ],
-)
+@each_of_kinds
 def test_batch_of_one(solver, adjoint):
     params, x, g = problem()
     options = {"solver": SOLVERS[solver], "adjoint": ADJOINTS[adjoint]}
@@ -175,7 +175,7 @@ def gradient_with_aux(solver, adjoint):
     return gradient(params)
 
 
-@each_of_cross
+@each_of_kinds
 def test_one_more_step_moves_nothing_and_auxiliary_output_is_the_last(solver, adjoint):
     solver = type(SOLVERS[solver])(max_steps=80, rtol=1e-13)
     params, x, _ = problem(radius=0.3)
@@ -193,7 +193,7 @@ def test_one_more_step_moves_nothing_and_auxiliary_output_is_the_last(solver, ad
     assert_equal(got, exact, DIFFERENCES)
 
 
-@each_of_cross
+@each_of_kinds
 def test_nested_trees_and_mixed_dtypes(solver, adjoint):
     params, x, _ = problem()
 
@@ -353,7 +353,7 @@ def temporary_bytes(adjoint, solver):
 
 
 @pytest.mark.parametrize(
-    ("solver", "adjoint"), [pair for pair in CROSS if pair[1] != "unrolled"]
+    ("solver", "adjoint"), [pair for pair in KINDS if pair[1] != "unrolled"]
 )
 def test_memory_is_flat_in_the_number_of_iterations(solver, adjoint):
     make = {

@@ -13,7 +13,6 @@ import functools
 import json
 import sys
 import traceback
-from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -16,6 +16,8 @@ from configs import scenes
 from implicit_slots.training.run import run
 from implicit_slots.training.writer import read_metrics
 
+pytestmark = pytest.mark.slow  # several real processes
+
 HERE = pathlib.Path(__file__).parent
 # Relative, of losses: sums over the batch are added up in another order.
 TOLERANCE = 1e-5

@@ -122,6 +122,7 @@ def test_more_masks_than_slots_are_told(record):
     assert any("more masks (objects and ground)" in note for note in record["notes"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", [scenes, autoencoder_scenes])
 def test_of_several_starts_the_one_that_reconstructs_best_is_scored(file):
     config = file.get_config("smoke")
@@ -215,6 +216,7 @@ def test_other_data_have_a_place_of_their_own(workdir, record, tmp_path):
         run.run(smoke(**{"data.resolution": 32}), copy, mode="evaluate")
 
 
+@pytest.mark.slow
 def test_images_without_masks_leave_out_what_needs_them(workdir, record, tmp_path):
     rng = np.random.default_rng(0)
     for index in range(40):
@@ -237,6 +239,7 @@ def test_images_without_masks_leave_out_what_needs_them(workdir, record, tmp_pat
     assert any("own decoder mask" in note for note in found["notes"])
 
 
+@pytest.mark.slow
 def test_training_logs_the_same_numbers_at_their_own_intervals(tmp_path):
     changes = {f"evaluation.{group}.every": 5 for group in ("masks", "deletion")}
     changes |= {"num_steps": 10, "evaluation.rendering.every": 10}

@@ -83,6 +83,7 @@ def test_a_second_ctrl_c_stops_at_once():
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_data_that_vanish_cost_no_step(stopped_at, smoke_run, tmp_path, monkeypatch):
     def vanish():
         raise DataError("x.png is gone")
@@ -96,6 +97,7 @@ def test_data_that_vanish_cost_no_step(stopped_at, smoke_run, tmp_path, monkeypa
     assert_finished_like(tmp_path / "run", smoke_run)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_only_time(smoke_run, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(smoke_run[0], workdir)
@@ -113,6 +115,7 @@ def test_a_damaged_checkpoint_costs_only_time(smoke_run, tmp_path, capsys):
     assert_finished_like(workdir, smoke_run)
 
 
+@pytest.mark.slow
 def test_a_disk_that_cannot_be_written_is_a_sentence(smoke_run, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "no room")
@@ -125,6 +128,7 @@ def test_a_disk_that_cannot_be_written_is_a_sentence(smoke_run, tmp_path, monkey
     assert_finished_like(tmp_path / "run", smoke_run)
 
 
+@pytest.mark.slow
 def test_a_second_run_of_the_same_workdir_is_refused(tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
@@ -137,6 +141,7 @@ def test_a_second_run_of_the_same_workdir_is_refused(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_the_best_state_is_kept_and_evaluated(smoke_run, tmp_path, monkeypatch):
     """By validation loss; a worse one later does not take its place."""
     losses = iter([3.0, 1.0, float("nan"), 2.0])

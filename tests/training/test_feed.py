@@ -118,6 +118,7 @@ def test_devices_share_the_single_devices_batch(single):
     assert held == single
 
 
+@pytest.mark.slow
 def test_two_processes_read_the_batches_of_one(single):
     """Two devices each: disjoint shares, whose union is the single process's batch."""
     one, other = processes(2, 2)

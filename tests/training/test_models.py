@@ -42,6 +42,7 @@ def predictor(tmp_path_factory):
     return trained(set_prediction_scenes, tmp_path_factory.mktemp("predictor"))
 
 
+@pytest.mark.slow
 def test_the_autoencoder_logs_and_reports_its_decoders_masks(autoencoder):
     summary, record, lines, workdir = autoencoder
     (held_out,) = (line for line in lines if line["split"] == "validation")
@@ -58,6 +59,7 @@ def test_the_autoencoder_logs_and_reports_its_decoders_masks(autoencoder):
     assert "Foreground ARI, decoder" in page and "dVAE" not in page.split("<details")[0]
 
 
+@pytest.mark.slow
 def test_the_predictor_logs_and_reports_average_precision(predictor):
     summary, record, lines, workdir = predictor
     (held_out,) = (line for line in lines if line["split"] == "validation")
@@ -109,6 +111,7 @@ def test_fewer_slots_than_objects_are_refused(tmp_path):
         run.run(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_step_of_nested_arrays_is_replayed(predictor):
     _, _, _, workdir = predictor
     config = smoke(set_prediction_scenes)

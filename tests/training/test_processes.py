@@ -173,6 +173,7 @@ def test_a_process_alone_waits_for_nobody():
         processes.leave("error: left")
 
 
+@pytest.mark.slow
 def test_two_processes_agree_and_neither_waits_for_one_that_left():
     address = free_address()
     started = [start(PROGRAM, address, str(index)) for index in range(2)]
@@ -189,6 +190,7 @@ def test_two_processes_agree_and_neither_waits_for_one_that_left():
     assert "error: left" in ended[1][1]
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_does_not_answer_is_one_sentence():
     process = start(LONELY, free_address())
     _, errors = process.communicate(timeout=60)

@@ -14,6 +14,8 @@ from implicit_slots.training.comparison import write_comparison
 from implicit_slots.training.report import write_report
 from implicit_slots.training.report_style import SERIES, STYLE
 
+pytestmark = pytest.mark.slow  # a real browser
+
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 SIZES = {"desk": (1200, 900), "phone": (390, 844)}

@@ -121,6 +121,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(finished, tmp_path):
         assert resumed[key] == finished[1][key]
 
 
+@pytest.mark.slow
 def test_diagnostics_and_backward_solve_are_logged(tmp_path):
     config = smoke(num_steps=10, log_every=5, checkpoint_every=10)
     config.model.solver.update(name="anderson", max_steps=12, rtol=1e-3)

@@ -1,7 +1,5 @@
 """The compiled step: parts, skipped steps, the average of the weights."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,0 +1,56 @@
+"""What is left out of standard error, and what is not."""
+
+import subprocess
+import sys
+
+from implicit_slots.training import false_alarms
+
+ALARM = (
+    "E1127 13:40:13.8 1554 cpu_aot_loader.cc:195] Loading XLA:CPU AOT result. Target "
+    "machine feature +prefer-no-{} is not  supported on the host machine. Machine type"
+)
+PROGRAM = """
+import os, sys
+from implicit_slots.training import false_alarms
+false_alarms._are_printed = lambda: {printed}
+false_alarms.leave_out()
+print("of Python", file=sys.stderr)
+for line in {lines}:
+    os.write(2, line.encode() + b"\\n")
+os.abort()
+"""
+
+
+def said(lines, printed=True):
+    program = PROGRAM.format(lines=lines, printed=printed)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    return done.stderr.splitlines()
+
+
+def test_the_lines_are_left_out_and_no_other_even_of_a_crash():
+    other = ALARM.format("gather").replace("+prefer-no-gather", "+avx512f")
+    lines = [
+        ALARM.format("gather"),
+        "one",
+        ALARM.format("scatter"),
+        other,
+        "last words",
+    ]
+    assert sorted(said(lines)) == sorted(["of Python", "one", other, "last words"])
+
+
+def test_nothing_happens_where_they_are_not_printed():
+    lines = [ALARM.format("gather"), "one"]
+    assert said(lines, printed=False) == ["of Python", *lines]
+
+
+def test_the_versions_that_print_them(monkeypatch):
+    for version, printed in (("0.10.1", True), ("0.11.0", True), ("0.12.0.1", False)):
+        monkeypatch.setattr(false_alarms.metadata, "version", lambda _, v=version: v)
+        monkeypatch.setattr(false_alarms.pathlib.Path, "exists", lambda _: True)
+        monkeypatch.setattr(
+            false_alarms.pathlib.Path, "read_text", lambda _: "fpu avx512f"
+        )
+        assert false_alarms._are_printed() == printed
