@@ -58,7 +58,9 @@ def stopped_at(monkeypatch):
     return set_up
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_between_two_logged_steps(
     number, stopped_at, smoke_run, tmp_path, monkeypatch
 ):
@@ -180,6 +182,7 @@ def exploded(tmp_path_factory):
     return workdir, str(stop.value)
 
 
+@pytest.mark.slow
 def test_too_many_bad_steps_stop_the_run(exploded):
     workdir, sentence = exploded
     assert sentence.startswith("4 steps in a row were skipped; step 5 was skipped: the")
@@ -187,6 +190,7 @@ def test_too_many_bad_steps_stop_the_run(exploded):
     assert not (workdir / "metrics.jsonl").exists()  # Nothing was due before.
 
 
+@pytest.mark.slow
 def test_the_bad_step_is_replayed_alone(exploded, capsys, monkeypatch):
     """From what the run left, without its data."""
     workdir, sentence = exploded
