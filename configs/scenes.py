@@ -2,14 +2,13 @@
 
 Command: python -m implicit_slots.main --config=configs/scenes.py
 Data: rendered by the run itself, 48x48, three or four objects; nothing is downloaded.
-Cost: 10.3 minutes on two cores of an Intel Xeon (AVX-512), at 12 steps/s; first step
-    after 27 s with an empty compilation cache.
-Expected result (256 validation scenes): foreground ARI of the attention masks 0.65 with
-    seed 0, squared error of the dVAE 5.6 and through the slots 41.1, summed over an
-    image. One version earlier, with other sums in the last digit, seeds 0 and 1 gave
-    0.37 and 0.67; 6.4 and 6.3; 69.2 and 41.3. Six runs of a still earlier version
-    reached 0.42 to 0.73; 6.4 to 8.7; 25.8 to 59.0: expect that spread. README.md
-    beside this file says what was tried and what limits it.
+Cost: 6.3 minutes on two cores of an AMD EPYC (AVX-512), with another process on one of
+    them (19 steps/s; 35 without); first step after 21 s with an empty compilation cache.
+Expected result (256 validation scenes): foreground ARI of the attention masks 0.49 with
+    seed 0, squared error of the dVAE 6.6 and through the slots 62.4, summed over an
+    image. Earlier versions, with other sums in the last digit, gave 0.37 to 0.73; 5.6 to
+    9.0; 25.8 to 69.2: expect that spread. README.md beside this file says what was
+    tried and what limits it.
 """
 
 from configs import base
@@ -34,7 +33,7 @@ def get_config(variant: str | None = None) -> Config:
 
 
 def set_size(config: Config) -> None:
-    """Shrinks model and schedules to what two CPU cores train in ten minutes."""
+    """Shrinks model and schedules to what two CPU cores train in six minutes."""
     config.num_steps = 7_000
     config.batch_size = 16
     config.model.update(
