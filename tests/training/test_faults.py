@@ -58,9 +58,8 @@ def stopped_at(monkeypatch):
     return set_up
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_between_two_logged_steps(
     number, stopped_at, smoke_run, tmp_path, monkeypatch
 ):
@@ -210,6 +209,7 @@ def test_nothing_to_replay_is_a_sentence(smoke_run):
         run.run(smoke(), smoke_run[0], mode="replay")
 
 
+@pytest.mark.slow
 def test_alarms_and_skipped_steps_are_said(smoke_run, tmp_path, capsys):
     config = smoke(validate_every=5)
     config.alarms.update(attention_entropy=0.01, patience=2)
