@@ -6,7 +6,7 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from itertools import islice
 
@@ -371,7 +371,7 @@ def draw(run: Run, params: PyTree, step: int) -> None:
     run.writer.write_image(step, "reconstructions", picture)
 
 
-def _evaluation(run: Run, source: Source) -> Generator[dict]:
+def _evaluation(run: Run, source: Source) -> Iterator[dict]:
     """Whole passes over a source, without what the metrics do not read."""
     batches = pipeline.evaluation_batches(
         source,
