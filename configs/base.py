@@ -25,9 +25,9 @@ def get_config(name: str, data: Config) -> Config:
     config.accumulate = 1  # parts of a batch, of which one at a time is in memory
     config.sharding = "replicated"  # or "fsdp": a share of the state on each device
 
-    # Or "bfloat16": products alone; parameters, softmaxes and losses stay float32.
     # False leaves out XLA's optimisations: half the time to compile, slower steps.
     config.optimize_programs = True
+    # Or "bfloat16": products alone; parameters, softmaxes and losses stay float32.
     config.precision = "float32"
 
     config.model = ConfigDict()

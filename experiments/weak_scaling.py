@@ -98,11 +98,11 @@ def build_config(layout: Layout) -> Config:
     return config
 
 
-def compile_step(layout: Layout) -> tuple[Any, Any, Any]:
-    """Compiles the train step of a run; nothing is computed.
+def build_step(layout: Layout) -> tuple[Any, Any, Any]:
+    """Builds the train step of a run; nothing is compiled.
 
     Returns:
-      The program, and its two arguments' shapes with their shardings.
+      The step, and its two arguments' shapes with their shardings.
     """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", layout.devices)
@@ -126,7 +126,7 @@ def compile_step(layout: Layout) -> tuple[Any, Any, Any]:
     split = NamedSharding(mesh, PartitionSpec(sharding.DATA_AXIS))
     batch = {"image": placed(image, split)}
     train = build_steps(graphdef, optimizer, config, mesh).train
-    return train.compile(state, batch), state, batch
+    return train, state, batch
 
 
 def describe(compiled: Any, state: Any) -> dict[str, Any]:
@@ -150,13 +150,14 @@ def describe(compiled: Any, state: Any) -> dict[str, Any]:
 
 def examine(layout: Layout) -> dict[str, Any]:
     """What `describe` says of a layout, in a process of its own."""
-    compiled, state, _ = compile_step(layout)
-    return describe(compiled, state)
+    train, state, batch = build_step(layout)
+    return describe(train.compile(state, batch), state)
 
 
 def build_bench(layout: Layout) -> Bench:
     """The train step of a layout, ready to run on random numbers."""
-    compiled, state_shapes, batch_shapes = compile_step(layout)
+    train, state_shapes, batch_shapes = build_step(layout)
+    compiled = train.compile(state_shapes, batch_shapes)
     rng = np.random.default_rng(0)
 
     def draw(leaf: Any) -> jax.Array:
@@ -174,7 +175,7 @@ def build_bench(layout: Layout) -> Bench:
 
     def step():
         nonlocal state
-        state, logged = compiled(state, batch)
+        state, logged = train(state, batch)
         return state, logged
 
     for _ in range(2):

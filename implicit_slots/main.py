@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import traceback
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -76,13 +77,13 @@ def main(_: list[str]) -> None:
     # Orbax and clu report every file they touch at INFO.
     logging.set_verbosity(logging.WARNING)
     keep_freed_memory()
-    false_alarms.leave_out()
     config = _CONFIG.value
     workdirs = (_WORKDIR.value or "").split(",")
     if len(workdirs) > 1:
         sys.exit(_compare(workdirs))
     if _DATA.value and _MODE.value != "evaluate":
         sys.exit("error: --data is for --mode=evaluate; --config says what to train on")
+    false_alarms.leave_out()
     # After the flags are looked at, and --help: they need no JAX.
     from implicit_slots.data.base import DataError
     from implicit_slots.training import processes
@@ -156,5 +157,20 @@ def _parse(argv: list[str]) -> list[str]:
     return parse(argv)
 
 
+def _end(stop: SystemExit) -> NoReturn:
+    """Ends this process; at once if it is alone: a thread may compile for minutes."""
+    processes = sys.modules.get("implicit_slots.training.processes")
+    if not stop.code or processes is None or processes.is_connected():
+        raise stop
+    if isinstance(stop.code, str):
+        print(stop.code, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(stop.code if isinstance(stop.code, int) else 1)
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    try:
+        app.run(main, flags_parser=_parse)
+    except SystemExit as stop:
+        _end(stop)

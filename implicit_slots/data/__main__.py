@@ -43,9 +43,14 @@ def main(argv: list[str]) -> None:
     run = {"prepare": prepare, "inspect": inspect, "verify": verify}[argv[1]]
     try:
         # After the flags are parsed: --help needs no JAX.
+        import jax
+
         from implicit_slots.data.base import DataError
     except KeyboardInterrupt:
         sys.exit("stopped before anything was done")
+    # A run of this configuration renders as it is set there, and finds only that.
+    if not _CONFIG.value.get("optimize_programs", True):
+        jax.config.update("jax_disable_most_optimizations", True)
     try:
         for split in _SPLITS.value:
             run(split)

@@ -90,7 +90,8 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
             f"{config.evaluation.split!r}"
         )
     weights_file = config.evaluation.inception
-    if weights_file and not expand(weights_file).exists():
+    reads_it = mode == "evaluate" or config.evaluation.rendering.every > 0
+    if weights_file and reads_it and not expand(weights_file).exists():
         raise UserError(
             f"there is no file {weights_file}, which config.evaluation.inception names"
         )

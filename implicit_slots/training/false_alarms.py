@@ -33,9 +33,10 @@ def leave_out() -> None:
     terminal = os.dup(2)
     reader, writer = os.pipe()
     _filter = subprocess.Popen(
-        [grep, "--line-buffered", "-vE", LINES],
+        [grep, "--text", "--line-buffered", "-vE", LINES],
         stdin=reader,
         stdout=terminal,
+        env={**os.environ, "LC_ALL": "C"},  # Bytes that are no text pass as they are.
         # Ctrl-C is for this process, whose last words are still to come.
         start_new_session=True,
     )

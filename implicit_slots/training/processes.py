@@ -79,6 +79,11 @@ def together() -> Iterator[None]:
     raise failure
 
 
+def is_connected() -> bool:
+    """Whether this is one of several processes that run together."""
+    return _connected
+
+
 def leave(message: str) -> NoReturn:
     """Ends this process with a message and exit code 1, whatever the others do.
 

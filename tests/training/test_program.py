@@ -65,7 +65,8 @@ def test_xla_is_asked_what_it_knows():
     assert program.knows(**options) and program.UNOPTIMISED.items() <= options.items()
 
 
-def test_optimisations_are_left_out_meanwhile(monkeypatch):
+def test_optimisations_are_left_out_meanwhile():
+    before = program.without_optimisations()
     jax.config.update("jax_disable_most_optimizations", False)
     try:
         with program.optimised(False):
@@ -76,7 +77,7 @@ def test_optimisations_are_left_out_meanwhile(monkeypatch):
         with program.optimised(True):
             assert not program.without_optimisations()
     finally:
-        jax.config.update("jax_disable_most_optimizations", True)
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def test_the_first_state_is_that_of_the_model():
