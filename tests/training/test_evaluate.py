@@ -49,6 +49,7 @@ def record(workdir, history):
     return run.run(smoke(), workdir, mode="evaluate", command="again")
 
 
+@pytest.mark.slow
 def test_every_metric_of_the_table_is_measured_or_its_absence_explained(record):
     found = {name.rpartition("/")[2] for name in record["metrics"]}
     told = {name for name in METRICS if METRICS[name].group != "Object properties"}
@@ -62,6 +63,7 @@ def test_every_metric_of_the_table_is_measured_or_its_absence_explained(record):
     assert {"dvae/psnr", "slots/psnr"} <= record["metrics"].keys()
 
 
+@pytest.mark.slow
 def test_files_hold_what_was_returned_and_training_is_untouched(
     record, workdir, history
 ):
@@ -85,6 +87,7 @@ def test_files_hold_what_was_returned_and_training_is_untouched(
         assert told in page
 
 
+@pytest.mark.slow
 def test_masks_score_as_scikit_learn_scores_them(record, workdir):
     """From the model's own maps, by another road."""
     config, model = run.load(workdir)
@@ -118,6 +121,7 @@ def test_masks_score_as_scikit_learn_scores_them(record, workdir):
     assert scored >= 6
 
 
+@pytest.mark.slow
 def test_more_masks_than_slots_are_told(record):
     assert any("more masks (objects and ground)" in note for note in record["notes"])
 
@@ -203,6 +207,7 @@ def test_several_starts_are_refused_where_none_is_best():
         checks.check(smoke(**{"evaluation.masks.starts": 0}), "evaluate")
 
 
+@pytest.mark.slow
 def test_other_data_have_a_place_of_their_own(workdir, record, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(workdir, copy)
@@ -271,7 +276,7 @@ def test_settings_that_make_no_sense_are_refused(changes, sentence):
         checks.check(smoke(**changes), "evaluate")
 
 
-def test_weights_that_are_not_there_are_a_sentence(workdir, record, tmp_path):
+def test_weights_that_are_not_there_are_a_sentence(workdir, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(workdir, copy)
     config = smoke(**{"evaluation.inception": str(tmp_path / "nothing.pth")})

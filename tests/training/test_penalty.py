@@ -109,13 +109,8 @@ def locatello_by_hand(model, batch, keys):
     return loss, entropy, coupling / batch_size
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        autoencoder_scenes,
-        pytest.param(set_prediction_scenes, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [autoencoder_scenes, set_prediction_scenes])
 def test_the_gradient_is_that_of_the_loss_and_the_penalties(module):
     # Large, so that each matters beside the loss.
     config = smoke(module, attention_entropy=10.0, slot_coupling=30.0)

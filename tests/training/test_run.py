@@ -245,6 +245,7 @@ def test_an_older_versions_configuration_is_a_sentence(tmp_path):
 @pytest.mark.skipif(
     not CLEVR.is_dir(), reason=f"the rendered CLEVR images are not in {CLEVR}"
 )
+@pytest.mark.slow
 def test_real_clevr_images_train_to_a_report(tmp_path):
     config = folder.get_config("smoke")
     config.data.path = str(CLEVR)
