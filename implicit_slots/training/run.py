@@ -53,7 +53,7 @@ from implicit_slots.training.evaluation_steps import (
 )
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.report import write_report
-from implicit_slots.training.saved import CONFIG_FILE, read_config
+from implicit_slots.training.saved import ABSENT, CONFIG_FILE, read_config
 from implicit_slots.training.sharding import build_mesh, replicated, state_sharding
 from implicit_slots.training.state import (
     TrainState,
@@ -107,7 +107,8 @@ def run(
     """
     began = time.perf_counter() if began is None else began
     enable_compilation_cache()
-    with program.optimised(config.get("optimize_programs", True)):
+    key = "optimize_programs"
+    with program.optimised(config.get(key, ABSENT[key])):
         return _run(config, workdir, mode, checkpoint, command, began)
 
 
