@@ -10,7 +10,7 @@ Cost and expected result: `--config.num_steps=3000` on 918 CLEVR renders of thre
 """
 
 from configs import autoencoder_scenes, base
-from implicit_slots.config import Config
+from implicit_slots.runtime.config import Config
 
 
 def get_config(variant: str | None = None) -> Config:

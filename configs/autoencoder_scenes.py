@@ -11,7 +11,7 @@ Cost and expected result: eight minutes on one core of an Intel Xeon (AVX-512), 
 """
 
 from configs import base
-from implicit_slots.config import Config
+from implicit_slots.runtime.config import Config
 
 RESOLUTION = 32
 

@@ -7,7 +7,7 @@ and resolution that Chang et al. 2022 state.
 
 from ml_collections import ConfigDict
 
-from implicit_slots.config import Config
+from implicit_slots.runtime.config import Config
 
 
 def get_config(name: str, data: Config) -> Config:

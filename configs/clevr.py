@@ -15,7 +15,7 @@ Cost and expected result: the papers train this model for 250,000 steps of 50 im
 """
 
 from configs import base
-from implicit_slots.config import Config
+from implicit_slots.runtime.config import Config
 
 
 def get_config(variant: str | None = None) -> Config:

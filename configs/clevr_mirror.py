@@ -11,7 +11,7 @@ Cost and expected result: 250,000 steps of 50 images on one A100; Chang et al. 2
 """
 
 from configs import base
-from implicit_slots.config import Config
+from implicit_slots.runtime.config import Config
 
 
 def get_config(variant: str | None = None) -> Config:

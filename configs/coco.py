@@ -13,7 +13,7 @@ Cost and expected result: Chang et al. 2022 (Table 3): FID 127.79 and squared er
 """
 
 from configs import base
-from implicit_slots.config import Config
+from implicit_slots.runtime.config import Config
 
 
 def get_config(variant: str | None = None) -> Config:

@@ -10,7 +10,7 @@ Expected result: after those 600 steps the dVAE has found objects but no colours
 """
 
 from configs import base, scenes
-from implicit_slots.config import Config
+from implicit_slots.runtime.config import Config
 
 
 def get_config(variant: str | None = None) -> Config:

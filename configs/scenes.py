@@ -12,7 +12,7 @@ Expected result (256 validation scenes): foreground ARI of the attention masks 0
 """
 
 from configs import base
-from implicit_slots.config import Config
+from implicit_slots.runtime.config import Config
 
 RESOLUTION = 48
 

@@ -10,7 +10,7 @@ Cost and expected result: not measured.
 """
 
 from configs import base
-from implicit_slots.config import Config
+from implicit_slots.runtime.config import Config
 
 
 def get_config(variant: str | None = None) -> Config:

@@ -27,9 +27,9 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from implicit_slots.command_line import parse
-from implicit_slots.config import Config
-from implicit_slots.torch_files import SUFFIXES, read_weights, write_weights
+from implicit_slots.runtime.config import Config
+from implicit_slots.runtime.flags import parse
+from implicit_slots.runtime.weights import SUFFIXES, read_weights, write_weights
 
 MASK = "self_attn_mask"
 CHANNELS, STRIDE = 3, 4
@@ -318,9 +318,9 @@ def convert(
       UserError: in one sentence; nothing was written.
     """
     # A command line's --help needs no JAX.
+    from implicit_slots.models.build import split_model
+    from implicit_slots.runtime.errors import UserError
     from implicit_slots.training import run
-    from implicit_slots.training.errors import UserError
-    from implicit_slots.training.state import split_model
 
     if target.exists():
         raise UserError(f"{target} exists; choose another --target")
@@ -353,6 +353,8 @@ def _write_run(
     import jax.numpy as jnp
     from flax import nnx
 
+    from implicit_slots.models.build import split_model
+    from implicit_slots.runtime.workdir import CONFIG_FILE, write_json
     from implicit_slots.training import run
     from implicit_slots.training.checkpoint import (
         CHECKPOINT_FOLDER,
@@ -360,9 +362,7 @@ def _write_run(
     )
     from implicit_slots.training.checks import check
     from implicit_slots.training.optimizer import build_optimizer
-    from implicit_slots.training.saved import CONFIG_FILE
-    from implicit_slots.training.state import initial_state, split_model
-    from implicit_slots.training.workdir import write_json
+    from implicit_slots.training.state import initial_state
 
     check(config, "train")
     _, shapes = split_model(nnx.eval_shape(lambda: run.build(config)))
@@ -383,7 +383,7 @@ def _write_run(
 def main(_: list[str]) -> None:
     """Converts what the flags say; exits with 1 on what the user can put right."""
     logging.set_verbosity(logging.WARNING)
-    from implicit_slots.training.errors import UserError
+    from implicit_slots.runtime.errors import UserError
 
     source, target = flags.FLAGS.source, flags.FLAGS.target
     try:

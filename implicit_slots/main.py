@@ -13,9 +13,10 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from implicit_slots.command_line import flag_value, is_flag, parse
-from implicit_slots.training import false_alarms, saved
-from implicit_slots.training.allocator import keep_freed_memory
+from implicit_slots.runtime import xla_warnings
+from implicit_slots.runtime.allocator import keep_freed_memory
+from implicit_slots.runtime.flags import flag_value, is_flag, parse
+from implicit_slots.runtime.workdir import config_flag
 
 _BEGAN = time.perf_counter()
 
@@ -83,12 +84,12 @@ def main(_: list[str]) -> None:
         sys.exit(_compare(workdirs))
     if _DATA.value and _MODE.value != "evaluate":
         sys.exit("error: --data is for --mode=evaluate; --config says what to train on")
-    false_alarms.leave_out()
+    xla_warnings.leave_out()
     # After the flags are looked at, and --help: they need no JAX.
-    from implicit_slots.data.base import DataError
-    from implicit_slots.training import processes
-    from implicit_slots.training.errors import UserError
-    from implicit_slots.training.preemption import Preempted
+    from implicit_slots.data.source import DataError
+    from implicit_slots.runtime import processes
+    from implicit_slots.runtime.errors import UserError
+    from implicit_slots.runtime.preemption import Preempted
     from implicit_slots.training.run import run
 
     workdir = pathlib.Path(_WORKDIR.value or os.path.join("runs", config.name))
@@ -140,7 +141,7 @@ def _compare(workdirs: list[str]) -> str | int:
         command = [sys.executable, "-m", "implicit_slots.main", *rest]
         # A run that cannot be evaluated is listed in the page.
         subprocess.run([*command, f"--workdir={workdir}"], check=False)
-    from implicit_slots.training.comparison import write_comparison
+    from implicit_slots.report.comparison import write_comparison
 
     paths = [pathlib.Path(workdir) for workdir in workdirs]
     common = pathlib.Path(os.path.commonpath([path.resolve() for path in paths]))
@@ -152,14 +153,14 @@ def _parse(argv: list[str]) -> list[str]:
     """As `parse`; a run that is there brings its configuration."""
     workdir = flag_value("workdir", argv)
     if workdir and not any(is_flag("config", flag) for flag in argv):
-        own = saved.flag(workdir.split(",")[0], flag_value("data", argv))
+        own = config_flag(workdir.split(",")[0], flag_value("data", argv))
         argv = [argv[0], own, *argv[1:]]
     return parse(argv)
 
 
 def _end(stop: SystemExit) -> NoReturn:
     """Ends this process; at once if it is alone: a thread may compile for minutes."""
-    processes = sys.modules.get("implicit_slots.training.processes")
+    processes = sys.modules.get("implicit_slots.runtime.processes")
     if not stop.code or processes is None or processes.is_connected():
         raise stop
     if isinstance(stop.code, str):

@@ -6,9 +6,9 @@ import jax
 from flax import nnx
 
 from configs import base
-from implicit_slots.config import Config
+from implicit_slots.models.build import split_model
 from implicit_slots.models.slate import SLATE
-from implicit_slots.training.state import split_model
+from implicit_slots.runtime.config import Config
 
 RESOLUTION, VOCAB, WIDTH, HEADS = 16, 7, 8, 2
 

@@ -18,23 +18,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import record_official as official
 from flax import nnx
 from reference import relative_error
 
 from configs import base
-from experiments import record_official as official
 from implicit_slots import interop
-from implicit_slots.config import Config
 from implicit_slots.interop import convert, from_official, to_official
 from implicit_slots.models import noise
+from implicit_slots.models.build import split_model
 from implicit_slots.models.slate import SLATE
 from implicit_slots.models.slot_attention import SlotAttention
-from implicit_slots.torch_files import read_weights
+from implicit_slots.runtime.config import Config
+from implicit_slots.runtime.errors import UserError
+from implicit_slots.runtime.prng import purpose_key
+from implicit_slots.runtime.weights import read_weights
 from implicit_slots.training import run, step
 from implicit_slots.training.checkpoint import Checkpoints
-from implicit_slots.training.errors import UserError
 from implicit_slots.training.optimizer import build_optimizer
-from implicit_slots.training.state import initial_state, purpose_key, split_model
+from implicit_slots.training.state import initial_state
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECORDS = pathlib.Path(__file__).parent / "official"
@@ -559,7 +561,7 @@ def test_a_workdir_that_cannot_be_finished_is_removed(tmp_path, weights, monkeyp
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("implicit_slots.training.workdir.write_json", fail)
+    monkeypatch.setattr("implicit_slots.runtime.workdir.write_json", fail)
     with pytest.raises(UserError, match="no space left"):
         convert(tmp_path / "model.npz", tmp_path / "run", official_config())
     assert [p.name for p in tmp_path.iterdir()] == ["model.npz"]

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from configs import folder
-from implicit_slots.data.base import DataError
-from implicit_slots.training.errors import UserError
+from implicit_slots.data.source import DataError
+from implicit_slots.runtime.errors import UserError
 from implicit_slots.training.run import run
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -26,15 +26,16 @@ from reference import FLOAT32
 from sklearn.metrics import adjusted_rand_score
 
 from configs import autoencoder_scenes, base, scenes, set_prediction_scenes
-from implicit_slots.data import rendering
-from implicit_slots.evaluation.segmentation import ForegroundARI
+from implicit_slots.data.scenes import rendering
+from implicit_slots.evaluation.metrics.segmentation import ForegroundARI
 from implicit_slots.models import noise
+from implicit_slots.models.build import split_model
 from implicit_slots.models.set_prediction import CLASSES
 from implicit_slots.models.slate import with_bos
-from implicit_slots.training import program, sharding
+from implicit_slots.runtime import compiling, devices
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.run import build
-from implicit_slots.training.state import initial_state, split_model
+from implicit_slots.training.state import initial_state
 from implicit_slots.training.step import build_steps
 
 HERE = pathlib.Path(__file__).parent
@@ -63,13 +64,13 @@ def optimised() -> dict[str, Any]:
         "xla_llvm_disable_expensive_passes": False,
     }
     emitters = {"xla_cpu_use_fusion_emitters": True}
-    return options | emitters if program.knows(**emitters) else options
+    return options | emitters if compiling.knows(**emitters) else options
 
 
 @pytest.fixture(autouse=True, scope="module")
 def as_main():
     """JAX as it is without the environment of the tests."""
-    before = program.without_optimisations()
+    before = compiling.without_optimisations()
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
@@ -101,7 +102,7 @@ def test_the_options_reach_the_compiler():
     given = optimised()
     unset = size({name: on for name, on in given.items() if "emitters" in name} or None)
     assert abs(size(given) - unset) < 200
-    assert abs(size(given) - size(program.runs_once())) > 500
+    assert abs(size(given) - size(compiling.runs_once())) > 500
 
 
 class Case(NamedTuple):
@@ -288,7 +289,7 @@ def expected(case: Case):
     with double():
         train = build_steps(graphdef, optimizer, config).train
         traced = train.trace(widened(state), widened(batch))
-        step = traced.lower().compile(program.runs_once())
+        step = traced.lower().compile(compiling.runs_once())
 
     def run(seed, squares=None):
         *_, state, batch = prepared(case, seed, squares)
@@ -372,18 +373,18 @@ LAYOUTS = ("replicated", "fsdp")
 
 def train_on_two_devices(folder: str) -> None:
     """What a process of its own does: one step in each layout, written to files."""
-    assert not program.without_optimisations() and jax.device_count() == 2
-    sharding.SMALLEST_SPLIT = 64
+    assert not compiling.without_optimisations() and jax.device_count() == 2
+    devices.SMALLEST_SPLIT = 64
     case = Case("slate", "one_term")
     seed, squares = json.loads((pathlib.Path(folder) / "point.json").read_text())
     config, graphdef, optimizer, state, batch = prepared(case, seed, squares)
-    mesh = sharding.build_mesh(case.batch)
+    mesh = devices.build_mesh(case.batch)
     for layout in LAYOUTS:
         config.sharding = layout
         train = build_steps(graphdef, optimizer, config, mesh).train
         placed = jax.tree.map(jnp.copy, state)  # It is given up.
-        placed = jax.device_put(placed, sharding.state_sharding(state, mesh, layout))
-        shared = sharding.shard_batch(batch, mesh)
+        placed = jax.device_put(placed, devices.state_sharding(state, mesh, layout))
+        shared = devices.shard_batch(batch, mesh)
         after, logged = train.compile(placed, shared)(train.given, placed, shared)
         split = [not x.sharding.is_fully_replicated for x in jax.tree.leaves(after)]
         found: Any = outcome(state, after, logged) | {"split": np.sum(split)}
@@ -428,9 +429,9 @@ def test_the_most_probable_tokens_are_those_of_float64():
     with double(near=0):
         wide = widened(params), widened(slots)
         lowered = jax.jit(generate).lower(*wide)
-        want = lowered.compile(program.runs_once())(*wide)
+        want = lowered.compile(compiling.runs_once())(*wide)
         lowered = jax.jit(decode).lower(*wide, want)
-        logits = lowered.compile(program.runs_once())(*wide, want)
+        logits = lowered.compile(compiling.runs_once())(*wide, want)
     logits = np.sort(logits, axis=-1)
     assert np.min(logits[..., -1] - logits[..., -2]) > 1e-4
     assert len(np.unique(want)) > 8
@@ -448,7 +449,7 @@ def test_scenes_are_drawn_as_without_optimisations():
     indices = np.arange(12)
     got = jax.device_get(compiled(jax.jit(draw), indices))
     lowered = jax.jit(draw).lower(indices)
-    want = jax.device_get(lowered.compile(program.runs_once())(indices))
+    want = jax.device_get(lowered.compile(compiling.runs_once())(indices))
     for name, wanted in want["objects"].items():
         np.testing.assert_allclose(got["objects"][name], wanted, rtol=1e-5, atol=1e-5)
     for name in ("segmentation", "shadow"):

@@ -13,7 +13,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from implicit_slots.command_line import parse
+from implicit_slots.runtime.flags import parse
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, with an optional :variant.", lock_config=True
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         # After the flags are parsed: --help needs no JAX.
         import jax
 
-        from implicit_slots.data.base import DataError
+        from implicit_slots.data.source import DataError
     except KeyboardInterrupt:
         sys.exit("stopped before anything was done")
     # A run of this configuration renders as it is set there, and finds only that.
@@ -62,38 +62,40 @@ def main(argv: list[str]) -> None:
 
 def prepare(split: str) -> None:
     """Writes a split into the cache."""
-    from implicit_slots.data import preparation
+    from implicit_slots.data.prepared import prepare
 
-    preparation.prepare(_CONFIG.value.data, split)
+    prepare.prepare(_CONFIG.value.data, split)
 
 
 def verify(split: str) -> None:
     """Compares a split in the cache with its checksums."""
-    from implicit_slots.data import sources
-    from implicit_slots.data.base import DataError
-    from implicit_slots.data.cache import Prepared
-    from implicit_slots.data.embedded import Scenes
+    from implicit_slots.data import registry
+    from implicit_slots.data.prepared.cache import Prepared
+    from implicit_slots.data.scenes.source import Scenes
+    from implicit_slots.data.source import DataError
+    from implicit_slots.runtime.progress import bar
 
-    source = sources.build(_CONFIG.value.data, split)
+    source = registry.build(_CONFIG.value.data, split)
     if not isinstance(source, Prepared | Scenes):
         raise DataError(
             f"split '{split}' is not prepared; python -m implicit_slots.data prepare "
             "does that"
         )
-    source.verify(sources.bar)
+    source.verify(bar)
     print(f"{split}: {len(source):,} examples, every block as it was written")
 
 
 def inspect(split: str) -> None:
     """Prints what a split holds and draws its first examples."""
-    from implicit_slots import visualisation
-    from implicit_slots.data import inspection, sources
-    from implicit_slots.data.base import DataError
-    from implicit_slots.data.cache import Prepared
-    from implicit_slots.data.embedded import Scenes
+    from implicit_slots.data import registry
+    from implicit_slots.data.prepared import inspect
+    from implicit_slots.data.prepared.cache import Prepared
+    from implicit_slots.data.scenes.source import Scenes
+    from implicit_slots.data.source import DataError
+    from implicit_slots.drawing import grids
 
     config = _CONFIG.value
-    source = sources.build(config.data, split)
+    source = registry.build(config.data, split)
     batch = source.batch(np.arange(min(_COUNT.value, len(source))))
     origin = "decoded on the fly"
     if isinstance(source, Prepared):
@@ -101,11 +103,11 @@ def inspect(split: str) -> None:
     elif isinstance(source, Scenes):
         origin = "rendered"
     print(f"{config.name}, {split} ({origin}): ", end="")
-    print("\n".join(inspection.describe(source, batch)))
+    print("\n".join(inspect.describe(source, batch)))
     folder = pathlib.Path(_OUTPUT.value or "runs/inspect")
     path = folder / f"{config.name}_{split}.png"
     try:
-        visualisation.save_png(inspection.sheet(batch), path)
+        grids.save_png(inspect.sheet(batch), path)
     except OSError as error:
         raise DataError(
             f"the sheet {path} cannot be written ({error.strerror}); name another "

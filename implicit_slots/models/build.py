@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from clu import parameter_overview
 from flax import nnx
+from jaxtyping import PyTree
 
-from implicit_slots.config import Config
 from implicit_slots.fixed_point import (
     GMRES,
     Adaptive,
@@ -27,6 +28,7 @@ from implicit_slots.models.autoencoder import Autoencoder
 from implicit_slots.models.layers import set_precision
 from implicit_slots.models.set_prediction import SetPredictor
 from implicit_slots.models.slate import SLATE
+from implicit_slots.runtime.config import Config
 
 MODELS: Mapping[str, type[SLATE | Autoencoder | SetPredictor]] = {
     "slate": SLATE,
@@ -128,3 +130,28 @@ def _pick(table: Mapping[str, Any], what: str, name: str) -> Any:
             f"{what} must be one of {', '.join(sorted(table))}, got {name!r}"
         )
     return table[name]
+
+
+def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, dict]:
+    """Returns a model's structure and its parameters as a plain nested dictionary.
+
+    A plain dictionary goes through jax.jit's fast path; `nnx.merge` takes it back.
+    """
+    graphdef, params = nnx.split(model, nnx.Param)
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def count_parameters(params: PyTree) -> int:
+    """Returns the number of scalars in `params`."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def overview(params: dict) -> str:
+    """Returns a line on the parameters of each part."""
+    parts = ", ".join(f"{k} {count_parameters(v):,}" for k, v in params.items())
+    return f"{count_parameters(params):,} parameters: {parts}"
+
+
+def table_of_parameters(params: dict) -> str:
+    """Returns a line on every array: name, shape, type, size and sharding."""
+    return parameter_overview.get_parameter_overview(params, include_stats="sharding")

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from implicit_slots.fixed_point import Adjoint, BackwardStats, Solver
 from implicit_slots.models import layers, noise
 from implicit_slots.models.dvae import DVAE, STRIDE, gumbel_softmax
+from implicit_slots.models.images import squared_error
 from implicit_slots.models.outputs import (
     Encoded,
     Output,
@@ -433,11 +434,3 @@ def most_probable(logits: Float[Array, "*grid vocab"]) -> Int[Array, "*grid"]:
 def with_bos(ids: Int[Array, "batch tokens"]) -> Int[Array, "batch longer"]:
     """Shifts image token ids by one and puts BOS before them."""
     return jnp.pad(ids + 1, ((0, 0), (1, 0)), constant_values=BOS)
-
-
-def squared_error(
-    image: Float[Array, "batch height width 3"],
-    other: Float[Array, "batch height width 3"],
-) -> Float[Array, " batch"]:
-    """Returns the squared error per image, summed over pixels and channels."""
-    return jnp.sum((image - other) ** 2, axis=(1, 2, 3))

@@ -13,8 +13,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from implicit_slots.config import Config
-from implicit_slots.training.errors import UserError
+from implicit_slots.runtime.config import Config
+from implicit_slots.runtime.errors import UserError
 
 # Of the gradient's norm: logged values whose median is what is usual, and how many of
 # them there must be before it means anything.

@@ -14,11 +14,11 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from implicit_slots.config import Config, flat
-from implicit_slots.data.layout import write_whole
-from implicit_slots.training import processes
-from implicit_slots.training.errors import UserError
-from implicit_slots.training.saved import ABSENT, CONFIG_FILE
+from implicit_slots.runtime import processes
+from implicit_slots.runtime.config import Config, flat
+from implicit_slots.runtime.errors import UserError
+from implicit_slots.runtime.files import write_whole
+from implicit_slots.runtime.workdir import ABSENT, CONFIG_FILE
 from implicit_slots.training.state import TrainState
 
 CHECKPOINT_FOLDER = "checkpoints"

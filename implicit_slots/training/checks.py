@@ -2,17 +2,17 @@
 
 import jax
 
-from implicit_slots.config import Config
-from implicit_slots.data import sources
-from implicit_slots.data.base import expand
+from implicit_slots.data import registry
+from implicit_slots.evaluation.run import GROUPS
 from implicit_slots.models.build import MODELS, model_class
 from implicit_slots.models.dvae import STRIDE
 from implicit_slots.models.noise import MOST_WORDS
-from implicit_slots.training import feed, penalties
-from implicit_slots.training.errors import UserError
-from implicit_slots.training.evaluate import GROUPS
-from implicit_slots.training.saved import ABSENT
-from implicit_slots.training.sharding import SHARDINGS
+from implicit_slots.runtime.config import Config
+from implicit_slots.runtime.devices import SHARDINGS
+from implicit_slots.runtime.errors import UserError
+from implicit_slots.runtime.files import expand
+from implicit_slots.runtime.workdir import ABSENT
+from implicit_slots.training import device_batches, penalties
 
 MODES = ("train", "evaluate", "replay")
 CHECKPOINTS = ("latest", "best")
@@ -70,7 +70,7 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
     """
     if mode not in MODES:
         raise UserError(f"--mode must be one of {', '.join(MODES)}, got {mode!r}")
-    usage = sources.usage_of(config.data)
+    usage = registry.usage_of(config.data)
     flat = {
         **dict(config.items()),
         **{f"data.{key}": value for key, value in usage.items()},
@@ -84,9 +84,9 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
             )
         of_group = config.evaluation[group].items()
         flat |= {f"evaluation.{group}.{key}": value for key, value in of_group}
-    if config.evaluation.split not in sources.SPLITS:
+    if config.evaluation.split not in registry.SPLITS:
         raise UserError(
-            f"config.evaluation.split must be one of {', '.join(sources.SPLITS)}, got "
+            f"config.evaluation.split must be one of {', '.join(registry.SPLITS)}, got "
             f"{config.evaluation.split!r}"
         )
     weights_file = config.evaluation.inception
@@ -106,9 +106,10 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
     for key in NOT_NEGATIVE:
         if flat[key] < 0:
             raise UserError(f"config.{key} must not be negative, got {flat[key]}")
-    if usage["placement"] not in feed.PLACEMENTS:
+    if usage["placement"] not in device_batches.PLACEMENTS:
         raise UserError(
-            f"config.data.placement must be one of {', '.join(feed.PLACEMENTS)}, got "
+            "config.data.placement must be one of "
+            f"{', '.join(device_batches.PLACEMENTS)}, got "
             f"{usage['placement']!r}"
         )
     if config.model.name not in MODELS:

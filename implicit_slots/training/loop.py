@@ -16,32 +16,27 @@ import numpy as np
 from clu import metrics
 from jaxtyping import PyTree
 
-from implicit_slots import visualisation
-from implicit_slots.config import Config
-from implicit_slots.data import pipeline
-from implicit_slots.data.base import DataError
-from implicit_slots.data.sources import Source, usage_of
+from implicit_slots.data.batches import evaluation_batches
+from implicit_slots.data.registry import Source, usage_of
+from implicit_slots.data.source import DataError
+from implicit_slots.drawing import grids
+from implicit_slots.evaluation.run import GROUPS, Findings, Subject, groups_of
+from implicit_slots.evaluation.steps import EvaluationSteps
 from implicit_slots.models.outputs import Reconstruction
-from implicit_slots.training import (
-    checkpoint,
-    evaluate,
-    feed,
-    nonfinite,
-    processes,
-    replay,
-)
-from implicit_slots.training.ahead import MEASURED
+from implicit_slots.runtime import processes
+from implicit_slots.runtime.compiling import Program, compile_step
+from implicit_slots.runtime.config import Config
+from implicit_slots.runtime.devices import shard_batch
+from implicit_slots.runtime.metric_writers import MetricWriter
+from implicit_slots.runtime.preemption import Notice, Preempted
+from implicit_slots.runtime.progress import Progress
+from implicit_slots.runtime.trace import Trace
+from implicit_slots.training import checkpoint, device_batches, nonfinite, replay
 from implicit_slots.training.alarms import Alarms
 from implicit_slots.training.checkpoint import Checkpoints
-from implicit_slots.training.evaluation_steps import EvaluationSteps
-from implicit_slots.training.preemption import Notice, Preempted
-from implicit_slots.training.program import Program, compile_step
-from implicit_slots.training.progress import Progress
-from implicit_slots.training.sharding import shard_batch
+from implicit_slots.training.precompile import MEASURED
 from implicit_slots.training.state import TrainState
 from implicit_slots.training.step import Steps
-from implicit_slots.training.trace import Trace
-from implicit_slots.training.writer import MetricWriter
 
 # Steps that are dispatched before their predecessors have ended.
 AHEAD = 4
@@ -100,7 +95,7 @@ def train(
     """
     usage = usage_of(run.config.data)
     assert run.train is not None
-    batches = feed.train_batches(
+    batches = device_batches.train_batches(
         run.train,
         run.mesh,
         batch_size=run.config.batch_size,
@@ -114,7 +109,9 @@ def train(
     start, end = int(state.step), run.config.num_steps
     with (
         contextlib.closing(batches),
-        contextlib.closing(Progress(start, end, batches, silent=silent)) as progress,
+        contextlib.closing(
+            Progress(start, end, lambda: batches.waited, silent=silent)
+        ) as progress,
         contextlib.closing(Trace(run.workdir, run.config.profile)) as trace,
     ):
         return _Loop(run, state, so_far, notice, batches, progress, trace).run()
@@ -129,7 +126,7 @@ class _Loop:
         state: TrainState,
         so_far: checkpoint.Loop,
         notice: Notice,
-        batches: feed.Feed,
+        batches: device_batches.Feed,
         progress: Progress,
         trace: Trace,
     ):
@@ -217,7 +214,7 @@ class _Loop:
             with self._progress.paused():
                 values = diagnose(run, self._state.evaluated)
                 self._write(step, "validation", values)
-        for group in evaluate.groups_of(config.model.name):
+        for group in groups_of(config.model.name):
             if due(config.evaluation[group].every):
                 with self._progress.paused():
                     values = evaluate_group(run, self._state.evaluated, group)
@@ -335,7 +332,7 @@ def diagnose(run: Run, params: PyTree) -> dict[str, float]:
 
 def evaluate_group(run: Run, params: PyTree, group: str) -> dict[str, float]:
     """Returns one group of an evaluation's numbers, on held-out images."""
-    subject = evaluate.Subject(
+    subject = Subject(
         config=run.config,
         steps=run.evaluation,
         params=params,
@@ -344,8 +341,8 @@ def evaluate_group(run: Run, params: PyTree, group: str) -> dict[str, float]:
         batch_size=_evaluated_at_once(run.config),
         quiet=True,
     )
-    findings = evaluate.Findings()
-    evaluate.GROUPS[group](subject, findings)
+    findings = Findings()
+    GROUPS[group](subject, findings)
     return {name: float(m["mean"]) for name, m in findings.metrics().items()}
 
 
@@ -360,20 +357,20 @@ def draw(run: Run, params: PyTree, step: int) -> None:
     if not processes.is_main():
         return
     examples = run.validation.batch(np.arange(count))
-    picture = visualisation.reconstruction_grid(
+    picture = grids.reconstruction_grid(
         examples["image"],
         rendered.dvae,
         rendered.slots,
         rendered.attention if rendered.masks is None else rendered.masks,
         examples.get("segmentation"),
     )
-    visualisation.save_png(picture, run.workdir / "images" / f"step_{step:08d}.png")
+    grids.save_png(picture, run.workdir / "images" / f"step_{step:08d}.png")
     run.writer.write_image(step, "reconstructions", picture)
 
 
 def _evaluation(run: Run, source: Source) -> Iterator[dict]:
     """Whole passes over a source, without what the metrics do not read."""
-    batches = pipeline.evaluation_batches(
+    batches = evaluation_batches(
         source,
         _evaluated_at_once(run.config),
         process_index=jax.process_index(),

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from implicit_slots.config import Config
-from implicit_slots.training.errors import UserError
+from implicit_slots.runtime.config import Config
+from implicit_slots.runtime.errors import UserError
 from implicit_slots.training.state import Faults, TrainState
 
 REPLAY_FOLDER = "replay"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from implicit_slots.config import Config
+from implicit_slots.runtime.config import Config
 
 SCHEDULES = ("constant", "half_life", "cosine", "plateau")
 CLIPPINGS = ("none", "l2", "max_norm")

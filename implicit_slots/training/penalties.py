@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from implicit_slots.config import Config
 from implicit_slots.models.outputs import Output
+from implicit_slots.runtime.config import Config
 
 SECTION = "penalty"
 

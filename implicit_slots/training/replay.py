@@ -14,15 +14,16 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from implicit_slots.config import Config
-from implicit_slots.data import pipeline
-from implicit_slots.data.layout import write_whole
-from implicit_slots.data.sources import Source, usage_of
-from implicit_slots.training import nonfinite, processes
+from implicit_slots.data.batches import TrainBatches
+from implicit_slots.data.registry import Source, usage_of
+from implicit_slots.runtime import processes
+from implicit_slots.runtime.config import Config
+from implicit_slots.runtime.devices import build_mesh, replicate, shard_batch
+from implicit_slots.runtime.errors import UserError
+from implicit_slots.runtime.files import write_whole
+from implicit_slots.training import nonfinite
 from implicit_slots.training.checkpoint import Checkpoints, Damaged
-from implicit_slots.training.errors import UserError
 from implicit_slots.training.nonfinite import REPLAY_FOLDER
-from implicit_slots.training.sharding import build_mesh, replicate, shard_batch
 from implicit_slots.training.state import Faults, TrainState
 from implicit_slots.training.step import Steps
 
@@ -46,7 +47,7 @@ def write(
     if processes.is_main():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        batches = pipeline.TrainBatches(
+        batches = TrainBatches(
             source, config.batch_size, config.seed, flip=usage_of(config.data)["flip"]
         )
         named = {

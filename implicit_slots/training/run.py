@@ -19,22 +19,51 @@ import numpy as np
 import optax
 from flax import nnx
 
-from implicit_slots.config import Config
-from implicit_slots.data import pipeline, sources
-from implicit_slots.data.base import CLEVR_CODES
-from implicit_slots.data.frames import FrameSource
-from implicit_slots.data.layout import write_whole
-from implicit_slots.models.build import build_model, model_class
-from implicit_slots.training import (
+from implicit_slots.data import registry
+from implicit_slots.data.batches import TrainBatches
+from implicit_slots.data.readers.frames import FrameSource
+from implicit_slots.data.source import CLEVR_CODES
+from implicit_slots.evaluation.pictures import draw as draw_pictures
+from implicit_slots.evaluation.run import (
+    Subject,
     evaluate,
-    evaluation_pictures,
-    loop,
-    preemption,
-    processes,
-    program,
-    replay,
+    table,
+    write,
 )
-from implicit_slots.training.ahead import compile_ahead
+from implicit_slots.evaluation.run import (
+    record as found_record,
+)
+from implicit_slots.evaluation.steps import (
+    EvaluationSteps,
+    build_evaluation_steps,
+    starts_of,
+)
+from implicit_slots.models.build import (
+    build_model,
+    count_parameters,
+    model_class,
+    overview,
+    split_model,
+    table_of_parameters,
+)
+from implicit_slots.report.page import write_report
+from implicit_slots.runtime import compiling, preemption, processes
+from implicit_slots.runtime.config import Config
+from implicit_slots.runtime.devices import build_mesh, replicated, state_sharding
+from implicit_slots.runtime.errors import UserError
+from implicit_slots.runtime.files import write_whole
+from implicit_slots.runtime.metric_writers import MetricWriter
+from implicit_slots.runtime.workdir import (
+    ABSENT,
+    CONFIG_FILE,
+    EVALUATION_FOLDER,
+    SUMMARY_FILE,
+    locked,
+    read_config,
+    read_summary,
+    write_json,
+)
+from implicit_slots.training import loop, replay
 from implicit_slots.training.checkpoint import (
     BEST_FOLDER,
     CHECKPOINT_FOLDER,
@@ -45,33 +74,12 @@ from implicit_slots.training.checkpoint import (
     restore,
 )
 from implicit_slots.training.checks import check, crowding
-from implicit_slots.training.errors import UserError
-from implicit_slots.training.evaluation_steps import (
-    EvaluationSteps,
-    build_evaluation_steps,
-    starts_of,
-)
 from implicit_slots.training.optimizer import build_optimizer
-from implicit_slots.training.report import write_report
-from implicit_slots.training.saved import ABSENT, CONFIG_FILE, read_config
-from implicit_slots.training.sharding import build_mesh, replicated, state_sharding
-from implicit_slots.training.state import (
-    TrainState,
-    count_parameters,
-    initial_state,
-    split_model,
-)
+from implicit_slots.training.precompile import compile_ahead
+from implicit_slots.training.state import TrainState, initial_state
 from implicit_slots.training.step import build_steps
-from implicit_slots.training.workdir import (
-    SUMMARY_FILE,
-    locked,
-    read_summary,
-    write_json,
-)
-from implicit_slots.training.writer import MetricWriter
 
 PARAMETERS_FILE = "parameters.txt"
-EVALUATION_FOLDER = "evaluation"
 # Keys of config.data that change no image.
 UNSEEN = ("cache", "placement", "workers", "flip")
 
@@ -108,7 +116,7 @@ def run(
     began = time.perf_counter() if began is None else began
     enable_compilation_cache()
     key = "optimize_programs"
-    with program.optimised(config.get(key, ABSENT[key])):
+    with compiling.optimised(config.get(key, ABSENT[key])):
         return _run(config, workdir, mode, checkpoint, command, began)
 
 
@@ -262,7 +270,7 @@ def first_state(
         return initial_state(params, optimizer, config.optimizer)
 
     seed = np.asarray(config.seed)
-    return jax.jit(draw, compiler_options=program.runs_once())(seed)
+    return jax.jit(draw, compiler_options=compiling.runs_once())(seed)
 
 
 def is_finished(config: Config, checkpoints: Checkpoints) -> bool:
@@ -272,25 +280,25 @@ def is_finished(config: Config, checkpoints: Checkpoints) -> bool:
 
 def open_data(
     config: Config, mode: str
-) -> tuple[sources.Source | None, dict[str, sources.Source]]:
+) -> tuple[registry.Source | None, dict[str, registry.Source]]:
     """Opens the training data, to train, and the held-out splits that are scored."""
     if mode == "replay":
         return None, {}
     if mode == "evaluate":
         split = config.evaluation.split
-        return None, {split: sources.build(config.data, split)}
+        return None, {split: registry.build(config.data, split)}
     reads = model_class(config.model.name).reads
-    held_out = {"validation": sources.build(config.data, "validation")}
-    train = sources.build(config.data, "train", reads)
+    held_out = {"validation": registry.build(config.data, "validation")}
+    train = registry.build(config.data, "train", reads)
     check_read(train, reads, "training", config.model.num_slots)
     check_read(held_out["validation"], reads, "validation", config.model.num_slots)
     # Large enough?
-    pipeline.TrainBatches(train, config.batch_size, config.seed)
+    TrainBatches(train, config.batch_size, config.seed)
     return train, held_out
 
 
 def check_read(
-    source: sources.Source, reads: tuple[str, ...], split: str, num_slots: int
+    source: registry.Source, reads: tuple[str, ...], split: str, num_slots: int
 ) -> None:
     """Refuses data without what the model learns from, beside images.
 
@@ -329,7 +337,7 @@ def evaluate_all(
     checkpoint: str,
     steps: EvaluationSteps,
     mesh: jax.sharding.Mesh,
-    held_out: dict[str, sources.Source],
+    held_out: dict[str, registry.Source],
     command: str,
 ) -> dict[str, Any]:
     """Evaluates a state on a split, writes all of it down, and draws.
@@ -340,7 +348,7 @@ def evaluate_all(
     ((split, source),) = held_out.items()
     label = evaluation_label(config, workdir, checkpoint)
     began = time.perf_counter()
-    subject = evaluate.Subject(
+    subject = Subject(
         config=config,
         steps=steps,
         params=jax.device_put(state.evaluated, replicated(mesh)),
@@ -349,9 +357,9 @@ def evaluate_all(
         batch_size=config.batch_size // config.accumulate,
     )
     processes.say(f"evaluating {workdir} at step {int(state.step)} on {label}")
-    findings = evaluate.evaluate(subject)
+    findings = evaluate(subject)
     folder = workdir / EVALUATION_FOLDER / label
-    pictures = evaluation_pictures.draw(subject, findings, folder)
+    pictures = draw_pictures(subject, findings, folder)
     about = {
         "label": label,
         "title": f"{split.capitalize()} split of {config.data.name}",
@@ -366,9 +374,9 @@ def evaluate_all(
         "data": config.data.to_dict(),
         "settings": config.evaluation.to_dict(),
     }
-    record = evaluate.record(findings, about | {"pictures": pictures})
-    evaluate.write(folder, findings, record)
-    print(evaluate.table(record))
+    record = found_record(findings, about | {"pictures": pictures})
+    write(folder, findings, record)
+    print(table(record))
     print(f"report: {write_report(workdir)}")
     return record
 
@@ -423,7 +431,7 @@ def load(workdir: pathlib.Path, step: int | None = None) -> tuple[Config, Any]:
         params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return initial_state(params, optimizer, config.optimizer)
 
-    like = jax.jit(zeros, compiler_options=program.runs_once())()
+    like = jax.jit(zeros, compiler_options=compiling.runs_once())()
     folder = workdir / CHECKPOINT_FOLDER
     with contextlib.closing(Checkpoints(folder, keep=None)) as checkpoints:
         if step is None:
@@ -498,29 +506,31 @@ def nothing_to_evaluate(workdir: pathlib.Path) -> UserError:
 
 
 def introduce(
-    this: loop.Run, params: dict, held_out: dict[str, sources.Source]
+    this: loop.Run, params: dict, held_out: dict[str, registry.Source]
 ) -> None:
     """Says what is about to run, and writes down every array of the model."""
     config = this.config
     devices = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
     if jax.process_count() > 1:
         devices += f" of {jax.process_count()} processes"
-    processes.say(f"{config.name}: {program.overview(params)}")
+    processes.say(f"{config.name}: {overview(params)}")
     processes.say(
         f"{describe(this.train, held_out)}, {devices}, workdir {this.workdir}"
     )
     if note := crowding(config):
         processes.say(note)
     if this.train is not None and processes.is_main():
-        write_whole(this.workdir / PARAMETERS_FILE, program.table(params) + "\n")
+        write_whole(this.workdir / PARAMETERS_FILE, table_of_parameters(params) + "\n")
 
 
-def describe(train: sources.Source | None, held_out: dict[str, sources.Source]) -> str:
+def describe(
+    train: registry.Source | None, held_out: dict[str, registry.Source]
+) -> str:
     """Says how many images there are and, if that could be faster, how they come."""
     if train is None:
         return ", ".join(f"{len(s):,} {split} images" for split, s in held_out.items())
     text = f"{len(train):,} training images"
-    if isinstance(train, FrameSource | sources.Subset):
+    if isinstance(train, FrameSource | registry.Subset):
         text += (
             " decoded on the fly (`python -m implicit_slots.data prepare` with the "
             "same --config makes that faster)"
@@ -529,7 +539,7 @@ def describe(train: sources.Source | None, held_out: dict[str, sources.Source]) 
 
 
 def summarise(
-    this: loop.Run, state: TrainState, held_out: dict[str, sources.Source]
+    this: loop.Run, state: TrainState, held_out: dict[str, registry.Source]
 ) -> dict[str, Any]:
     """Scores a state on held-out data, none of which chose anything."""
     summary: dict[str, Any] = {

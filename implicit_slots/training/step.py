@@ -10,26 +10,27 @@ import jax.numpy as jnp
 import optax
 from clu import metrics
 from flax import nnx
-from jaxtyping import Array, Float, Num, PyTree
+from jaxtyping import PyTree
 
-from implicit_slots.config import Config
-from implicit_slots.evaluation.average_precision import AP_METRICS, detect
-from implicit_slots.evaluation.collapse import (
+from implicit_slots.evaluation.metrics.average_precision import AP_METRICS, detect
+from implicit_slots.evaluation.metrics.collapse import (
     AttentionEntropy,
     LargestSlot,
     MaskSimilarity,
 )
-from implicit_slots.evaluation.segmentation import ForegroundARI
+from implicit_slots.evaluation.metrics.segmentation import ForegroundARI
 from implicit_slots.fixed_point import diagnostics, fixed_point
 from implicit_slots.models.build import model_class
+from implicit_slots.models.images import as_float, squared_error
 from implicit_slots.models.outputs import Output, Reconstruction
 from implicit_slots.models.set_prediction import CLASSES, REACH, encode_objects
-from implicit_slots.models.slate import squared_error
+from implicit_slots.runtime.compiling import Bound, bind
+from implicit_slots.runtime.config import Config
+from implicit_slots.runtime.devices import replicated, state_sharding
+from implicit_slots.runtime.prng import Given, Purpose, purpose_key
 from implicit_slots.training import nonfinite, penalties
 from implicit_slots.training.optimizer import build_plateau, cosine, max_norm
-from implicit_slots.training.program import Bound, bind
-from implicit_slots.training.sharding import replicated, state_sharding
-from implicit_slots.training.state import Given, Purpose, TrainState, purpose_key
+from implicit_slots.training.state import TrainState
 
 Batch = dict[str, Any]
 
@@ -388,12 +389,3 @@ def in_parts(
     )
     total, _ = jax.lax.scan(add, zeros, jnp.arange(parts))
     return jax.tree.map(lambda leaf: leaf / parts, total)
-
-
-def as_float(
-    image: Num[Array, "batch height width 3"],
-) -> Float[Array, "batch height width 3"]:
-    """Returns images in [0, 1]; bytes are divided by 255, floats taken as they are."""
-    if image.dtype == jnp.uint8:
-        return image.astype(jnp.float32) / 255
-    return image

@@ -7,9 +7,8 @@ import pytest
 from flax import nnx
 
 from configs import autoencoder_clevr6, autoencoder_scenes, base
-from implicit_slots.models.build import build_model
+from implicit_slots.models.build import build_model, count_parameters, split_model
 from implicit_slots.models.layers import TransposedConv
-from implicit_slots.training.state import count_parameters, split_model
 
 TOLERANCE = 1e-5
 

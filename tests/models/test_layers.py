@@ -9,7 +9,7 @@ from flax import nnx
 from reference import FLOAT32, relative_error
 
 from implicit_slots.models import layers
-from implicit_slots.training.state import split_model
+from implicit_slots.models.build import split_model
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 

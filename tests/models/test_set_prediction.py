@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from configs import set_prediction_clevr
 from implicit_slots.models import set_prediction
-from implicit_slots.models.build import build_model
+from implicit_slots.models.build import build_model, count_parameters, split_model
 from implicit_slots.models.set_prediction import (
     NUM_PROPERTIES,
     encode_objects,
@@ -19,7 +19,6 @@ from implicit_slots.models.set_prediction import (
     pairwise_distance,
     set_distance,
 )
-from implicit_slots.training.state import count_parameters, split_model
 
 TOLERANCE = 1e-6
 

@@ -40,10 +40,10 @@ from implicit_slots.models.build import (
     build_adjoint,
     build_model,
     build_solver,
+    split_model,
 )
 from implicit_slots.models.slate import with_bos
 from implicit_slots.models.transformer import TransformerDecoder
-from implicit_slots.training.state import split_model
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 

@@ -11,8 +11,8 @@ from flax import nnx
 from reference import FLOAT32, relative_error
 
 from implicit_slots.fixed_point import Neumann, Picard, Unrolled
+from implicit_slots.models.build import split_model
 from implicit_slots.models.slot_attention import SlotAttention, StepFunction
-from implicit_slots.training.state import split_model
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 

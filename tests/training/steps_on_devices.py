@@ -20,12 +20,16 @@ import numpy as np
 from flax import nnx
 
 from configs import scenes
-from experiments.collectives import read_collectives
-from implicit_slots.data.base import Source
-from implicit_slots.training import feed, processes, sharding
+from experiments.benchmarks.collectives import read_collectives
+from implicit_slots.data.source import Source
+from implicit_slots.models.build import split_model
+from implicit_slots.runtime import devices as mesh_devices
+from implicit_slots.runtime import processes
+from implicit_slots.runtime.devices import build_mesh, state_sharding
+from implicit_slots.training import device_batches
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.run import build
-from implicit_slots.training.state import initial_state, split_model
+from implicit_slots.training.state import initial_state
 from implicit_slots.training.step import build_steps
 
 STEPS = 5
@@ -70,15 +74,15 @@ def train(layout: str) -> dict:
     config = section()
     config.update(sharding=name, accumulate=int(parts), batch_size=BATCH)
     chosen = jax.devices()[: int(devices)]
-    mesh = sharding.build_mesh(BATCH, parts=int(parts), devices=chosen)
+    mesh = build_mesh(BATCH, parts=int(parts), devices=chosen)
     graphdef, numbers = model()
     params = jax.tree.map(jnp.asarray, numbers)
     optimizer = build_optimizer(config.optimizer, params, num_steps=STEPS)
     state = initial_state(params, optimizer, config.optimizer)
-    placement = sharding.state_sharding(state, mesh, name)
+    placement = state_sharding(state, mesh, name)
     state = jax.device_put(state, placement)
     jitted = build_steps(graphdef, optimizer, config, mesh).train
-    batches = feed.train_batches(
+    batches = device_batches.train_batches(
         Pictures(), mesh, batch_size=BATCH, seed=0, start_step=0, placement="host"
     )
     batch, losses = batches.next(), []
@@ -102,7 +106,7 @@ def main() -> None:
     index, count, port = map(int, sys.argv[1:4])
     several = {"coordinator": f"localhost:{port}", "count": count, "index": index}
     assert bool(processes.initialize(**several if count > 1 else {})) == (count > 1)
-    sharding.SMALLEST_SPLIT = 64
+    mesh_devices.SMALLEST_SPLIT = 64
     print(json.dumps({layout: train(layout) for layout in sys.argv[4:]}))
 
 

@@ -10,8 +10,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
+from implicit_slots.runtime.errors import UserError
 from implicit_slots.training.alarms import FEWEST, WINDOW, Alarms
-from implicit_slots.training.errors import UserError
 
 LIMITS = {
     "gradient_growth": 100.0,

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from implicit_slots.runtime.errors import UserError
 from implicit_slots.training.checkpoint import (
     Checkpoints,
     Damaged,
     Loop,
     restore,
 )
-from implicit_slots.training.errors import UserError
 from implicit_slots.training.state import Faults, TrainState
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from configs import scenes
+from implicit_slots.runtime.metric_writers import read_metrics
 from implicit_slots.training.run import run
-from implicit_slots.training.writer import read_metrics
 
 pytestmark = pytest.mark.slow  # several real processes
 

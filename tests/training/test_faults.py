@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from training.test_run import final_state, smoke
 
-from implicit_slots.data.base import DataError
+from implicit_slots.data.source import DataError
+from implicit_slots.runtime.errors import UserError
+from implicit_slots.runtime.metric_writers import MetricWriter, read_metrics
+from implicit_slots.runtime.preemption import Preempted, noticed
+from implicit_slots.runtime.workdir import locked
 from implicit_slots.training import loop, run
-from implicit_slots.training.errors import UserError
-from implicit_slots.training.feed import Sent
+from implicit_slots.training.device_batches import Sent
 from implicit_slots.training.nonfinite import NonFiniteRun
-from implicit_slots.training.preemption import Preempted, noticed
-from implicit_slots.training.workdir import locked
-from implicit_slots.training.writer import MetricWriter, read_metrics
 
 
 def steps_of(workdir):

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from configs import autoencoder_scenes, scenes, set_prediction_scenes
-from implicit_slots.evaluation.average_precision import THRESHOLDS
+from implicit_slots.data import registry
 from implicit_slots.evaluation.catalogue import describe
+from implicit_slots.evaluation.metrics.average_precision import THRESHOLDS
+from implicit_slots.evaluation.run import GROUPS, groups_of
+from implicit_slots.runtime.errors import UserError
 from implicit_slots.training import replay, run
 from implicit_slots.training.checks import check
-from implicit_slots.training.errors import UserError
-from implicit_slots.training.evaluate import GROUPS, groups_of
 from implicit_slots.training.state import TrainState
 
 
@@ -118,7 +119,7 @@ def test_a_step_of_nested_arrays_is_replayed(predictor):
     config.data.with_masks = True
     state = _state(config)
     reads = ("image", "objects")
-    source = run.sources.build(config.data, "train", reads)
+    source = registry.build(config.data, "train", reads)
     faults = state.faults._replace(last=np.int32(2), skipped=np.int32(1))
     replay.write(config, workdir, source, state._replace(faults=faults))
     found = run.run(config, workdir, mode="replay")

@@ -11,15 +11,16 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import folder, scenes
-from implicit_slots.data import sources
-from implicit_slots.data.pipeline import TrainBatches
+from implicit_slots.data import registry
+from implicit_slots.data.batches import TrainBatches
+from implicit_slots.models.build import split_model
+from implicit_slots.runtime.errors import UserError
+from implicit_slots.runtime.metric_writers import MetricWriter, read_metrics
+from implicit_slots.runtime.prng import Purpose, purpose_key
+from implicit_slots.runtime.workdir import LOCK_FILE, write_json
 from implicit_slots.training.checkpoint import Checkpoints
 from implicit_slots.training.checks import crowding
-from implicit_slots.training.errors import UserError
 from implicit_slots.training.run import build, run
-from implicit_slots.training.state import Purpose, purpose_key, split_model
-from implicit_slots.training.workdir import LOCK_FILE, write_json
-from implicit_slots.training.writer import MetricWriter, read_metrics
 
 CLEVR = pathlib.Path(__file__).parents[3] / "shared" / "data" / "clevr_blender"
 
@@ -167,7 +168,7 @@ def test_another_seed_is_another_run():
     assert len(drawn) > 20
     assert not any(np.array_equal(one[i], other[i]) for i in drawn)
     config = smoke()
-    train = sources.build(config.data, "train")
+    train = registry.build(config.data, "train")
     order, another = (TrainBatches(train, 8, seed).indices(9) for seed in (0, 1))
     assert not np.array_equal(order, another)
     for purpose in Purpose:

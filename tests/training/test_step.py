@@ -8,11 +8,12 @@ from flax import nnx
 from reference import FLOAT32, relative_error
 
 from configs import scenes
+from implicit_slots.models.build import split_model
 from implicit_slots.models.slate import SLATE
 from implicit_slots.training.nonfinite import explain
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.run import build
-from implicit_slots.training.state import initial_state, split_model
+from implicit_slots.training.state import initial_state
 from implicit_slots.training.step import build_steps, in_parts
 
 DECAY = 0.75

@@ -1,0 +1,188 @@
+"""Contestants of a benchmark: each in a process of its own, taking turns.
+
+So allocators, thread pools and BLAS libraries do not disturb one another. While one
+runs its steps the others wait for a message, and between turns there is a pause in
+which a thread pool that waits by spinning falls asleep. Two contestants are compared by
+the ratio of their medians within one round, so that what slows the machine down for a
+while slows both.
+"""
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import jax
+
+from implicit_slots.runtime.allocator import keep_freed_memory
+from implicit_slots.runtime.errors import UserError
+from implicit_slots.training import run
+
+PAUSE = 0.3  # seconds between turns
+
+
+class Bench(NamedTuple):
+    """What a contestant's builder returns, compiled and warm.
+
+    Attributes:
+      step: starts one step and returns what to wait for.
+      wait: blocks until that has been computed.
+      facts: whatever else is worth writing down, as JSON takes it.
+      peak: returns the most bytes of device memory that were in use, if known.
+      chained: time several steps together, without waiting between them: what a
+        device computes in order. On a CPU each step is timed by itself.
+    """
+
+    step: Callable[[], Any]
+    wait: Callable[[Any], Any]
+    facts: dict[str, Any]
+    peak: Callable[[], int | None]
+    chained: bool
+
+
+# Of this process, which is a worker's own unless nothing is isolated.
+_benches: dict[str, Bench] = {}
+
+
+class Contestant:
+    """One way of computing the same thing, in a process of its own.
+
+    Args:
+      name: as the table shows it.
+      builder: returns the `Bench`; a function of a module, which the process imports.
+      arguments: of the builder.
+      steps: in one turn.
+      keep_memory: set up the C library's allocator as implicit_slots.main does.
+      isolate: use a process, and not a thread of this one.
+
+    Raises:
+      UserError: if the builder raises one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        builder: Callable[..., Bench],
+        *arguments: Any,
+        steps: int,
+        keep_memory: bool = True,
+        isolate: bool = True,
+    ):
+        self.name = name
+        self.steps = steps
+        self._executor = executor(keep_memory=keep_memory, isolate=isolate)
+        print(f"  {name}: getting ready", file=sys.stderr, flush=True)
+        self.facts = self._ask(_prepare, name, builder, *arguments)
+
+    def turn(self) -> list[float]:
+        """Runs the steps; seconds of each, or of the average one where chained."""
+        return self._ask(_turn, self.name, self.steps)
+
+    def close(self) -> int | None:
+        """Ends the process; returns the peak of the device's memory, if known."""
+        peak = self._ask(_finish, self.name)
+        self._executor.shutdown()
+        return peak
+
+    def _ask(self, function: Callable, *arguments: Any) -> Any:
+        try:
+            return self._executor.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"the process of {self.name!r} died; is there enough memory?"
+            ) from error
+
+
+def executor(*, keep_memory: bool = True, isolate: bool = True) -> Executor:
+    """One fresh process, set up like a run's; a thread of this one if not isolated."""
+    if not isolate:
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(
+        1,
+        mp_context=get_context("spawn"),
+        initializer=_set_up,
+        initargs=(keep_memory,),
+    )
+
+
+def _set_up(keep_memory: bool) -> None:
+    # Several processes share an accelerator: none may take most of its memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if keep_memory:
+        keep_freed_memory()
+
+
+def _prepare(name: str, builder: Callable[..., Bench], *arguments: Any) -> dict:
+    _benches[name] = builder(*arguments)
+    return _benches[name].facts
+
+
+def _turn(name: str, steps: int) -> list[float]:
+    bench = _benches[name]
+    if bench.chained:
+        begin = time.perf_counter()
+        for _ in range(steps - 1):
+            bench.step()
+        bench.wait(bench.step())
+        return [(time.perf_counter() - begin) / steps]
+    seconds = []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        bench.wait(bench.step())
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def _finish(name: str) -> int | None:
+    return _benches.pop(name).peak()
+
+
+def check_platforms(contestants: list[Contestant]) -> None:
+    """Refuses to compare what runs on different kinds of devices.
+
+    Raises:
+      UserError: naming them.
+    """
+    platforms = {c.facts["platform"]: c.name for c in contestants}
+    if len(platforms) > 1:
+        where = ", ".join(f"{name} on {place}" for place, name in platforms.items())
+        raise UserError(f"the contestants run on different devices: {where}")
+
+
+def alternate(
+    contestants: list[Contestant], rounds: int, *, pause: float = PAUSE
+) -> dict[str, list[list[float]]]:
+    """Lets the contestants take turns; returns seconds by contestant, round, step."""
+    turns: dict[str, list[list[float]]] = {c.name: [] for c in contestants}
+    for number in range(rounds):
+        # There and back again: a drift favours nobody.
+        for contestant in contestants[:: -1 if number % 2 else 1]:
+            time.sleep(pause)
+            turns[contestant.name].append(contestant.turn())
+        line = ", ".join(
+            f"{n} {statistics.median(t[-1]):.4g} s" for n, t in turns.items()
+        )
+        print(f"  round {number + 1}: {line}", file=sys.stderr, flush=True)
+    return turns
+
+
+def jax_facts() -> dict[str, Any]:
+    """Returns what JAX runs on in this process."""
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "versions": run.versions(),
+        "matmul_precision": jax.config.jax_default_matmul_precision,  # pyright: ignore
+    }
+
+
+def jax_peak() -> int | None:
+    """The most bytes in use on JAX's device so far; None on a CPU."""
+    statistics_ = jax.devices()[0].memory_stats() or {}
+    return statistics_.get("peak_bytes_in_use")

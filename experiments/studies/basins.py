@@ -1,0 +1,105 @@
+"""Basins: does an image have one fixed point, and does it matter how long one iterates?
+
+Claim: implicit differentiation takes slots for a fixed point; the paper does not ask
+    how many an image has, nor where more iterations than in training lead.
+Question: how many distinct fixed points does an image have from random initial slots,
+    how many starts never settle, and does what training left survive 1 … 100 iterations
+    at test time (path independence)?
+Rule: implicit against vanilla: share of starts that settle nowhere, agreement of masks
+    from different starts (a difference of 0.05), and cross-entropy after 100 iterations
+    over that after the trained number (5 %): the median and its whole interval decide.
+Cost: cpu 6 runs of three and a half minutes on a core and two more of iterations each;
+    gpu 6 (not measured); paper 8 of 250k steps.
+"""
+
+import json
+from collections.abc import Iterator
+
+from experiments.studies import drawing, scales, study
+from experiments.studies.probes import ITERATIONS
+from experiments.studies.runs import Arm
+from experiments.studies.scales import VANILLA
+from experiments.studies.statistics import Rule
+from implicit_slots.runtime.workdir import CONFIG_FILE
+
+GROWTH = "cross_entropy, most / trained iterations"
+
+
+def arms(scale: str) -> list[Arm]:
+    """Both gradients."""
+    base = scales.trained_slate(scale)
+    return [
+        scales.arm(base, "vanilla", VANILLA, ["fixed_points", "iterations"]),
+        scales.arm(base, "implicit", {}, ["fixed_points", "iterations"]),
+    ]
+
+
+def growth(table: study.Table) -> Iterator[study.Measurement]:
+    """Cross-entropy after the most iterations over that after the trained ones."""
+    for arm in table.arms():
+        for one in table.runs(arm):
+            counted = {
+                int(row.metric.partition("@")[2]): row
+                for row in table.rows
+                if (row.arm, row.seed) == (arm, one.seed)
+                and row.metric.startswith("cross_entropy@")
+            }
+            if counted:
+                config = json.loads((one.workdir / CONFIG_FILE).read_text())
+                most = counted[max(counted)]
+                then = counted[config["model"]["solver"]["max_steps"]].value
+                yield most._replace(
+                    split="derived", metric=GROWTH, value=most.value / then
+                )
+
+
+def draw(table: study.Table):
+    """Over iterations at test time, and by arm."""
+
+    def over(metric: str, label: str, counts, *, log: bool = False) -> drawing.Panel:
+        labels = ("iterations at test time", label)
+        return drawing.over_counts(table, metric, counts, labels, log_x=True, log=log)
+
+    counts = sorted({*ITERATIONS, 7})
+    return drawing.panels(
+        over("cross_entropy", "cross-entropy, nats", counts),
+        over("attention/fg_ari", "foreground ARI, attention", counts),
+        over("residual", "‖f(z)−z‖ / ‖f(z)‖", range(1, 101), log=True),
+        drawing.by_arm(table, "fixed_points", "distinct fixed points of an image"),
+        drawing.by_arm(table, "unconverged", "starts that settle nowhere"),
+        drawing.by_arm(table, "mask_agreement", "ARI of masks between starts"),
+    )
+
+
+def _rule(claim: str, metric: str, expected) -> Rule:
+    better = "higher" if metric == "mask_agreement" else "lower"
+    return Rule(
+        *(claim, metric, "implicit", "vanilla", expected, 0.05, "difference", better)
+    )
+
+
+STUDY = study.Study(
+    name="basins",
+    title="Basins and path independence",
+    doc=str(__doc__),
+    arms=arms,
+    metrics=(
+        *("fixed_points", "largest_basin", "unconverged", "mask_agreement"),
+        *("residual*", "mask_flips", "spectral_radius", "cross_entropy*"),
+        *("attention/fg_ari@*", "decoder/fg_ari@*"),
+    ),
+    summary=(
+        *("fixed_points", "largest_basin", "unconverged", "mask_agreement"),
+        *(GROWTH, "residual_last"),
+    ),
+    rules=(
+        _rule("fewer of implicit's starts settle nowhere", "unconverged", "lower"),
+        _rule("its starts agree more on masks", "mask_agreement", "higher"),
+        Rule("it bears 100 iterations better", GROWTH, "implicit", "vanilla", "lower"),
+    ),
+    draw=draw,
+    derive=growth,
+)
+
+if __name__ == "__main__":
+    study.main(STUDY)

@@ -1,0 +1,161 @@
+"""Fig. 11: how many terms of the Neumann series should the backward pass take?
+
+Claim: one term is largely best, and most orders still beat vanilla at equal forward
+    iterations; the paper blames the cost of back-propagating through more iterations.
+Question: with one stored linearisation more terms cost one product each. Is it cost,
+    then (compare at equal time), or bias (cosine to the exact gradient), or the
+    conditioning of the system that one comes nearer to (norm of the gradient against
+    the exact one's, ρ(J))?
+Rule: cross-entropy after equal steps, and after equal time (the fastest run's), of k
+    terms and of the exact gradient against one term, and of 8 terms against vanilla:
+    5 % of the ratio's median, and its whole interval, decide; steps per second: 10 %.
+Cost: cpu 21 runs of two minutes on a core, four and a half with the exact gradient, and
+    a minute of comparisons with it for three of them; gpu 21 (not measured); paper 28
+    of 250k steps.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from experiments.studies import drawing, scales, study
+from experiments.studies.runs import Arm
+from experiments.studies.scales import VANILLA
+from experiments.studies.statistics import Rule
+
+# Solved directly: in training GMRES with 60 products fails for nearly every image.
+EXACT = {"model.adjoint.name": "implicit", "model.adjoint.solver.name": "dense"}
+# At the paper's size each image's J would have 2,304² entries.
+NEARLY_EXACT = {"model.adjoint.name": "implicit", "model.adjoint.solver.max_steps": 200}
+TERMS = (1, 2, 3, 4, 8)
+ONE, EIGHT = "1 term", "8 terms"
+SAME_TIME = "cross_entropy at equal time"
+
+
+def name_of(terms: int) -> str:
+    """The arm's name."""
+    return ONE if terms == 1 else f"{terms} terms"
+
+
+def arms(scale: str) -> list[Arm]:
+    """One to eight terms, the exact gradient, and vanilla."""
+    base = scales.slate(scale)
+    terms = (1,) if scale == "smoke" else TERMS
+    return [
+        *(
+            scales.arm(
+                base,
+                name_of(k),
+                {} if k == 1 else {"model.adjoint.terms": k},
+                ["gradients"] if k == 1 else [],
+            )
+            for k in terms
+        ),
+        scales.arm(base, "exact", NEARLY_EXACT if scale == "paper" else EXACT),
+        scales.arm(base, "vanilla", VANILLA),
+    ]
+
+
+def at_equal_time(table: study.Table) -> Iterator[study.Measurement]:
+    """Cross-entropy when the fastest run of the seed has ended, by interpolation."""
+    ends: dict[int, float] = {}
+    clocks: dict[tuple[str, int], float] = {}
+    for arm in table.arms():
+        for seed, (steps, rate) in table.curves(arm, "steps_per_second").items():
+            if seed in lost(table, arm):
+                continue
+            clocks[arm, seed] = float(np.median(rate))
+            took = float(steps[-1]) / clocks[arm, seed]
+            ends[seed] = min(ends[seed], took) if seed in ends else took
+    for arm in table.arms():
+        curves = table.curves(arm, "cross_entropy", "validation")
+        for seed, (steps, values) in curves.items():
+            if (arm, seed) not in clocks:
+                continue
+            step = ends[seed] * clocks[arm, seed]
+            value = float(np.interp(step, steps, values))
+            yield study.Measurement(arm, seed, int(step), "derived", SAME_TIME, value)
+
+
+def lost(table: study.Table, arm: str) -> set[int]:
+    """Seeds whose runs diverged: they ended early, and are no measure of speed."""
+    return {one.seed for one in table.runs(arm) if one.diverged}
+
+
+def draw(table: study.Table):
+    """Outcomes by arm, then the gradients' quality along training."""
+    arms = table.arms()
+
+    def quality(quantity: str, label: str) -> drawing.Panel:
+        def panel(axis):
+            names = ["1 terms", "2 terms", "4 terms", "8 terms", "gmres", "unrolled"]
+            for place, gradient in enumerate(names):
+                curves = table.curves(ONE, f"{quantity}: {gradient}")
+                steps = next((x for x, _ in curves.values()), np.array([]))
+                middle = [
+                    np.median(
+                        [y[x == step][0] for x, y in curves.values() if step in x]
+                    )
+                    for step in steps
+                ]
+                label_of = "1 term" if gradient == "1 terms" else gradient
+                axis.plot(steps, middle, label=label_of, **drawing.style(place))
+            axis.set(xlabel="training step", ylabel=label, title="trained with 1 term")
+
+        return panel
+
+    return drawing.panels(
+        drawing.by_arm(
+            table, "cross_entropy", "cross-entropy, nats", title="same steps"
+        ),
+        drawing.by_arm(table, SAME_TIME, "cross-entropy, nats", title="same time"),
+        drawing.by_arm(table, "steps_per_second", "training steps per second"),
+        quality("cosine", "cosine to the exact gradient"),
+        quality("ratio", "norm / norm of the exact gradient"),
+        drawing.along(table, "spectral_radius", "ρ(J)", split="validation", arms=arms),
+    )
+
+
+STUDY = study.Study(
+    name="fig11_neumann_terms",
+    title="Terms of the Neumann series (Fig. 11)",
+    doc=str(__doc__),
+    arms=arms,
+    metrics=(
+        *("cross_entropy", "steps_per_second", "spectral_*", "forward_residual"),
+        *("cosine: *", "ratio: *", "relative_error: *", "backward_*", "slot_mse"),
+    ),
+    summary=(
+        *("cross_entropy", SAME_TIME, "slot_mse", "steps_per_second"),
+        *("spectral_radius", "forward_residual"),
+    ),
+    rules=(
+        *(
+            Rule(
+                f"one term is better than {other}",
+                "cross_entropy",
+                other,
+                ONE,
+                "higher",
+            )
+            for other in ("2 terms", "4 terms", EIGHT, "exact")
+        ),
+        Rule("the same at equal time for 8 terms", SAME_TIME, EIGHT, ONE, "higher"),
+        Rule("8 terms beat vanilla", "cross_entropy", EIGHT, "vanilla", "lower"),
+        Rule(
+            "8 terms cost time",
+            "steps_per_second",
+            EIGHT,
+            ONE,
+            "lower",
+            0.1,
+            better="higher",
+            ranks_diverged=False,
+        ),
+    ),
+    draw=draw,
+    derive=at_equal_time,
+)
+
+if __name__ == "__main__":
+    study.main(STUDY)

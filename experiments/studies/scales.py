@@ -1,0 +1,142 @@
+"""How large a study is: what the arms of each scale have in common.
+
+| scale | what | for |
+|---|---|---|
+| smoke | four steps of toy models, one seed | continuous integration |
+| cpu | the embedded scenes at 32x32, minutes a run, three seeds | two cores |
+| folder | the same on your images (`--set=data.path=DIR`), three seeds | two cores |
+| gpu | the small configurations whole, three seeds | one GPU |
+| paper | the published models and data sets, four seeds | accelerators, your images |
+"""
+
+from collections.abc import Mapping, Sequence
+
+from experiments.studies.runs import Arm
+from implicit_slots.runtime.errors import UserError
+
+Base = tuple[str, dict[str, object]]
+
+SCALES = ("smoke", "cpu", "folder", "gpu", "paper")
+SEEDS: Mapping[str, int] = {"smoke": 1, "cpu": 3, "folder": 3, "gpu": 3, "paper": 4}
+
+_SMOKE = {
+    "num_steps": 4,
+    "log_every": 2,
+    "validate_every": 2,
+    "draw_every": 4,
+    "checkpoint_every": 2,
+    "data.cache": "",
+    "data.with_masks": False,
+    "evaluation.fixed_points.iterations": 5,
+    "evaluation.masks.num_images": 8,
+    "evaluation.rendering.num_images": 8,
+    "evaluation.properties.num_images": 8,
+}
+_KEEP_ALL = {"keep_checkpoints": 1_000}
+
+
+def slate(scale: str) -> Base:
+    """Returns the configuration file of SLATE and what a scale changes of it.
+
+    "cpu" is configs/scenes.py at 32x32 with three objects, four slots and 2,000 steps,
+    two minutes on a core: how training begins. "folder" is the same of
+    configs/folder.py, with its seven slots; "gpu" the whole of scenes.py; "paper"
+    CLEVR-Mirror as published, whose images you bring.
+    """
+    if scale == "smoke":
+        changes = {**_SMOKE, "diagnostics.every": 2, "diagnostics.num_examples": 2}
+        return "configs/scenes.py:smoke", changes | {"diagnostics.krylov": 4}
+    if scale == "paper":
+        return "configs/clevr_mirror.py", {"diagnostics.every": 5_000, **_KEEP_ALL}
+    changes: dict[str, object] = {
+        "diagnostics.every": 700,
+        "evaluation.rendering.num_images": 128,
+        **_KEEP_ALL,
+    }
+    if scale in ("cpu", "folder"):
+        changes |= {
+            "data.resolution": 32,
+            "num_steps": 2_000,
+            "validate_every": 200,
+            "checkpoint_every": 400,
+            "draw_every": 2_000,
+            "num_scored": 16,
+            "diagnostics.every": 200,
+        }
+    if scale == "cpu":
+        changes |= {"data.max_objects": 3, "model.num_slots": 4}
+    return f"configs/{'folder' if scale == 'folder' else 'scenes'}.py", changes
+
+
+def trained_slate(scale: str) -> Base:
+    """Returns the same for studies of what slots hold, which need trained ones.
+
+    "cpu" and "folder" train four times as long with half the batch: at "cpu" three and
+    a half minutes.
+    """
+    file, changes = slate(scale)
+    if scale in ("cpu", "folder"):
+        changes = changes | {
+            "batch_size": 8,
+            "num_steps": 8_000,
+            "validate_every": 500,
+            "checkpoint_every": 2_000,
+            "draw_every": 8_000,
+            "num_scored": 128,
+            "diagnostics.every": 1_000,
+        }
+    return file, changes
+
+
+def discovery(scale: str) -> Base:
+    """Returns the same of the autoencoder."""
+    return _of_locatello("autoencoder", scale)
+
+
+def prediction(scale: str) -> Base:
+    """Returns the same of the set predictor.
+
+    Raises:
+      UserError: for a folder: not every one has attributes.
+    """
+    if scale == "folder":
+        raise UserError(
+            "properties of objects are not studied on a folder of images; choose "
+            "another --scale, or another study"
+        )
+    return _of_locatello("set_prediction", scale)
+
+
+def _of_locatello(name: str, scale: str) -> Base:
+    file = f"configs/{name}_scenes.py"
+    if scale == "smoke":
+        masks = {"data.with_masks": name == "set_prediction"}
+        return f"{file}:smoke", {**_SMOKE, **masks}
+    if scale == "paper":
+        published = {"autoencoder": "clevr6", "set_prediction": "clevr"}
+        return f"configs/{name}_{published[name]}.py", {**_KEEP_ALL}
+    if scale == "folder":
+        file = f"configs/{name}_folder.py"
+    return file, {**_KEEP_ALL}
+
+
+VANILLA: Mapping[str, object] = {"model.adjoint.name": "unrolled"}
+
+
+def vanilla_of(base: Base) -> Base:
+    """Returns a base's `:vanilla`, which may have settings of its own."""
+    file, changes = base
+    if ":" in file:  # Variants do not combine.
+        return file, {**changes, **VANILLA}
+    return f"{file}:vanilla", changes
+
+
+def arm(
+    base: Base,
+    name: str,
+    changes: Mapping[str, object] | None = None,
+    probes: Sequence[str] = (),
+) -> Arm:
+    """Returns an arm: a base with some keys changed."""
+    file, common = base
+    return Arm(name, file, {**common, **(changes or {})}, tuple(probes))

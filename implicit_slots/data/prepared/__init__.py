@@ -1,0 +1,1 @@
+"""Data sets at the training resolution, kept on disk."""

@@ -1,0 +1,59 @@
+"""What a source holds, as text and as a picture: the first look at any data."""
+
+import numpy as np
+
+from implicit_slots.data.source import Batch, Source
+from implicit_slots.drawing import grids
+
+
+def describe(source: Source, batch: Batch) -> list[str]:
+    """Lines on a source: number of examples, keys with shapes and types, objects.
+
+    Args:
+      source: any.
+      batch: some of its examples, that are counted and measured.
+    """
+    lines = [f"{len(source):,} examples"]
+    for name, leaf in sorted(batch.items()):
+        fields = leaf if isinstance(leaf, dict) else {"": leaf}
+        for field, values in sorted(fields.items()):
+            shape = " x ".join(str(side) for side in values.shape[1:]) or "scalar"
+            key = f"{name}.{field}" if field else name
+            lines.append(f"  {key:<24} {values.dtype!s:<8} {shape}")
+    image = batch["image"].astype(np.float64)
+    mean = ", ".join(f"{v:.1f}" for v in image.mean((0, 1, 2)))
+    lines.append(
+        f"  the first {len(image)}: mean colour ({mean}), least {image.min():.0f}, "
+        f"largest {image.max():.0f}"
+    )
+    counts = count_objects(batch)
+    if counts is not None:
+        numbers, times = np.unique(counts, return_counts=True)
+        pairs = zip(numbers, times, strict=True)
+        text = ", ".join(f"{n} in {t} image{'s' * bool(t > 1)}" for n, t in pairs)
+        lines.append(f"  number of objects: {text}")
+        if "segmentation" in batch:
+            ground = np.mean(batch["segmentation"] == 0)
+            lines.append(f"  background: {ground:.1%} of the pixels")
+    return lines
+
+
+def sheet(batch: Batch) -> grids.Picture:
+    """Images with their masks, and the number of objects under each."""
+    counts = count_objects(batch)
+    captions = None
+    if counts is not None:
+        captions = ["1 object" if n == 1 else f"{n} objects" for n in counts]
+    return grids.contact_sheet(
+        batch["image"], batch.get("segmentation"), captions=captions
+    )
+
+
+def count_objects(batch: Batch) -> np.ndarray | None:
+    """Objects of each example, by attributes, or else by ids in the crop's mask."""
+    if "objects" in batch:
+        return batch["objects"]["present"].sum(-1)
+    if "segmentation" in batch:
+        masks = batch["segmentation"].reshape(len(batch["segmentation"]), -1)
+        return np.array([np.count_nonzero(np.unique(mask)) for mask in masks])
+    return None

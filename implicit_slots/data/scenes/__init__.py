@@ -1,0 +1,1 @@
+"""CLEVR-like scenes, rendered by JAX."""

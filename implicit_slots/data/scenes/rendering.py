@@ -1,0 +1,502 @@
+"""The ray caster: a scene's picture and masks, in JAX.
+
+Lamps and colours are those of CLEVR's generator (``base_scene.blend``); the picture
+is the standard crop (``scenes``), rendered at the asked resolution instead of resized.
+
+One ray per pixel is enough: every silhouette (of objects against the camera, of
+shadows against a lamp) is an exact signed distance, so its edge is a ramp one pixel
+(one penumbra) wide. Objects stand on disjoint discs of the ground, so painting them
+from far to near is exact. A "vector" is a tuple of three arrays, as in ``scenes``.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Integer
+
+from implicit_slots.data.scenes.sampling import (
+    RADIUS,
+    Scene,
+    camera_axes,
+    dot,
+    lens,
+    minus,
+    objects,
+    radii,
+    sample_scene,
+    scene_key,
+    split_code,
+)
+
+# CLEVR hands these sRGB bytes to Blender as linear values, which is why its objects
+# look paler than the numbers; so do we.
+_RGB = (
+    np.array(
+        [
+            (87, 87, 87),
+            (42, 75, 215),
+            (129, 74, 25),
+            (255, 238, 51),
+            (173, 35, 35),
+            (29, 105, 20),
+            (129, 38, 192),
+            (41, 208, 208),
+        ],
+        np.float32,
+    )
+    / 255
+)
+
+# base_scene.blend's sun, far enough out that its rays are nearly parallel.
+_SUN = np.array([11.66081, -6.62799, 25.82317], np.float32) * 10
+
+# Radiance of the ground per lamp (key, fill, back, sun): the least-squares fit to the
+# mean of 600 Blender renders, whose residual is 0.4% of white.
+_POWER = np.array(
+    [[5.68, 5.28, 4.56], [1.06, 1.15, 1.46], [2.36, 2.37, 2.35], [0.08 * 300**2] * 3],
+    np.float32,
+)
+_LAMP_RADIUS = np.array([0.4, 0.4, 0.7, 20.0], np.float32)
+_GLEAM = np.array([1.0, 0.4, 0.7, 0.0], np.float32)
+_AMBIENT = 0.05
+_FLOOR = 0.13  # what the ground sends up
+_GROUND_ALBEDO = 0.74
+_SHADOW_SHARE = 0.1
+
+
+def _along(origin, direction, t):
+    return tuple(o + t * d for o, d in zip(origin, direction, strict=True))
+
+
+def _unit(v):
+    scale = lax.rsqrt(jnp.maximum(dot(v, v), 1e-12))
+    return tuple(c * scale for c in v)
+
+
+# Signed distance, positive inside, from a line to the outline of a shape seen along
+# that line. `o`, `d`: a point of the line and its unit direction in the shape's frame
+# (centre at 0, axis z), d pointing downwards; `r`: radius or half side.
+
+
+def _cube_outline(o, d, r):
+    # The outline is a hexagon whose sides are normal to d x e_i (separating axes).
+    def side(i, j):
+        length = jnp.sqrt(jnp.maximum(d[i] * d[i] + d[j] * d[j], 1e-12))
+        reach = r * (jnp.abs(d[i]) + jnp.abs(d[j]))
+        return (reach - jnp.abs(o[i] * d[j] - o[j] * d[i])) / length
+
+    return jnp.minimum(jnp.minimum(side(0, 1), side(1, 2)), side(2, 0))
+
+
+def _sphere_outline(o, d, r):
+    b = dot(o, d)
+    return r - jnp.sqrt(jnp.maximum(dot(o, o) - b * b, 0.0))
+
+
+def _cylinder_outline(o, d, r):
+    # The hull of the two caps' ellipses: either ellipse, or the band between them.
+    # (u, v) are ground coordinates along and across the line, seen foreshortened.
+    flat2 = jnp.maximum(d[0] * d[0] + d[1] * d[1], 1e-12)
+    flat = jnp.sqrt(flat2)
+    v = (o[0] * d[1] - o[1] * d[0]) / flat
+    u = (o[0] * d[0] + o[1] * d[1]) / flat
+    slope = flat / d[2]
+    top, bottom = u + (r - o[2]) * slope, u + (-r - o[2]) * slope
+
+    def cap(w):
+        steep = w / d[2]
+        return (r * r - w * w - v * v) / (
+            2 * jnp.sqrt(jnp.maximum(steep * steep + v * v, 1e-12))
+        )
+
+    band = jnp.minimum(-top, bottom) * -d[2]
+    return jnp.maximum(
+        jnp.maximum(cap(top), cap(bottom)), jnp.minimum(r - jnp.abs(v), band)
+    )
+
+
+_OUTLINES = (_cube_outline, _sphere_outline, _cylinder_outline)
+
+
+# What the camera sees of a shape: the outline's signed distance; how far along the
+# line the surface is met (or nearly so, outside the outline); the normal there, not
+# of unit length; and how far into an edge that is, 0..1. Edges are rounded by `bevel`,
+# a share of r, in their normals only: CLEVR's are, and it anti-aliases them.
+
+
+def _round(x, bevel):
+    return jnp.sign(x) * jnp.maximum(jnp.abs(x) - (1 - bevel), 0.0) / bevel
+
+
+def _cube(o, d, r, bevel):
+    t = None
+    for o_i, d_i in zip(o, d, strict=True):
+        d_i = jnp.where(jnp.abs(d_i) < 1e-6, 1e-6, d_i)
+        t_i = (-jnp.sign(d_i) * r - o_i) / d_i
+        t = t_i if t is None else jnp.maximum(t, t_i)
+    point = _along(o, d, t)
+    lean = tuple(_round(jnp.clip(c / r, -1.0, 1.0), bevel) for c in point)
+    edge = jnp.clip(1.6 * (sum(jnp.abs(c) for c in lean) - 1), 0.0, 1.0)
+    return _cube_outline(o, d, r), t, lean, edge
+
+
+def _sphere(o, d, r, bevel):
+    del bevel
+    b = dot(o, d)
+    t = -b - jnp.sqrt(jnp.maximum(b * b - dot(o, o) + r * r, 0.0))
+    return _sphere_outline(o, d, r), t, _along(o, d, t), jnp.zeros_like(b)
+
+
+def _cylinder(o, d, r, bevel):
+    flat2 = jnp.maximum(d[0] * d[0] + d[1] * d[1], 1e-12)
+    b = (o[0] * d[0] + o[1] * d[1]) / flat2
+    c = (o[0] * o[0] + o[1] * o[1] - r * r) / flat2
+    side = -b - jnp.sqrt(jnp.maximum(b * b - c, 0.0))
+    t = jnp.maximum(side, (r - o[2]) / d[2])
+    x, y, z = _along(o, d, t)
+    radial = jnp.sqrt(jnp.maximum(x * x + y * y, 1e-12))
+    out = _round(jnp.minimum(radial / r, 1.0), bevel)
+    up = _round(jnp.clip(z / r, -1.0, 1.0), bevel)
+    edge = jnp.clip(1.6 * (out + jnp.abs(up) - 1), 0.0, 1.0)
+    return (
+        _cylinder_outline(o, d, r),
+        t,
+        (x * out / radial, y * out / radial, up),
+        edge,
+    )
+
+
+_SURFACES = (_cube, _sphere, _cylinder)
+
+
+class _Stage(NamedTuple):
+    """What the renderer derives from a scene before it looks at pixels."""
+
+    scene: Scene
+    present: Array  # bool [K]
+    radius: Array  # [K]
+    cos: Array  # [K]
+    sin: Array  # [K]
+    rgb: Array  # [K, 3, 1, 1]: colours lie on a leading axis, for one loop over all
+    lamps: Array  # [4, 3]: key, fill, back, sun
+    power: Array  # [4, 3, 1, 1]
+    eye: tuple
+    forward: tuple
+    view: tuple  # unit rays, each component [resolution, resolution]
+    pixel: float  # radians
+
+    def turn(self, k, v):
+        """Into the frame of object k."""
+        return (
+            self.cos[k] * v[0] + self.sin[k] * v[1],
+            self.cos[k] * v[1] - self.sin[k] * v[0],
+            v[2],
+        )
+
+    def turn_back(self, k, v):
+        return (
+            self.cos[k] * v[0] - self.sin[k] * v[1],
+            self.cos[k] * v[1] + self.sin[k] * v[0],
+            v[2],
+        )
+
+    def for_present(self, order, body, state):
+        """Folds `body(k, state)` over the objects that are there."""
+
+        def step(i, state):
+            k = order[i]
+            return lax.cond(self.present[k], body, lambda _, state: state, k, state)
+
+        return lax.fori_loop(0, len(self.present), step, state)
+
+
+def _set_stage(scene, resolution, present, zoom):
+    focal, middle_column, middle_row = lens(zoom)
+    grid = (jnp.arange(resolution, dtype=jnp.float32) + 0.5) / resolution
+    a = ((grid - middle_column) / focal)[None, :]
+    b = ((middle_row - grid) / focal)[:, None]
+    right, up, forward = camera_axes(scene.camera)
+    return _Stage(
+        scene=scene,
+        present=present,
+        radius=radii(scene.shape, scene.size),
+        cos=jnp.cos(scene.rotation),
+        sin=jnp.sin(scene.rotation),
+        rgb=jnp.asarray(_RGB)[scene.color][:, :, None, None],
+        lamps=jnp.concatenate([scene.lamps, _SUN[None]]),
+        power=jnp.asarray(_POWER)[:, :, None, None],
+        eye=tuple(scene.camera),
+        forward=tuple(forward),
+        view=_unit(tuple(forward[i] + a * right[i] + b * up[i] for i in range(3))),
+        pixel=1 / (focal * resolution),
+    )
+
+
+def _irradiance(lamp, point, normal):
+    """Light that falls on a surface from a lamp of unit power."""
+    to_lamp = minus(lamp, point)
+    inverse2 = 1 / dot(to_lamp, to_lamp)
+    facing = jnp.maximum(dot(to_lamp, normal), 0.0)
+    # An area lamp shines by Lambert's cosine about its axis, towards the origin.
+    emitted = jnp.maximum(dot(to_lamp, _unit(lamp)), 0.0)
+    return facing * emitted * inverse2 * inverse2
+
+
+def _to_srgb(x):
+    # The sRGB curve out of square roots, to within 0.3% of white; `pow` is slow.
+    a = jnp.sqrt(jnp.clip(x, 0.0, 1.0))
+    b = jnp.sqrt(a)
+    return jnp.clip(
+        0.662002687 * a
+        + 0.684122060 * b
+        - 0.323583601 * jnp.sqrt(b)
+        - 0.0225411470 * x,
+        0.0,
+        1.0,
+    )
+
+
+def _light_ground(stage):
+    """The ground's colour, lit and shaded, and whose shadow falls where."""
+    ground = _along(stage.eye, stage.view, -stage.eye[2] / stage.view[2])
+    green = jnp.asarray(_POWER[:, 1])
+    lamp_radius = jnp.asarray(_LAMP_RADIUS)
+    zeros = jnp.zeros_like(ground[0])
+
+    def shine(i, state):
+        canvas, total, most, shadow = state
+        lamp = tuple(stage.lamps[i])
+        light = _irradiance(lamp, ground, (0.0, 0.0, 1.0))
+        fall = minus(ground, lamp)
+        spread = lamp_radius[i] * lax.rsqrt(dot(fall, fall))
+        fall = _unit(fall)
+
+        def cast(k, state):
+            passing, most, shadow = state
+            o = minus(ground, tuple(stage.scene.position[k]))
+            outline = lax.switch(
+                stage.scene.shape[k],
+                _OUTLINES,
+                stage.turn(k, o),
+                stage.turn(k, fall),
+                stage.radius[k],
+            )
+            # The share of the lamp's disc that the object's edge covers.
+            penumbra = spread * jnp.maximum(dot(o, fall), 0.05)
+            x = jnp.clip(0.5 + 0.5 * outline / penumbra, 0.0, 1.0)
+            x = x * x * (3 - 2 * x)
+            blocked = x * light * green[i]
+            shadow = jnp.where(blocked > most, k + 1, shadow)
+            return passing * (1 - x), jnp.maximum(blocked, most), shadow
+
+        passing, most, shadow = stage.for_present(
+            jnp.arange(len(stage.present)), cast, (zeros + 1, most, shadow)
+        )
+        canvas += stage.power[i] * (light * passing)
+        return canvas, total + green[i] * light, most, shadow
+
+    dark = (
+        jnp.full((3, *zeros.shape), _AMBIENT),
+        zeros + _AMBIENT,
+        zeros,
+        zeros.astype(jnp.int32),
+    )
+    canvas, total, most, shadow = lax.fori_loop(0, len(_POWER), shine, dark)
+    return canvas, jnp.where(most > _SHADOW_SHARE * total, shadow, 0)
+
+
+def _paint(stage, k, state):
+    """Object k over what has been painted."""
+    canvas, segmentation = state
+    scene, view = stage.scene, stage.view
+    o = stage.turn(k, minus(stage.eye, tuple(scene.position[k])))
+    d = stage.turn(k, view)
+    distance = jnp.sqrt(dot(o, o))
+    pixels = stage.radius[k] / (stage.pixel * distance)  # the radius, on the image
+    bevel = jnp.clip(1.5 / pixels, 0.13, 0.5)
+    outline, t, lean, edge = lax.switch(
+        scene.shape[k], _SURFACES, o, d, stage.radius[k], bevel
+    )
+    point = _along(stage.eye, view, t)
+    normal = stage.turn_back(k, _unit(lean))
+    mirror = _along(view, normal, -2 * dot(view, normal))
+    metal = scene.material[k] == 1
+
+    # Light is gathered where it leaves for the camera: on the object if it is rubber,
+    # on the ground that it mirrors if it is metal.
+    reach = jnp.minimum(point[2] / jnp.maximum(-mirror[2], 0.01), 20.0)
+    spot = (*_along(point, mirror, reach)[:2], 0.0)
+    up = (0.0, 0.0, 1.0)
+    source = [jnp.where(metal, p, q) for p, q in zip(spot, point, strict=True)]
+    facing = [jnp.where(metal, p, q) for p, q in zip(up, normal, strict=True)]
+    # No highlight narrower than the pixels that sample it, at equal energy.
+    widest = jnp.where(metal, 120.0, 12.0)
+    sharp = jnp.minimum(widest, pixels * pixels)
+    gleam = jnp.asarray(_GLEAM) * sharp / widest
+
+    def gather(i, state):
+        light, shine = state
+        lamp = tuple(stage.lamps[i])
+        # (1 + n (1 - cos))^-2 peaks like a power of the cosine, without pow.
+        lobe = 1 / (1 + sharp * (1 - dot(mirror, _unit(minus(lamp, point)))))
+        light += stage.power[i] * _irradiance(lamp, source, facing)
+        return light, shine + gleam[i] * lobe * lobe
+
+    ambient = _AMBIENT + (0.5 - 0.5 * facing[2]) * (_FLOOR - _AMBIENT)
+    dark = jnp.broadcast_to(ambient, canvas.shape), jnp.zeros_like(outline)
+    light, shine = lax.fori_loop(0, len(_POWER), gather, dark)
+
+    def polished(light):
+        light = 0.95 * _mirrored(stage, k, point, mirror, light) + 1.5 * shine
+        # A bevel gathers what is all around.
+        return light + edge * (0.22 - light)
+
+    light = lax.cond(metal, polished, lambda light: light / _GROUND_ALBEDO, light)
+    color = stage.rgb[k] * light + 0.05 * shine
+    alpha = jnp.clip(0.5 - outline / (dot(o, d) * stage.pixel), 0.0, 1.0)
+    canvas += alpha * (color - canvas)
+    return canvas, jnp.where(outline > 0, k + 1, segmentation)
+
+
+def _mirrored(stage, k, point, mirror, floor):
+    """What object k reflects: the floor's light, the dark above it, other objects."""
+    forward = stage.forward
+    # CLEVR's world is dark but for the backdrop, whose wall stands ahead.
+    ahead = mirror[0] * forward[0] + mirror[1] * forward[1]
+    flat = mirror[0] ** 2 + mirror[1] ** 2
+    level = forward[0] ** 2 + forward[1] ** 2
+    ahead = ahead * lax.rsqrt(jnp.maximum(flat * level, 1e-6))
+    sky = 0.03 + 0.1 * jnp.clip(2.5 * ahead - 1.0, 0.0, 1.0)
+    light = floor + jnp.clip(mirror[2] * 4 + 0.6, 0.0, 1.0) * (sky - floor)
+
+    def reflect(j, light):
+        # Others are blurred balls: metal in CLEVR is rough, and they are small in it.
+        offset = minus(tuple(stage.scene.position[j]), point)
+        along = dot(offset, mirror)
+        miss = jnp.sqrt(jnp.maximum(dot(offset, offset) - along * along, 0.0))
+        x = jnp.clip(0.5 + 4 * (stage.radius[j] - miss), 0.0, 1.0)
+        x = jnp.where((along > 0) & (j != k), x, 0.0)
+        return light + x * (0.3 * stage.rgb[j] - light)
+
+    return stage.for_present(jnp.arange(len(stage.present)), reflect, light)
+
+
+def render(
+    scene: Scene,
+    resolution: int,
+    keep: Bool[Array, " objects"] | None = None,
+    *,
+    zoom: float = 1.0,
+) -> dict[str, Array]:
+    """Renders a scene.
+
+    Args:
+        scene: What to draw.
+        resolution: Side of the square image, in pixels.
+        keep: Objects to draw; the others are taken out, with their shadows and
+            reflections, and those that remain keep their ids. None draws all.
+        zoom: The image is the middle ``1 / zoom`` of the crop in each direction, at
+            this resolution; at least 1, and static.
+
+    Returns:
+        ``image`` uint8 ``[resolution, resolution, 3]``; ``segmentation`` int32
+        ``[resolution, resolution]``, k + 1 where object k is seen at the pixel's
+        centre and 0 on the ground; ``shadow`` likewise on the ground, the object that
+        takes most of one lamp's light from that point, where that is a tenth of all
+        the light there or more.
+
+    Raises:
+        ValueError: ``zoom`` is below 1.
+    """
+    present = scene.present if keep is None else scene.present & keep
+    stage = _set_stage(scene, resolution, present, zoom)
+    canvas, shadow = _light_ground(stage)
+    # Far to near by the power of the camera's foot point to each footprint disc.
+    foot = scene.position[:, :2] - scene.camera[:2]
+    power = jnp.sum(foot**2, -1) - jnp.asarray(RADIUS)[scene.size] ** 2
+    canvas, segmentation = stage.for_present(
+        jnp.argsort(-power),
+        partial(_paint, stage),
+        (canvas, jnp.zeros_like(shadow)),
+    )
+    image = jnp.moveaxis(_to_srgb(canvas), 0, -1)
+    return {
+        "image": jnp.round(image * 255).astype(jnp.uint8),
+        "segmentation": segmentation,
+        "shadow": jnp.where(segmentation == 0, shadow, 0),
+    }
+
+
+# The split is traced, as its code: static, it would cost each split a compilation.
+@partial(jax.jit, static_argnames=("resolution", "min_objects", "max_objects", "zoom"))
+def _draw_batch(seed, split, indices, keep, resolution, min_objects, max_objects, zoom):
+    def one(index, keep):
+        key = scene_key(seed, split, index)
+        scene = sample_scene(
+            key, min_objects=min_objects, max_objects=max_objects, zoom=zoom
+        )
+        batch = render(scene, resolution, keep, zoom=zoom)
+        return {**batch, "objects": objects(scene, resolution, zoom=zoom)}
+
+    # One scene after another stays in a CPU's cache and skips what a scene does not
+    # have; an accelerator wants them all at once.
+    return lax.platform_dependent(
+        indices,
+        keep,
+        cpu=lambda *args: lax.map(lambda pair: one(*pair), args),
+        default=jax.vmap(one),
+    )
+
+
+def render_batch(
+    seed: Integer[Array, ""] | int,
+    split: str,
+    indices: Integer[Array | np.ndarray, " batch"],
+    *,
+    resolution: int = 64,
+    min_objects: int = 3,
+    max_objects: int = 6,
+    keep: Bool[Array | np.ndarray, "batch objects"] | None = None,
+    zoom: float = 1.0,
+) -> dict:
+    """Draws and renders the scenes with these indices.
+
+    On a CPU it takes one core: threads that render parts of a batch share the cores,
+    since JAX lets go of the interpreter's lock.
+
+    Args:
+        seed: Of the whole data set.
+        split: One of ``SPLITS``; they share a compilation.
+        indices: One per image. A scene's bytes do not depend on the others of its
+            batch (on a CPU).
+        resolution: Side of the images, in pixels.
+        min_objects: Fewest objects asked for in a scene.
+        max_objects: Most objects, K.
+        keep: Objects to draw, as in ``render``.
+        zoom: As in ``render``; scenes are placed for it, so another zoom draws other
+            scenes.
+
+    Returns:
+        The batch: ``image``, ``segmentation`` and ``shadow`` as ``render`` gives them
+        and ``objects`` as ``objects`` does, all with a leading batch axis.
+
+    Raises:
+        ValueError: An unknown split, not ``1 <= min_objects <= max_objects``, or
+            ``zoom`` below 1.
+    """
+    code = split_code(split)
+    size = len(indices)
+    if keep is None:
+        keep = jnp.ones((size, max_objects), bool)
+    if size == 1:
+        # XLA inlines a loop of one turn, fuses it differently and so rounds some
+        # pixels differently.
+        indices, keep = jnp.repeat(indices, 2), jnp.repeat(keep, 2, axis=0)
+    batch = _draw_batch(
+        seed, code, indices, keep, resolution, min_objects, max_objects, zoom
+    )
+    return jax.tree.map(lambda x: x[:size], batch) if size == 1 else batch

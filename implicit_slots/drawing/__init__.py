@@ -1,0 +1,1 @@
+"""Arrays and numbers to pictures, for the screen and for papers."""

@@ -1,0 +1,1 @@
+"""One family of metrics a file; arrays in, numbers out."""

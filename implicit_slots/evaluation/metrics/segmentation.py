@@ -1,0 +1,245 @@
+"""How well slots divide an image into its objects."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from clu import metrics
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+from implicit_slots.evaluation.metrics import overlap
+from implicit_slots.evaluation.metrics.boundaries import boundary_f1
+
+# Share of an image's pixels from which on a slot counts as used.
+USED = 0.005
+
+
+def attention_to_masks(
+    attention: Float[Array, "batch slots rows columns"], height: int, width: int
+) -> Int32[Array, "batch {height} {width}"]:
+    """Gives each pixel to the slot that attends to it most.
+
+    The soft attention is brought to the size of the image first and the largest
+    taken second, so that borders between slots are not blocks of the feature grid.
+
+    Args:
+      attention: Per slot, its weight at each position of the feature grid.
+      height: Rows of the masks, in pixels.
+      width: Columns of the masks, in pixels.
+
+    Returns:
+      The winning slot's index at each pixel; on a tie, the lowest index.
+    """
+    return jnp.argmax(upsample(attention, height, width), axis=1).astype(jnp.int32)
+
+
+def upsample(
+    attention: Float[Array, "batch slots rows columns"], height: int, width: int
+) -> Float[Array, "batch slots {height} {width}"]:
+    """Brings attention to the size of the image, bilinearly; sums over slots stay."""
+    shape = (*attention.shape[:2], height, width)
+    return jax.image.resize(attention.astype(jnp.float32), shape, "bilinear")
+
+
+def score_masks(
+    attention: Float[Array, "batch slots rows columns"],
+    segmentation: Int[Array, "batch height width"],
+    *,
+    max_true: int,
+    classes: Int[Array, "batch {max_true}"] | None = None,
+) -> dict[str, Float[Array, " batch"]]:
+    """Compares the masks of slots with the true ones, in every usual way.
+
+    An object is a true id other than 0 with a pixel to be seen. Slots in another order
+    have the same numbers.
+
+    Args:
+      attention: Per slot, its weight at each position of the feature grid.
+      segmentation: True segmentation; 0 is the background.
+      max_true: The largest true id, which is the largest number of objects.
+      classes: Of each object, in the order of the ids from 1.
+
+    Returns:
+      Per image, all but `slots_used` from 0 (ARI: below) to 1; NaN throughout where
+      attention is not finite or an id is out of range:
+
+      - `ari`, `fg_ari`: see `adjusted_rand_index`; ARI has the background too, and is
+        defined without objects.
+      - `miou`, `mbo` and, with classes, `mbo_class`: see overlap.py.
+      - `soft_iou`: mIoU of the upsampled weights, before each pixel goes to one slot.
+      - `boundary_f1`: see boundaries.py; NaN where the truth has no border.
+      - `slots_used`: how many slots win at least 0.5 % of the pixels.
+    """
+    height, width = segmentation.shape[1:]
+    weights = upsample(attention, height, width)
+    predicted = jnp.argmax(weights, axis=1).astype(jnp.int32)
+    num_slots = attention.shape[1]
+    objects = overlap.one_hot_objects(segmentation, max_true)
+    flat = predicted.reshape(len(predicted), 1, -1)
+    won = (flat == jnp.arange(num_slots)[None, :, None]).astype(jnp.float32)
+    present = objects.any(axis=2)
+    hard = overlap.intersection_over_union(objects, won)
+    soft = overlap.intersection_over_union(
+        objects, weights.reshape(*weights.shape[:2], -1)
+    )
+
+    def rand_index(foreground_only):
+        return adjusted_rand_index(
+            segmentation,
+            predicted,
+            max_true=max_true,
+            num_predicted=num_slots,
+            foreground_only=foreground_only,
+        )
+
+    values = {
+        "ari": rand_index(False),
+        "fg_ari": rand_index(True),
+        "miou": overlap.mean_iou(hard, present),
+        "mbo": overlap.mean_best_overlap(hard, present),
+        "soft_iou": overlap.mean_iou(soft, present),
+        "boundary_f1": boundary_f1(segmentation, predicted),
+        "slots_used": jnp.sum(won.mean(axis=2) >= USED, axis=1, dtype=jnp.float32),
+    }
+    if classes is not None:
+        merged = overlap.merge_classes(objects, classes)
+        values["mbo_class"] = overlap.mean_best_overlap(
+            overlap.intersection_over_union(merged, won), merged.any(axis=2)
+        )
+    valid = overlap.scorable(attention, segmentation, max_true)
+    return {name: jnp.where(valid, value, jnp.nan) for name, value in values.items()}
+
+
+def adjusted_rand_index(
+    true_ids: Int[Array, "batch *pixels"],
+    predicted_ids: Int[Array, "batch *pixels"],
+    *,
+    max_true: int,
+    num_predicted: int,
+    foreground_only: bool = False,
+) -> Float[Array, " batch"]:
+    """Agreement of two partitions of each image's pixels, corrected for chance.
+
+    The index of Hubert and Arabie (1985) from the counts of pixel pairs, in the
+    form of scikit-learn's `adjusted_rand_score`, which it equals in the degenerate
+    cases too: partitions that agree on every pair score 1, also where all pixels
+    form one cluster; one true object that is predicted as several scores 0.
+
+    Args:
+      true_ids: True segmentation; 0 is the background.
+      predicted_ids: Predicted segmentation. Only its partition counts, not which
+        id a cluster bears.
+      max_true: The largest true id, which is the largest number of objects.
+      num_predicted: The number of predicted ids, 0 to num_predicted - 1.
+      foreground_only: Whether to score only the pixels of true objects (FG-ARI;
+        Greff et al., 2019, "Multi-Object Representation Learning with Iterative
+        Variational Inference", section 4.1).
+
+    Returns:
+      Per image, at most 1 (the same partition), 0 on average for a partition drawn
+      at random, below 0 for less than chance. NaN where nothing is left to score
+      (`foreground_only` without foreground) and where an id is out of range.
+    """
+    batch = true_ids.shape[0]
+    true_ids = true_ids.reshape(batch, -1)
+    predicted_ids = predicted_ids.reshape(batch, -1)
+
+    # Zeros and ones are exact in any matmul precision, their sums in float32 are
+    # exact up to 2^24 pixels.
+    true = jax.nn.one_hot(true_ids, max_true + 1, dtype=jnp.float32)
+    predicted = jax.nn.one_hot(predicted_ids, num_predicted, dtype=jnp.float32)
+    if foreground_only:
+        true = true.at[..., 0].set(0)
+    table = jnp.einsum("bnt,bnp->btp", true, predicted)
+    score = _score(table)
+
+    in_range = (true_ids >= 0) & (true_ids <= max_true)
+    in_range &= (predicted_ids >= 0) & (predicted_ids < num_predicted)
+    defined = jnp.all(in_range, axis=1) & (jnp.sum(table, axis=(1, 2)) > 0)
+    return jnp.where(defined, score, jnp.nan)
+
+
+def _score(
+    table: Float[Array, "batch true predicted"],
+) -> Float[Array, " batch"]:
+    """The adjusted Rand index of contingency tables of pixel counts.
+
+    The textbook form subtracts sums of binomials; at 128 x 128 those pass 2^24 and
+    float32 loses pixels. Here each of the four kinds of ordered pairs is counted as
+    a sum of non-negative products of exact counts, so nothing cancels, and the one
+    difference left costs an absolute error of a few float32 roundings.
+    """
+    rows = jnp.sum(table, axis=2, keepdims=True)
+    columns = jnp.sum(table, axis=1, keepdims=True)
+    pixels = jnp.sum(table, axis=(1, 2), keepdims=True)
+
+    def pairs(others: Float[Array, "batch true predicted"]) -> Float[Array, " batch"]:
+        return jnp.sum(table * others, axis=(1, 2))
+
+    together = pairs(jnp.maximum(table - 1, 0))  # in both partitions
+    split = pairs(rows - table)  # together in the true partition only
+    merged = pairs(columns - table)  # together in the predicted one only
+    apart = pairs(pixels - rows - columns + table)  # in both partitions
+
+    difference = 2 * (together * apart - split * merged)
+    scale = (together + split) * (split + apart) + (together + merged) * (
+        merged + apart
+    )
+    same = (split == 0) & (merged == 0)
+    return jnp.where(same, 1.0, difference / jnp.where(same, 1.0, scale))
+
+
+@flax.struct.dataclass
+class ForegroundARI(metrics.Average):
+    """Mean foreground ARI over the images that have a foreground.
+
+    A sum and a count, so batches and hosts merge in any order. Images without
+    foreground and padded examples weigh nothing; an image with an id out of range
+    makes the mean NaN.
+    """
+
+    # Any: JAX rebuilds a pytree of whatever it is mapped to, not only of arrays.
+    total: Any
+    count: Any
+
+    @classmethod
+    def from_model_output(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls,
+        segmentation: Int[Array, "batch height width"],
+        attention: Float[Array, "batch slots rows columns"],
+        max_true: int,
+        mask: Bool[Array, " batch"] | None = None,
+        **_: object,
+    ) -> "ForegroundARI":
+        """Scores a batch.
+
+        Args:
+          segmentation: True segmentation; 0 is the background.
+          attention: Per slot, its weight at each position of the feature grid.
+          max_true: The largest true id.
+          mask: False for examples that only pad the batch; all count by default.
+          **_: Other outputs of the model, ignored.
+
+        Returns:
+          The state of this batch, to be merged and then computed.
+        """
+        height, width = segmentation.shape[1:]
+        scores = adjusted_rand_index(
+            segmentation,
+            attention_to_masks(attention, height, width),
+            max_true=max_true,
+            num_predicted=attention.shape[1],
+            foreground_only=True,
+        )
+        counted = jnp.any(segmentation != 0, axis=(1, 2))
+        if mask is not None:
+            counted &= mask
+        return cls(
+            total=jnp.sum(jnp.where(counted, scores, 0)),
+            count=jnp.sum(counted, dtype=jnp.int32),
+        )
+
+    def compute(self) -> Float[Array, ""]:
+        """The mean, at most 1; NaN where no image had a foreground."""
+        return jnp.asarray(self.total) / jnp.asarray(self.count).astype(jnp.float32)

@@ -1,0 +1,86 @@
+"""One axis of devices: the batch is split over it, the state copied or split too."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from implicit_slots.runtime.errors import UserError
+
+DATA_AXIS = "data"
+SHARDINGS = ("replicated", "fsdp")
+# A smaller array costs more to gather than its copies cost in memory.
+SMALLEST_SPLIT = 2**12
+
+
+def build_mesh(
+    batch_size: int, *, parts: int = 1, devices: Sequence[Any] | None = None
+) -> jax.sharding.Mesh:
+    """Returns the mesh of all devices, or of those given.
+
+    Args:
+      batch_size: examples of a step over all devices.
+      parts: in how many parts each device takes its share of them.
+      devices: of all processes.
+
+    Raises:
+      UserError: if devices and parts do not divide the batch.
+    """
+    devices = jax.devices() if devices is None else devices
+    # A process's devices in one stretch, so that it reads one stretch of the batch.
+    devices = sorted(devices, key=lambda d: (d.process_index, d.id))
+    pieces = len(devices) * parts
+    if batch_size < 1 or batch_size % pieces:
+        in_parts = f" in {parts} parts each (config.accumulate)" if parts > 1 else ""
+        raise UserError(
+            f"a batch of {batch_size} cannot be split evenly over {len(devices)} "
+            f"devices{in_parts}; set --config.batch_size to a positive multiple of "
+            f"{pieces}"
+        )
+    return jax.sharding.Mesh(np.array(devices), (DATA_AXIS,))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding of what every device has a copy of."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def replicate(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+    """Puts a copy of every leaf on every device."""
+    return jax.device_put(tree, replicated(mesh))
+
+
+def state_sharding(tree: PyTree, mesh: jax.sharding.Mesh, name: str) -> PyTree:
+    """Returns how each leaf of a training state lies on the devices.
+
+    Args:
+      tree: arrays or their shapes.
+      mesh: the devices.
+      name: "replicated" puts all of it on every device. "fsdp" (fully sharded data
+        parallel; Rajbhandari et al. 2020, ZeRO) splits every large array along its
+        longest axis that the devices divide: parameters, the optimiser's moments
+        and the moving average alike. A pass gathers the parameters alone.
+    """
+
+    def place(leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
+        if name == "fsdp" and mesh.size > 1 and leaf.size >= SMALLEST_SPLIT:
+            divided = [n for n, size in enumerate(leaf.shape) if size % mesh.size == 0]
+            if divided:
+                axis = max(divided, key=lambda n: leaf.shape[n])
+                spec = PartitionSpec(*[None] * axis, DATA_AXIS)
+                return NamedSharding(mesh, spec)
+        return replicated(mesh)
+
+    return jax.tree.map(place, tree)
+
+
+def shard_batch(batch: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+    """Splits every leaf along its first axis; each process brings its own share."""
+    sharding = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)),
+        batch,
+    )

@@ -1,0 +1,148 @@
+"""The folder of a run: its files, its lock, and the configuration that it holds.
+
+`main` passes this file as --config where a --workdir is given without one. It imports
+no JAX: what is wrong with a command is said before that is loaded.
+"""
+
+import contextlib
+import errno
+import fcntl
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import socket
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from implicit_slots.runtime.config import Config
+from implicit_slots.runtime.errors import UserError
+from implicit_slots.runtime.files import write_whole
+
+LOCK_FILE = ".lock"
+SUMMARY_FILE = "summary.json"
+METRICS_FILE = "metrics.jsonl"
+EVALUATION_FOLDER = "evaluation"
+EVALUATION_FILE = "metrics.json"  # of one evaluation, below EVALUATION_FOLDER/LABEL
+CONFIG_FILE = "config.json"
+# Keys that configurations of older versions lack, and what their absence means.
+ABSENT: Mapping[str, object] = {
+    "penalty.attention_entropy": 0.0,
+    "penalty.slot_coupling": 0.0,
+    "model.attention_gain": 1.0,
+    "optimize_programs": True,
+    "evaluation.masks.starts": 1,
+}
+# Between the workdir and the file whose data section takes the place of the run's.
+SEPARATOR = "\n"
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps a second run out of the workdir; the lock ends with its process.
+
+    Raises:
+      UserError: if another run holds it.
+    """
+    with (workdir / LOCK_FILE).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"another run is writing to {workdir} ({file.read().strip()}); wait "
+                "for it, stop it, or choose another --workdir"
+            ) from None
+        except OSError as error:
+            # Some network file systems have no locks.
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
+    """Returns what an earlier session left in summary.json, or nothing."""
+    path = workdir / SUMMARY_FILE
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    """Writes a file whole or not at all; what is not finite becomes null."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
+    write_whole(path, json.dumps(finite, indent=2) + "\n")
+
+
+def config_flag(workdir: str, data: str | None) -> str:
+    """Returns the --config that stands for a run's own configuration."""
+    parts = [workdir] if data is None else [workdir, data]
+    return f"--config={__file__}:{SEPARATOR.join(parts)}"
+
+
+def get_config(what: str) -> Config:
+    """Returns the configuration that a workdir holds, for ml_collections' flag.
+
+    Args:
+      what: the workdir and, after `SEPARATOR`, FILE or FILE:variant of a configuration
+        whose section `data` replaces the run's, at the run's resolution.
+
+    Raises:
+      ValueError: if one of them cannot be read, in one sentence.
+    """
+    workdir, *data = what.split(SEPARATOR)
+    path = pathlib.Path(workdir) / CONFIG_FILE
+    try:
+        config = read_config(path)
+        resolution = config.data.resolution
+    except OSError:
+        raise ValueError(
+            f"{workdir} holds no run; train one there first, or give its --config"
+        ) from None
+    except (AttributeError, ValueError, TypeError):
+        raise ValueError(
+            f"{path} is not a run's configuration; give another --workdir"
+        ) from None
+    for source in data:
+        config.data = _load(source).data
+        config.data.resolution = resolution
+    return config
+
+
+def read_config(path: pathlib.Path) -> Config:
+    """Returns the configuration in a run's file, with the keys its version lacked.
+
+    Raises:
+      OSError: if there is no such file.
+      AttributeError, ValueError, TypeError: if it is none.
+    """
+    config: Config = ConfigDict(json.loads(path.read_text()))
+    for key, value in ABSENT.items():
+        *sections, name = key.split(".")
+        section = config
+        for part in sections:
+            if part not in section:
+                section[part] = ConfigDict()
+            section = section[part]
+        if name not in section:
+            section[name] = value
+    return config
+
+
+def _load(source: str) -> Config:
+    """The configuration of FILE or FILE:variant."""
+    file, _, variant = source.partition(":")
+    spec = importlib.util.spec_from_file_location("data_configuration", file)
+    if spec is None or spec.loader is None or not pathlib.Path(file).is_file():
+        raise ValueError(f"there is no configuration file {file}")
+    module = types.ModuleType("data_configuration")
+    spec.loader.exec_module(module)
+    return module.get_config(variant or None)

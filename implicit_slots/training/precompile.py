@@ -1,0 +1,85 @@
+"""Programs that are compiled while a run gets ready, for when they are called.
+
+JAX finds a program compiled if the shapes, types and shardings are those of the call;
+where they are not, the call compiles, and only time was lost.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from implicit_slots.data.source import Source
+from implicit_slots.runtime.compiling import Program, compile_step
+from implicit_slots.runtime.devices import DATA_AXIS, state_sharding
+from implicit_slots.training.state import TrainState
+from implicit_slots.training.step import Steps
+
+# Fields of a held-out batch that are measured.
+MEASURED = ("image", "segmentation", "objects", "mask")
+
+
+def compile_ahead(
+    steps: Steps,
+    state: TrainState,
+    train: Source,
+    validation: Source,
+    mesh: jax.sharding.Mesh,
+    *,
+    batch_size: int,
+    accumulate: int,
+    sharding: str,
+) -> Future[Program]:
+    """Begins to compile the train step, and beside it what draws and validates.
+
+    Args:
+      steps: the compiled functions.
+      state: the training state, or its shapes.
+      train: the training data.
+      validation: held-out data.
+      mesh: the devices.
+      batch_size: examples of a step.
+      accumulate: parts of a batch, of which one at a time is in memory.
+      sharding: of the state, see `state_sharding`.
+
+    Returns:
+      The train step's program, or how compiling it failed.
+    """
+    state = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=place
+        ),
+        state,
+        state_sharding(state, mesh, sharding),
+    )
+    held_out = batch_shapes(validation, batch_size // accumulate, mesh)
+    held_out = {name: held_out[name] for name in MEASURED if name in held_out}
+
+    def others() -> None:
+        steps.reconstruct.compile(state.evaluated, held_out["image"], 0)
+        steps.validate.compile(state.evaluated, state.step, held_out, 0)
+
+    def step() -> Program:
+        batch = batch_shapes(train, batch_size, mesh)
+        del batch["mask"]
+        return compile_step(steps.train, state, batch)
+
+    # The interpreter waits for these threads when it ends, as XLA wants it to.
+    pool = ThreadPoolExecutor(2, "compile")
+    pool.submit(others)
+    return pool.submit(step)
+
+
+def batch_shapes(source: Source, size: int, mesh: jax.sharding.Mesh) -> PyTree:
+    """Shapes of a batch of a source on the devices, with `mask` of a held-out one."""
+    rows = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        return jax.ShapeDtypeStruct((size, *leaf.shape), dtype, sharding=rows)
+
+    example = {**source.example(), "mask": np.empty((), bool)}
+    return jax.tree.map(shape, example)

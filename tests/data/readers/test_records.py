@@ -1,0 +1,322 @@
+"""TFRecord files: what was written is read at any place, and damage is named."""
+
+import bz2
+import gzip
+import io
+import struct
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorflow_datasets import proto
+from tfds_files import frame
+
+from implicit_slots.data.readers import records, unpacking
+from implicit_slots.data.readers.records import RecordFile, parse_example
+from implicit_slots.data.source import DataError
+
+messages: Any = proto.tf_example_pb2  # Made at run time: no checker knows them.
+
+
+def content(number, size):
+    """Bytes that compress well, badly, or not at all, by the record's number."""
+    rng = np.random.default_rng(number)
+    return rng.integers(0, (2, 19, 256)[number % 3], size, np.uint8).tobytes()
+
+
+SMALL = [content(i, size) for i, size in enumerate([0, 5, 700, 1, 4096, 60])]
+LARGE = [content(i, 3000 + 977 * i % 90000) for i in range(90)]
+
+
+def save(path, data, packed):
+    whole = b"".join(frame(d) for d in data)
+    path.write_bytes(gzip.compress(whole, 1) if packed else whole)
+    return path
+
+
+@pytest.fixture
+def close_points(monkeypatch):
+    """Access points every 40 kB, so that small files have many."""
+    monkeypatch.setattr(unpacking, "LEAST_SPACING", 40_000)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_records_are_read_in_any_order(tmp_path, close_points, packed):
+    """Backwards, at random and forwards; the stream resumes at all eight bit offsets.
+
+    Records of noise make deflate store bytes, which begin at a whole byte.
+    """
+    file = RecordFile(save(tmp_path / "a", LARGE, packed))
+    assert len(file) == len(LARGE)
+    order = [*range(len(LARGE))[::-1], *np.random.default_rng(0).permutation(90)]
+    for number in [*order, *range(len(LARGE))]:
+        assert file[int(number)] == LARGE[number], number
+    with pytest.raises(IndexError, match="record 90 of 90"):
+        file[90]
+    points = file._built().points
+    assert {point.bits for point in points} == (set(range(8)) if packed else set())
+    assert len(points) >= (50 if packed else 0)
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_a_prefix_brings_the_bits_into_place_and_unpacks_to_nothing(bits):
+    """Behind it is a last block, empty, whose first bits share a byte with it."""
+    value, width = unpacking.PREFIXES[bits]
+    assert (width + bits) % 8 == 0
+    empty = 0b011  # The last block, fixed codes; then seven zeros end it.
+    stream = zlib.decompressobj(-15)
+    rest = (value | empty << width).to_bytes((width + 10 + 7) // 8, "little")
+    assert stream.decompress(rest) == b"" and stream.eof
+
+
+def test_threads_read_side_by_side(tmp_path, close_points):
+    file = RecordFile(save(tmp_path / "a", LARGE, True))
+    numbers = np.random.default_rng(1).integers(0, len(LARGE), 300).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        for number, data in zip(
+            numbers, pool.map(file.__getitem__, numbers), strict=True
+        ):
+            assert data == LARGE[number]
+
+
+def test_gzip_files_that_were_appended_to_each_other_are_one(tmp_path, close_points):
+    """Reading across the seam starts at the beginning, at a point, or goes on."""
+    whole = b"".join(frame(data) for data in LARGE)
+    seam = len(whole) // 2
+    path = tmp_path / "a"
+    path.write_bytes(gzip.compress(whole[:seam], 1) + gzip.compress(whole[seam:], 1))
+    file = RecordFile(path)
+    assert len(file) == len(LARGE)
+    for number in [*range(len(LARGE))[::-1], *range(len(LARGE))]:
+        assert file[number] == LARGE[number], number
+
+
+def never(_):
+    raise AssertionError("a pass over the file")
+
+
+def as_number(data):
+    return len(data)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_index_file_spares_the_next_pass(tmp_path, close_points, packed):
+    """It serves fewer records, too; more, another file or rubbish are a new pass."""
+    path, index = save(tmp_path / "a", LARGE, packed), tmp_path / "new" / "a.npz"
+    sizes = [len(data) for data in LARGE]
+    seen = []
+
+    def progress(numbers, desc):
+        seen.append((len(numbers), desc))
+        return numbers
+
+    file = RecordFile(path, stop=40, index=index, inspect=as_number)
+    file.build(progress)
+    assert seen == [(40, "indexing a")]
+    assert len(file) == 40 and file.values.tolist() == sizes[:40]
+    assert [entry.name for entry in index.parent.iterdir()] == ["a.npz"]
+    again = RecordFile(path, stop=30, index=index, inspect=never)
+    assert len(again) == 30 and again.values.tolist() == sizes[:30]
+    assert [again[i] for i in (29, 3)] == [LARGE[29], LARGE[3]]
+    more = RecordFile(path, stop=200, index=index, inspect=as_number)
+    assert len(more) == 90 and more.values.tolist() == sizes
+    # All records are known now, however many are wanted.
+    assert len(RecordFile(path, index=index, inspect=never)) == 90
+    index.write_bytes(b"rubbish")
+    assert len(RecordFile(path, index=index)) == 90
+    # The index knows no values now.
+    assert RecordFile(path, index=index, inspect=as_number).values.tolist() == sizes
+    save(path, SMALL, packed)
+    changed = RecordFile(path, index=index)
+    assert [changed[i] for i in range(len(changed))] == SMALL
+
+
+def test_an_index_that_cannot_be_written_is_one_sentence(tmp_path):
+    path = save(tmp_path / "a", SMALL, False)
+    with pytest.raises(DataError, match=r"index of .*a cannot .*config\.data\.cache"):
+        RecordFile(path, index=path / "a.npz").build()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_that_is_cut_off_tells_how_much_is_whole(tmp_path, packed):
+    """Wherever the cut is, also between records; what lies before `stop` is fine."""
+    path = save(tmp_path / "a", SMALL, packed)
+    whole = path.read_bytes()
+    ends = np.cumsum([len(frame(data)) for data in SMALL])
+    for size in range(120, len(whole), 97):
+        path.write_bytes(whole[:size])
+        unpacked = zlib.decompressobj(31).decompress(whole[:size]) if packed else None
+        got = size if unpacked is None else len(unpacked)
+        number = int(np.sum(ends <= got))
+        if not packed and got in ends:
+            continue  # A plain file does not tell that there was more.
+        with pytest.raises(DataError) as error:
+            RecordFile(path).build()
+        assert str(error.value) == (
+            f"{path} is cut off after {number} whole records; download it again"
+        )
+        if number:
+            assert RecordFile(path, stop=number)[number - 1] == SMALL[number - 1]
+    if packed:
+        path.write_bytes(whole[:-3])
+        with pytest.raises(DataError, match="cut off after 6 whole records"):
+            len(RecordFile(path))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_damage_is_named_by_record_and_the_others_are_read(tmp_path, packed):
+    """A flipped bit in the data shows when they are read; one in a length at once."""
+    whole = bytearray(b"".join(frame(data) for data in SMALL))
+    starts = np.cumsum([0] + [len(frame(data)) for data in SMALL])
+    path = tmp_path / "a"
+
+    def write():
+        path.write_bytes(gzip.compress(whole) if packed else whole)
+        return RecordFile(path)
+
+    whole[starts[2] + 100] ^= 4
+    file = write()
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"record 2 of .*a is damaged; download"):
+            file[2]
+        assert file[3] == SMALL[3] and file[1] == SMALL[1]
+    whole[starts[4] + 1] ^= 1
+    with pytest.raises(DataError, match=r"record 4 of .*a is damaged"):
+        write().build()
+
+
+def test_a_damaged_gzip_stream_is_one_sentence(tmp_path):
+    """Whether zlib, the record's checksum or gzip's own notices."""
+    path = save(tmp_path / "a", SMALL, True)
+    whole = path.read_bytes()
+    for place in [*range(200, len(whole) - 8, 211), len(whole) - 6]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x55
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"(is damaged|is cut off|be read).*again"):
+            file = RecordFile(path)
+            for number in range(len(file)):
+                file[number]
+
+
+def test_what_is_no_record_file_is_one_sentence(tmp_path):
+    """Other compressions, gzip twice, other formats, and no file at all."""
+    whole = b"".join(frame(data) for data in SMALL)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("a", whole)
+    for content in (
+        zlib.compress(whole),
+        bz2.compress(whole),
+        packed.getvalue(),
+        gzip.compress(gzip.compress(whole)),
+        b"text" * 9,
+        b"short",
+    ):
+        (tmp_path / "a").write_bytes(content)
+        with pytest.raises(DataError, match="neither a TFRecord file nor a gzip-comp"):
+            RecordFile(tmp_path / "a")
+    for content in (b"", gzip.compress(b"")):
+        (tmp_path / "a").write_bytes(content)
+        with pytest.raises(DataError, match="a holds no record; download it again"):
+            RecordFile(tmp_path / "a")
+    with pytest.raises(DataError, match=r"no file .*nowhere; put it there, or set"):
+        RecordFile(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"cannot be read \(.*make it readable"):
+        RecordFile(tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_one_sentence(tmp_path, monkeypatch):
+    path = save(tmp_path / "a", SMALL, False)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(path), "open", refuse)
+    with pytest.raises(DataError, match=r"a cannot be read \(.*Permission denied.*\)"):
+        RecordFile(path)
+
+
+def random_example(rng):
+    """A `tf.train.Example` with all kinds of features, and what is to come back."""
+    example, expected = messages.Example(), {}
+    for name in ("image", "é", "", "other"):
+        feature = example.features.feature[name]
+        size = int(rng.integers(1, 300))
+        match rng.integers(4):
+            case 0:
+                numbers = rng.standard_normal(size).astype(np.float32)
+                feature.float_list.value.extend(numbers.tolist())
+                expected[name] = numbers
+            case 1:
+                numbers = rng.integers(-(2**63), 2**63 - 1, size) >> rng.integers(64)
+                feature.int64_list.value.extend(numbers.tolist())
+                expected[name] = numbers
+            case 2:
+                strings = [content(i, rng.integers(300)) for i in range(size)]
+                feature.bytes_list.value.extend(strings)
+                expected[name] = strings
+            case 3:
+                expected[name] = []
+    numbers = rng.integers(0, 256, 1000, np.uint8)
+    strings = [bytes([number]) for number in numbers]
+    example.features.feature["mask"].bytes_list.value.extend(strings)
+    return example, {**expected, "mask": numbers}
+
+
+def test_examples_are_parsed_as_protobuf_does():
+    for seed in range(40):
+        example, expected = random_example(np.random.default_rng(seed))
+        got = parse_example(example.SerializeToString(), uint8={"mask"})
+        assert got.keys() == expected.keys()
+        for name, values in expected.items():
+            assert type(got[name]) is type(values), name
+            if isinstance(values, np.ndarray):
+                assert got[name].dtype == values.dtype
+            np.testing.assert_array_equal(got[name], values)
+    example, expected = random_example(np.random.default_rng(0))
+    some = parse_example(example.SerializeToString(), only={"mask", "none"})
+    assert some == {"mask": [bytes([number]) for number in expected["mask"]]}
+
+
+def test_numbers_that_are_not_packed_are_parsed_too():
+    """Some writers give every number a field of its own."""
+    floats = b"".join(b"\x0d" + struct.pack("<f", x) for x in (1.5, -2.0))
+    integers = b"\x08\x05\x08\x80\x01"
+
+    def feature(name, kind, values):
+        value = bytes([kind, len(values)]) + values
+        entry = b"\x0a\x01" + name + b"\x12" + bytes([len(value)]) + value
+        return b"\x0a" + bytes([len(entry)]) + entry
+
+    both = feature(b"f", 0x12, floats) + feature(b"i", 0x1A, integers)
+    got = parse_example(b"\x0a" + bytes([len(both)]) + both)
+    assert got["f"].tolist() == [1.5, -2.0] and got["i"].tolist() == [5, 128]
+
+
+def test_what_is_no_example_is_a_value_error():
+    """Other bytes, a record that ends early, and strings that are no numbers."""
+    example, _ = random_example(np.random.default_rng(0))
+    record = example.SerializeToString()
+    for size in range(1, len(record) - 1, 53):
+        with pytest.raises(ValueError):
+            parse_example(record[:size])
+    for noise in range(200):
+        try:
+            parse_example(content(3 * noise + 2, 50))
+        except ValueError:
+            pass
+    example = messages.Example()
+    example.features.feature["mask"].bytes_list.value.extend([b"a", b"bc", b"d"])
+    with pytest.raises(ValueError, match="strings of other lengths than one"):
+        parse_example(example.SerializeToString(), uint8={"mask"})
+
+
+def test_the_checksum_is_the_published_one():
+    """RFC 3720's CRC-32C of 32 zeros, with TFRecord's mask."""
+    crc = 0x8A9136AA
+    mask = (((crc >> 15) | (crc << 17)) + 0xA282EAD8) % 2**32
+    assert records._checksum(bytes(32)) == mask

@@ -1,0 +1,158 @@
+"""How slots share an image against NumPy and scikit-learn, and the laws it obeys."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.metrics import adjusted_rand_score
+
+from implicit_slots.evaluation.metrics.collapse import (
+    AttentionEntropy,
+    LargestSlot,
+    MaskSimilarity,
+)
+
+ATOL = 1e-6  # a few float32 roundings of a number of size one
+METRICS = (AttentionEntropy, LargestSlot, MaskSimilarity)
+
+
+@jax.jit
+def measured(attention, mask=None):
+    """All three at once, so that a shape is compiled once."""
+    outputs = {"attention": attention, "mask": mask, "loss": 0.0}
+    return tuple(metric.from_model_output(**outputs) for metric in METRICS)
+
+
+def values(attention, mask=None):
+    metrics = measured(jnp.asarray(attention, jnp.float32), mask)
+    return np.array([float(metric.compute()) for metric in metrics])
+
+
+def counts(attention, mask=None):
+    metrics = measured(jnp.asarray(attention, jnp.float32), mask)
+    return [int(metric.count) for metric in metrics]
+
+
+def random_attention(seed=0, batch=6, slots=4, size=5, sharpness=3.0):
+    """Softmaxes of noise over slots; neighbouring images have half of it in common."""
+    noise = np.random.default_rng(seed).normal(size=(batch + 1, slots, size, size))
+    weights = np.exp(sharpness * (noise[:-1] + noise[1:]))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def one_hot(winners, slots):
+    return np.eye(slots)[np.asarray(winners)].transpose(0, 3, 1, 2)
+
+
+def expected(attention):
+    """The definitions, in float64 and image by image."""
+    slots = attention.shape[1]
+    winners = [image.argmax(axis=0).ravel() for image in attention]
+    entropies = [
+        -sum(p * np.log(p) for p in position if p > 0) / np.log(slots)
+        for image in attention
+        for position in image.reshape(slots, -1).T
+    ]
+    largest = [np.bincount(w).max() / len(w) for w in winners]
+    similar = [
+        adjusted_rand_score(a, b)
+        for a, b in itertools.pairwise(winners)
+        if len(set(a)) > 1 and len(set(b)) > 1
+    ]
+    return np.array([np.mean(entropies), np.mean(largest), np.mean(similar)])
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 3.0, 30.0])
+def test_equals_the_definitions(sharpness):
+    attention = random_attention(sharpness=sharpness)
+    np.testing.assert_allclose(values(attention), expected(attention), atol=ATOL)
+
+
+def test_slots_that_never_parted():
+    entropy, _, similarity = values(np.full((6, 4, 5, 5), 0.25))
+    np.testing.assert_allclose(entropy, 1, atol=ATOL)
+    assert np.isnan(similarity)
+
+
+def test_one_slot_takes_all():
+    attention = one_hot(np.ones((6, 5, 5), int), 4)
+    entropy, largest, similarity = values(attention)
+    assert (entropy, largest) == (0, 1)
+    assert np.isnan(similarity)
+    assert counts(attention) == [6, 6, 0]
+
+
+def test_masks_that_depend_on_position_alone():
+    rows = np.array([0, 1, 1, 2, 3])[:, None] * np.ones((1, 5), int)
+    rng = np.random.default_rng(1)
+    # Another slot each time: only the partition is the same.
+    winners = np.stack([rng.permutation(4)[rows] for _ in range(6)])
+    np.testing.assert_allclose(values(one_hot(winners, 4)), [0, 0.4, 1], atol=ATOL)
+
+
+def test_masks_that_share_nothing():
+    winners = np.random.default_rng(2).integers(0, 4, (64, 12, 12))
+    assert abs(values(one_hot(winners, 4))[2]) < 0.01
+
+
+def test_an_image_of_one_slot_is_in_no_pair():
+    winners = np.random.default_rng(3).integers(0, 4, (6, 5, 5))
+    winners[1] = 2
+    attention = one_hot(winners, 4)
+    np.testing.assert_allclose(values(attention), expected(attention), atol=ATOL)
+    assert counts(attention) == [6, 6, 3]
+
+
+def test_a_single_slot_shares_with_nobody():
+    entropy, largest, similarity = values(np.ones((2, 1, 3, 3)))
+    assert (entropy, largest) == (0, 1)
+    assert np.isnan(similarity)
+
+
+def test_names_of_slots_do_not_matter():
+    attention = random_attention(4)
+    rng = np.random.default_rng(4)
+    renamed = np.stack([image[rng.permutation(4)] for image in attention])
+    np.testing.assert_allclose(values(renamed), values(attention), atol=ATOL)
+
+
+def test_padding_weighs_nothing():
+    attention = random_attention(5)
+    padded = attention.copy()
+    padded[4:] = np.nan
+    mask = jnp.arange(6) < 4
+    assert counts(padded, mask) == counts(attention[:4]) == [4, 4, 3]
+    np.testing.assert_allclose(values(padded, mask), values(attention[:4]), atol=ATOL)
+
+
+def test_padding_is_in_no_pair():
+    assert counts(random_attention(5), jnp.arange(6) != 2) == [5, 5, 3]
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_one_image_has_no_pair(batch):
+    attention, mask = random_attention(6, batch=batch), jnp.arange(batch) < 1
+    assert counts(attention, mask) == [1, 1, 0]
+    assert np.isnan(values(attention, mask)[2])
+
+
+def test_merged_batches_equal_the_whole():
+    attention = random_attention(7)
+    parts = [measured(jnp.asarray(attention[i : i + 3], jnp.float32)) for i in (0, 3)]
+    for order in (parts, parts[::-1]):
+        merged = [metric.empty() for metric in METRICS]
+        for part in order:
+            merged = [a.merge(b) for a, b in zip(merged, part, strict=True)]
+        assert [int(m.count) for m in merged] == [6, 6, 4]
+        got = np.array([float(m.compute()) for m in merged])
+        # The pair of different batches is in the whole alone.
+        halves = [expected(attention[:3]), expected(attention[3:])]
+        np.testing.assert_allclose(got, np.mean(halves, axis=0), atol=ATOL)
+        np.testing.assert_allclose(got[:2], values(attention)[:2], atol=ATOL)
+
+
+def test_metric_of_no_image_is_nan_also_on_the_host():
+    for metric in METRICS:
+        assert np.isnan(jax.device_get(metric.empty()).compute())

@@ -1,0 +1,85 @@
+"""The scripts run, and what they print and write is what they say."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.benchmarks import solver_comparison
+from experiments.examples import digits_deq
+from implicit_slots.fixed_point import Implicit
+from implicit_slots.runtime.errors import UserError
+from implicit_slots.training.run import load, saved_steps
+
+
+@pytest.fixture(scope="module")
+def workdir(smoke_run):
+    return smoke_run[0]
+
+
+@pytest.mark.slow
+def test_solver_comparison(workdir, tmp_path, capsys):
+    sizes = "--images=3 --judged=2 --steps=9 --rounds=2".split()
+    solver_comparison.main(
+        ["--smoke", f"--workdir={workdir}", f"--out={tmp_path}", *sizes]
+    )
+    table = (tmp_path / "solver_comparison.md").read_text()
+    assert table in capsys.readouterr().out
+    assert (tmp_path / "solver_comparison.png").stat().st_size > 10_000
+    numbers = json.loads((tmp_path / "solver_comparison.json").read_text())
+    for model in ("untrained", "trained"):
+        assert len(numbers["spectra"][model]["spectral_radius"]) == 3
+        for curve in numbers["forward"][model].values():
+            assert len(curve) == 9 and curve == sorted(curve, reverse=True)
+    for setting in (
+        "untrained, 7 iterations",
+        "trained, 7 iterations",
+        "trained, 9 iterations",
+    ):
+        errors = numbers["backward"][setting]
+        # Judged against itself, by another path.
+        assert max(errors["Dense"]["relative_error"]) < 1e-3
+        assert len(errors["Dense"]["steps"]) == 2
+        for name in ("Broyden", "Neumann 2", "Dense"):
+            assert f"| {name} |" in table
+    assert numbers["cost"]["Dense"]["megabytes"] > 0
+
+
+def test_loading_a_run_gives_its_trained_model(workdir, tmp_path):
+    config, model = load(workdir)
+    assert config.name == "scenes-smoke" and model.slot_attention.num_slots == 3
+    other, fresh = load(workdir)
+    assert other == config and fresh is not model
+    with pytest.raises(UserError, match="holds no run; train one there first"):
+        load(tmp_path)
+
+
+def test_a_run_is_loaded_at_each_of_its_checkpoints(workdir):
+    steps = saved_steps(workdir)
+    assert steps == [10, 20]
+    kernels = [
+        np.asarray(load(workdir, step)[1].slot_projection.kernel[...])
+        for step in (10, 20, None)
+    ]
+    assert np.array_equal(kernels[1], kernels[2])
+    assert not np.array_equal(kernels[0], kernels[1])
+    with pytest.raises(UserError, match="checkpoints/11"):
+        load(workdir, 11)
+
+
+@pytest.mark.slow
+def test_digits(monkeypatch, capsys):
+    kept = {
+        name: pair
+        for name, pair in digits_deq.ADJOINTS.items()
+        if isinstance(pair[0], Implicit)
+    }
+    monkeypatch.setattr(digits_deq, "ADJOINTS", kept)
+    digits_deq.main(["--steps=60"])
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(rows) == 2
+    plain, penalised = ([float(cell) for cell in row[2:-1]] for row in rows)
+    for accuracy, _, forward, backward, failed, _ in (plain, penalised):
+        assert accuracy > 0.8 and forward <= 30 and backward <= 20 and failed == 0
+    # The penalty lowers the spectral radius, and with it the solver's steps.
+    assert penalised[-1] < plain[-1]

@@ -1,0 +1,357 @@
+"""The studies of the paper's figures: rules, runs that are never made twice, pages."""
+
+import ast
+import csv
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments.studies import all as all_studies
+from experiments.studies import (
+    drawing,
+    fig7_properties,
+    fig9_deletion,
+    probes,
+    runs,
+    scales,
+    study,
+)
+from experiments.studies.runs import Arm
+from experiments.studies.statistics import Rule, judge, paired_effect, sentence
+from implicit_slots.runtime.errors import UserError
+from implicit_slots.training import run
+from implicit_slots.training.checks import check
+
+LOWER = Rule("a is lower", "loss", "a", "b", "lower", 0.05)
+DIFFERENCE = LOWER._replace(by="difference", better="higher", expected="higher")
+NAN = math.nan
+
+
+def by_seed(*values):
+    return dict(enumerate(values))
+
+
+def test_the_effect_is_the_median_of_pairs_and_its_bootstrap_interval():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(5, 1, 15), rng.normal(6, 1, 15)
+    rule = LOWER._replace(by="difference")
+    effect = paired_effect(by_seed(*a), by_seed(*b), rule)
+    assert effect is not None and effect.median == np.median(a - b)
+    ours = effect.low, effect.high
+    theirs = stats.bootstrap(
+        (a - b,), np.median, method="percentile", rng=np.random.default_rng(2)
+    ).confidence_interval
+    np.testing.assert_allclose(ours, theirs, atol=0.2)
+    # Pairs, not arms: what a seed adds to both changes nothing.
+    shifts = rng.normal(0, 100, 15)
+    again = paired_effect(by_seed(*(a + shifts)), by_seed(*(b + shifts)), rule)
+    assert again is not None
+    np.testing.assert_allclose(again[:3], effect[:3], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("a", "verdict"),
+    [
+        ((0.8, 0.9, 0.7), "holds"),
+        ((1.2, 1.3, 1.1), "opposite"),
+        ((0.8, 1.3, 0.7), "undecided"),
+        ((0.99, 0.98, 0.99), "undecided"),  # Less than counts.
+        ((0.8, 0.9, NAN), "undecided"),
+        ((NAN, NAN, NAN), "opposite"),
+    ],
+)
+def test_the_rule_decides_and_a_diverged_run_is_the_worst(a, verdict):
+    effect = paired_effect(by_seed(*a), by_seed(1, 1, 1), LOWER)
+    assert judge(effect, LOWER) == verdict
+    # The other way round: the reciprocal claim.
+    back = paired_effect(by_seed(1, 1, 1), by_seed(*a), LOWER)
+    swapped = {"holds": "opposite", "opposite": "holds"}.get(verdict, verdict)
+    assert judge(back, LOWER) == swapped
+
+
+def test_diverged_runs_are_counted_and_equal_to_each_other():
+    effect = paired_effect(by_seed(NAN, 0.5, NAN), by_seed(NAN, 1, 1), LOWER)
+    assert effect is not None and effect.diverged == (2, 1) and effect.pairs == 3
+    assert effect.median == 1 and effect.high == math.inf
+    assert "diverged: 2 and 1" in sentence(effect, LOWER)
+    worst = paired_effect(by_seed(NAN, NAN), by_seed(0.1, 0.2), DIFFERENCE)
+    assert worst is not None and worst.median == -math.inf
+
+
+def test_four_pairs_have_the_mean_of_the_middle_two():
+    higher = LOWER._replace(expected="higher")
+    effect = paired_effect(by_seed(1.01, 1.02, 1.06, 1.07), by_seed(1, 1, 1, 1), higher)
+    assert effect is not None and effect.median == pytest.approx(1.04)
+    assert judge(effect, higher) == "undecided"
+    spared = LOWER._replace(ranks_diverged=False)
+    lost = paired_effect(by_seed(NAN, NAN), by_seed(1, 1), spared)
+    assert judge(lost, LOWER) == "opposite" and judge(lost, spared) == "undecided"
+
+
+def test_similar_needs_the_whole_interval_and_one_pair_decides_nothing():
+    similar = LOWER._replace(expected="similar")
+    for a, verdict in (((1.01, 0.98), "holds"), ((1.2, 1.3), "opposite")):
+        assert judge(paired_effect(by_seed(*a), by_seed(1, 1), similar), similar) == (
+            verdict
+        )
+    wide = paired_effect(by_seed(1.01, 1.3), by_seed(1, 1), similar)
+    assert judge(wide, similar) == "undecided"
+    one = paired_effect(by_seed(0.1), by_seed(1), LOWER)
+    assert judge(one, LOWER) == judge(one, similar) == "undecided"
+    assert judge(paired_effect({}, by_seed(1), LOWER), LOWER) == "not measured"
+
+
+def in_process(command, log, place):
+    """What `runs.launch` starts, in this process, compiled quickly."""
+    del log, place
+    flags = dict(flag[2:].split("=", 1) for flag in command[3:])
+    workdir = pathlib.Path(flags.pop("workdir"))
+    if command[2] == "experiments.studies.probes":
+        probes.main([f"--workdir={workdir}", f"--probe={flags['probe']}"])
+        return 0
+    arm = Arm("", flags.pop("config"), {k[7:]: typed(v) for k, v in flags.items()})
+    run.run(runs.resolve(arm, arm.changes["seed"]), workdir)
+    return 0
+
+
+def typed(text):
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """Every study at its smallest."""
+    out = tmp_path_factory.mktemp("studies")
+    flags = ["--scale=smoke", f"--out={out}", "--jobs=1"]
+    all_studies.main(flags, start=in_process)
+    return out, flags
+
+
+@pytest.mark.slow
+def test_every_study_ends_in_a_figure_a_table_and_a_verdict(smoke):
+    out, _ = smoke
+    # What needs weights, or a run that has passed more than one checkpoint.
+    absent = {"slots/fid"} | {
+        f"{name}{fig9_deletion.MATCHED}" for name in fig9_deletion.AT_CROSS_ENTROPY
+    }
+    index = (out / "README.md").read_text()
+    for one in all_studies.STUDIES:
+        page = (out / f"{one.name}.md").read_text()
+        assert one.doc.strip() in page and "Claim:" in one.doc and "Rule:" in one.doc
+        for rule in one.rules:
+            assert f"{rule.claim}: **" in page
+        assert f"]({one.name}.md)" in index
+        for name in (one.name, *one.more):
+            assert (out / f"{name}.png").stat().st_size > 5_000
+            assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        with (out / f"{one.name}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        arms = {arm.name for arm in one.arms("smoke")}
+        assert {row["arm"] for row in rows} == arms
+        assert all(math.isfinite(float(row["value"] or 0)) for row in rows)
+        measured = {row["metric"] for row in rows}
+        # Those that decide too, of arms that are there; FID needs weights.
+        decides = {rule.metric for rule in one.rules if {rule.a, rule.b} <= arms}
+        missing = (set(one.summary) | decides) - measured - absent
+        assert not missing, one.name
+
+
+@pytest.mark.slow
+def test_nothing_is_made_twice_and_studies_share_runs(smoke, capsys):
+    out, flags = smoke
+    made = sorted(path.name for path in (out / "runs").iterdir() if path.is_dir())
+    asked = sum(len(one.arms("smoke")) for one in all_studies.STUDIES)
+    assert len(made) < asked
+
+    def refuse(*_):
+        raise AssertionError("a finished run was started again")
+
+    before = (out / "fig3_solvers.csv").read_text()
+    study.main(all_studies.STUDIES[0], flags, start=refuse)
+    assert "3 there already" in capsys.readouterr().out
+    assert (out / "fig3_solvers.csv").read_text() == before
+
+
+def test_a_folder_is_one_configuration_and_a_command_makes_it(tmp_path):
+    base = scales.slate("smoke")
+    a, b = (
+        runs.place_of(runs.resolve(scales.arm(base, "a", changes), 0), tmp_path)
+        for changes in ({}, {"model.adjoint.terms": 2})
+    )
+    assert a != b
+    renamed = runs.resolve(scales.arm(base, "another name"), 0)
+    assert runs.place_of(renamed, tmp_path) == a
+    assert runs.place_of(runs.resolve(scales.arm(base, "a"), 1), tmp_path) != a
+    # Hashed before the key was there: such a run is found, one with more starts is not.
+    older = runs.resolve(scales.arm(base, "a"), 0)
+    with older.unlocked():
+        del older.evaluation.masks.starts
+    assert runs.place_of(older, tmp_path) == a
+    starts = {"evaluation.masks.starts": 3}
+    many = runs.resolve(scales.arm(base, "a", starts), 0)
+    assert runs.place_of(many, tmp_path) != a
+    arm = scales.arm(base, "a", {"optimizer.clip": "none"}, ["masks"])
+    train, probe = runs.commands(arm, 3, a).values()
+    assert "--config.optimizer.clip=none" in train and "--config.seed=3" in train
+    assert probe[-1] == "--probe=masks"
+    with pytest.raises(UserError, match="no such key"):
+        runs.resolve(scales.arm(base, "a", {"model.adjoint.termz": 2}), 0)
+
+
+@pytest.mark.parametrize("scale", scales.SCALES)
+def test_every_arm_is_a_configuration_at_every_scale(scale):
+    for one in all_studies.STUDIES:
+        if scale == "folder" and one is fig7_properties.STUDY:
+            with pytest.raises(UserError, match="choose another --scale"):
+                one.arms(scale)
+            continue
+        arms = one.arms(scale)
+        assert len({arm.name for arm in arms}) == len(arms)
+        named = {rule.a for rule in one.rules} | {rule.b for rule in one.rules}
+        # Small scales leave some out, and say of their rules "not measured".
+        assert scale in ("smoke", "cpu", "folder") or named <= {
+            arm.name for arm in arms
+        }
+        for arm in arms:
+            assert set(arm.probes) <= probes.PROBES.keys()
+            config = runs.resolve(arm, 1)
+            assert config.seed == 1
+            check(config, "train")
+
+
+def failing(code, *, replay=False, text="error: no room\n"):
+    """A launch that ends badly."""
+
+    def start(command, log, place):
+        del place
+        workdir = pathlib.Path(
+            next(f for f in command if f.startswith("--workdir=")).partition("=")[2]
+        )
+        if replay:
+            (workdir / "replay").mkdir(parents=True)
+        with log.open("a") as file:
+            file.write(text)
+        return code
+
+    return start
+
+
+def test_runs_that_fail_are_told_from_runs_that_diverge(tmp_path):
+    arm = scales.arm(scales.slate("smoke"), "a", probes=["masks"])
+    with pytest.raises(UserError, match=r"exit code 1: error: no room; all of it"):
+        runs.train_all([arm], [0], tmp_path, jobs=1, start=failing(1))
+    with pytest.raises(UserError, match="goes on where it was"):
+        runs.train_all([arm], [0], tmp_path, jobs=1, start=failing(75))
+    (done,) = runs.train_all(
+        [arm], [0], tmp_path, jobs=1, start=failing(1, replay=True)
+    )
+    assert "not finite" in done.diverged
+    # And is not tried again.
+    (again,) = runs.train_all([arm], [0], tmp_path, jobs=1, start=failing(1))
+    assert again == done
+
+
+def test_being_told_to_stop_is_passed_on_to_what_was_started(tmp_path):
+    log = tmp_path / "log"
+    wait = ["python", "-c", "print('here', flush=True); import time; time.sleep(60)"]
+    with runs.passing_on_sigterm(), ThreadPoolExecutor(1) as pool:
+        code = pool.submit(runs.launch, wait, log, 0)
+        for _ in range(600):
+            if log.exists() and log.read_text():
+                break
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert code.result(timeout=30) == runs.STOPPED
+        # And nothing else begins.
+        assert runs.launch(["python", "-c", "print('again')"], log, 0) == runs.STOPPED
+    assert log.read_text() == "here\n"
+    # Where nothing runs, it ends.
+    with pytest.raises(KeyboardInterrupt), runs.passing_on_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert runs.launch(["python", "-c", "print('again')"], log, -1) == 0
+    assert log.read_text() == "here\nagain\n"
+
+
+@pytest.mark.slow
+def test_a_run_that_is_worse_than_guessing_has_diverged(smoke, tmp_path):
+    out, _ = smoke
+    table = read(out)
+    (one,) = table.runs("implicit")
+    assert one.diverged == ""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.json").write_text((one.workdir / "config.json").read_text())
+    summary = json.loads((one.workdir / "summary.json").read_text())
+    tokens, vocabulary = 16, 16
+    for factor, bad in ((0.99, False), (1.01, True)):
+        value = runs.LOST * factor * tokens * math.log(vocabulary)
+        summary["validation/cross_entropy"] = value
+        (workdir / "summary.json").write_text(json.dumps(summary))
+        assert bool(runs.outcome(workdir)) == bad
+    summary["validation/loss"] = None
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    assert "not finite" in runs.outcome(workdir)
+
+
+def read(out):
+    """A study's table, from what lies there."""
+    arms = fig9_deletion.STUDY.arms("smoke")
+    done = runs.train_all(arms, [0], out / "runs", jobs=1, start=failing(1))
+    return study.gather(fig9_deletion.STUDY, done)
+
+
+@pytest.mark.slow
+def test_slots_go_one_by_one_from_the_render_of_all(smoke):
+    for one in read(smoke[0]).done:
+        left, all_of_them = (
+            drawing.arrays_of(one, probe) for probe in ("slots_left", "pictures")
+        )
+        last = max(drawing.steps_of(all_of_them, "slots"))
+        counts = drawing.steps_of(left, "left")
+        assert counts == list(range(1, counts[-1] + 1))
+        np.testing.assert_array_equal(
+            left[f"left/{counts[-1]}"], all_of_them[f"slots/{last}"]
+        )
+        assert np.any(left["left/1"] != left[f"left/{counts[-1]}"])
+
+
+@pytest.mark.slow
+def test_matching_compares_where_both_have_the_same_cross_entropy(smoke):
+    rows, done = [], read(smoke[0]).done
+    steps = np.array([0, 100, 200, 300])
+    for arm, entropies in (
+        ("vanilla", (90, 60, 40, 30)),
+        ("implicit", (80, 40, 20, 10)),
+    ):
+        for step, value in zip(steps, entropies, strict=True):
+            rows.append(
+                study.Measurement(arm, 0, int(step), "probe", "cross_entropy", value)
+            )
+            rows.append(
+                study.Measurement(arm, 0, int(step), "probe", "spill_share", step / 300)
+            )
+    table = study.Table(tuple(rows), done)
+    found = {row.arm: row.value for row in fig9_deletion.matched(table)}
+    assert found == pytest.approx({"vanilla": 1.0, "implicit": 0.5})
+
+
+def test_what_is_not_finite_is_an_empty_cell(tmp_path):
+    row = study.Measurement("a", 0, 1, "train", "loss", NAN)
+    text = study.as_csv([row, row._replace(value=1.5)])
+    assert text.splitlines()[1:] == ["a,0,1,train,loss,", "a,0,1,train,loss,1.5"]
+    done = runs.Done("a", 0, tmp_path, "diverged")
+    table = study.Table((row._replace(value=3.0),), (done,))
+    assert math.isnan(table.last("a", "loss")[0])
+    assert dataclasses.replace(table, done=()).last("a", "loss") == {0: 3.0}

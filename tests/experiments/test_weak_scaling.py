@@ -1,0 +1,209 @@
+"""What a compiled program sends is read right, and projected as the arithmetic says."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from experiments.benchmarks import collectives, weak_scaling_report
+from experiments.benchmarks.collectives import (
+    PODS,
+    Collective,
+    read_collectives,
+    summarize,
+)
+
+# Shaped like XLA's text, with every way of naming the devices and of being called.
+TEXT = """\
+HloModule jit_f, is_scheduled=true, num_partitions=8, replica_count=1
+
+%add.clone (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %add = f32[] add(%x, %y)
+}
+
+%wrapped (p: bf16[4,16]) -> bf16[2,16] {
+  ROOT %reduce-scatter.1 = bf16[2,16]{1,0} reduce-scatter(%p), replica_groups=[4,2]<=[8]
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %all-to-all.1 = (f32[1,4]{1,0}, f32[1,4]{1,0}) all-to-all(%a, %b), replica_groups={{0,1},{2,3},{4,5},{6,7}}
+  ROOT %t = (s32[], f32[8]{0}) tuple(%i, %x)
+}
+
+%outer (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %r = f32[8]{0} all-reduce(%x), replica_groups={}, to_apply=%add.clone
+  ROOT %w = (s32[], f32[8]{0}) while(%t), condition=%less, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+}
+
+%less (p: (s32[], f32[8])) -> pred[] {
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p0: f32[16], p1: pred[]) -> f32[16] {
+  %all-reduce.1 = (f32[64,64]{1,0}, f32[64]{0}, /*index=2*/f32[]) all-reduce(%a, %b, /*index=2*/%c), replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}, to_apply=%add.clone, metadata={op_name="jit(f)/while/body=(x)"}
+  %all-gather-start.1 = (f32[2,16]{1,0:T(8,128)}, f32[8,16]{1,0:T(8,128)}) all-gather-start(%p0), replica_groups=mesh['x'=8] {'x':(1)4}, dimensions={0}
+  %all-gather-done.1 = f32[8,16]{1,0} all-gather-done(%all-gather-start.1)
+  %move = (u8[40]{0}, u8[40]{0}, u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}
+  %started = ((bf16[4,16]{1,0}), bf16[2,16]{1,0}, s32[]) async-start(%p), calls=%wrapped
+  %done = bf16[2,16]{1,0} async-done(%started), calls=%wrapped
+  %w.1 = (s32[], f32[8]{0}) while(%t), condition=%less, body=%outer, backend_config={"known_trip_count":{"n":"5"}}
+  %w.2 = (s32[], f32[8]{0}) while(%t), condition=%less, body=%outer
+  ROOT %f = f32[16]{0} fusion(%p0), kind=kLoop, calls=%add.clone
+}
+"""  # noqa: E501
+
+# The same, as the installed XLA says it: each kind once, in a loop of three passes.
+PROGRAM = """
+import jax, jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec as P
+from experiments.benchmarks.collectives import read_collectives
+mesh = jax.make_mesh((4,), ("x",))
+def local(x):
+    def body(x, _):
+        x = lax.all_to_all(x + 1, "x", 0, 0)
+        whole = jnp.sin(lax.all_gather(x, "x", tiled=True))
+        x = lax.psum_scatter(whole, "x", tiled=True)
+        x = lax.ppermute(x, "x", [(i, (i + 1) % 4) for i in range(4)])
+        return x + lax.psum(x.sum(), "x"), None
+    return lax.scan(body, x, None, length=3)[0]
+sharding = NamedSharding(mesh, P("x"))
+shape = jax.ShapeDtypeStruct((16, 5), jnp.float32, sharding=sharding)
+program = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("x"), out_specs=P("x")))
+for found in read_collectives(program.lower(shape).compile().as_text()):
+    print(found.kind, found.bytes, found.group, found.times, found.exact)
+"""
+
+
+def test_every_form_is_read():
+    found = {(c.kind, c.exact): c for c in read_collectives(TEXT)}
+    assert found == {
+        (c.kind, c.exact): c
+        for c in (
+            Collective("all-reduce", 4 * (64 * 64 + 64 + 1), 8),
+            Collective("all-gather", 4 * 8 * 16, 4),
+            Collective("collective-permute", 40, 8),
+            Collective("reduce-scatter", 2 * 4 * 16, 2),
+            Collective("all-to-all", 4 * 2 * 4, 2, 15),
+            Collective("all-to-all", 4 * 2 * 4, 2, 3, exact=False),
+            Collective("all-reduce", 4 * 8, 8, 1, exact=False),
+        )
+    } | {("all-reduce", True): found["all-reduce", True]}
+    # Two of one kind that differ stay two; the loop's runs five times.
+    reduced = [c for c in read_collectives(TEXT) if c[0] == "all-reduce" and c.exact]
+    assert [(c.bytes, c.times) for c in reduced] == [(16644, 1), (32, 5)]
+    total = summarize(read_collectives(TEXT))["total"]
+    assert not total["exact"]
+    assert total["count"] == 1 + 1 + 1 + 1 + 15 + 3 + 5 + 1
+
+
+def test_the_installed_compiler_is_read():
+    arguments = [sys.executable, "-c", PROGRAM]
+    environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    done = subprocess.run(
+        arguments, env=environment, capture_output=True, text=True, check=True
+    )
+    assert sorted(done.stdout.split("\n")) == [
+        "",
+        "all-gather 320 4 3 True",
+        "all-reduce 4 4 3 True",
+        "all-to-all 80 4 3 True",
+        "collective-permute 80 4 3 True",
+        "reduce-scatter 320 4 3 True",
+    ]
+
+
+def test_other_text_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        read_collectives("def f(x):\n  return x\n")
+
+
+def test_a_ring_sends():
+    assert Collective("all-reduce", 80, 4).sent == 2 * 60
+    assert Collective("all-gather", 80, 4, times=3).sent == 3 * 60
+    assert Collective("reduce-scatter", 80, 4).sent == 60
+    assert Collective("collective-permute", 80, 4).sent == 80
+    assert Collective("all-reduce", 80, 1).sent == 0
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_a_pod_has_256_chips_and_its_links_add_up(name):
+    pod, size = PODS[name], 30.5e6
+    chips = 1
+    for level in pod.levels:
+        chips *= level.devices
+    assert chips == collectives.CHIPS
+    reduced, gathered = (pod.seconds(k, size) for k in ("all-reduce", "all-gather"))
+    assert reduced == pytest.approx(2 * gathered)
+    assert pod.seconds("reduce-scatter", size) == gathered
+    # No faster than the bytes that leave a chip over its fastest links.
+    fastest = max(level.bandwidth for level in pod.levels)
+    assert reduced > 2 * 255 / 256 * size / fastest
+
+
+def test_the_formula_that_is_printed_gives_the_number():
+    for pod in PODS.values():
+        seconds = 0.0
+        for share, chips, megabytes, gigabytes, hops in re.findall(
+            r"2·(\d+)/(\d+) · ([\d.]+) MB / (\d+) GB/s \+ (\d+) hops", pod.formula(3e7)
+        ):
+            sent = 2 * int(share) / int(chips) * float(megabytes) * 1e6
+            seconds += sent / (1e9 * int(gigabytes)) + 1e-6 * int(hops)
+        assert pod.seconds("all-reduce", 3e7) == pytest.approx(seconds, rel=1e-3)
+
+
+def program_row(name, devices, batch, size):
+    found = [Collective("all-reduce", size, devices)]
+    return {
+        "model": "paper",
+        "sharding": name,
+        "devices": devices,
+        "batch": batch,
+        "accumulate": 1 + (batch == 2048),
+        "parameters": 1000,
+        "state_bytes": 12_000,
+        "collectives": [c._asdict() for c in found],
+        "summary": summarize(found),
+    }
+
+
+def test_report(tmp_path):
+    compiled = [
+        program_row(name, devices, batch, size)
+        for name, size in (("replicated", 4012), ("fsdp", 900_000))
+        for devices, batch in ((8, 256), (256, 256), (256, 2048))
+    ]
+    timed = [
+        program_row(name, devices, 4 * devices, 4012)
+        | {
+            "resolution": 32,
+            "seconds": {"median": 0.05 * devices},
+            "ratio": {"median": 1.1, "low": 1.0, "high": 1.3},
+        }
+        for name, devices in (("replicated", 1), ("replicated", 8), ("fsdp", 8))
+    ]
+    whole = [row for row in compiled if row["devices"] == collectives.CHIPS]
+    results = {
+        "timed": timed,
+        "compiled": compiled,
+        "projected": {
+            name: [collectives.project(row, pod) for row in whole]
+            for name, pod in PODS.items()
+        },
+    }
+    text = weak_scaling_report.table(results)
+    assert "| 8 | fsdp | 400 | 1.10 (1.00 to 1.30) |" in text
+    assert "| 256 | 2,048 in 2 parts | fsdp |" in text
+    # As many bytes as the law wants.
+    assert text.count("| 1.0000 |") == 3
+    few, many = results["projected"]["TPU v5e, 16×16"][:2]
+    for share in collectives.SHARES:
+        assert 0 < few["efficiency"][share] < many["efficiency"][share] < 1
+        assert many["computation"][share] == 8 * few["computation"][share]
+    # 1.19 TFLOP for fifty examples, as the README of the experiments says.
+    assert few["flops"] == pytest.approx(1.19e12 / 50, rel=0.01)
+    weak_scaling_report.draw(results, tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").stat().st_size > 10_000
