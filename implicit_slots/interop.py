@@ -320,7 +320,7 @@ def convert(
     # A command line's --help needs no JAX.
     from implicit_slots.models.build import split_model
     from implicit_slots.runtime.errors import UserError
-    from implicit_slots.training import run
+    from implicit_slots.training import checkpoint
 
     if target.exists():
         raise UserError(f"{target} exists; choose another --target")
@@ -334,7 +334,7 @@ def convert(
         )
     try:
         if source.is_dir():
-            weights = to_official(split_model(run.load(source)[1])[1])
+            weights = to_official(split_model(checkpoint.load(source)[1])[1])
         else:
             weights = read_weights(source)
         if config is None:
@@ -353,9 +353,9 @@ def _write_run(
     import jax.numpy as jnp
     from flax import nnx
 
-    from implicit_slots.models.build import split_model
-    from implicit_slots.runtime.workdir import CONFIG_FILE, write_json
-    from implicit_slots.training import run
+    from implicit_slots.models.build import build, split_model
+    from implicit_slots.runtime.files import write_json
+    from implicit_slots.runtime.workdir import CONFIG_FILE
     from implicit_slots.training.checkpoint import (
         CHECKPOINT_FOLDER,
         Checkpoints,
@@ -365,7 +365,7 @@ def _write_run(
     from implicit_slots.training.state import initial_state
 
     check(config, "train")
-    _, shapes = split_model(nnx.eval_shape(lambda: run.build(config)))
+    _, shapes = split_model(nnx.eval_shape(lambda: build(config)))
     optimizer = build_optimizer(config.optimizer, shapes, num_steps=config.num_steps)
     params = jax.tree.map(jnp.asarray, from_official(weights, shapes))
     try:

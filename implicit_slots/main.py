@@ -86,7 +86,6 @@ def main(_: list[str]) -> None:
         sys.exit("error: --data is for --mode=evaluate; --config says what to train on")
     xla_warnings.leave_out()
     # After the flags are looked at, and --help: they need no JAX.
-    from implicit_slots.data.source import DataError
     from implicit_slots.runtime import processes
     from implicit_slots.runtime.errors import UserError
     from implicit_slots.runtime.preemption import Preempted
@@ -118,8 +117,14 @@ def main(_: list[str]) -> None:
                 file=sys.stderr,
             )
         sys.exit(RESUME_ME)
-    except (UserError, DataError) as error:
+    except UserError as error:
         processes.leave(f"error: {error}")
+    except BrokenPipeError:
+        # Whoever read the output (`| head`) is gone, and nobody can be told.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        processes.leave(
+            f"the output is read no more; the same command resumes {workdir}"
+        )
     except KeyboardInterrupt:
         processes.leave(f"stopped; the same command resumes {workdir}")
     except Exception as error:

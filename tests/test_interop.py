@@ -26,14 +26,14 @@ from configs import base
 from implicit_slots import interop
 from implicit_slots.interop import convert, from_official, to_official
 from implicit_slots.models import noise
-from implicit_slots.models.build import split_model
+from implicit_slots.models.build import build, split_model
 from implicit_slots.models.slate import SLATE
 from implicit_slots.models.slot_attention import SlotAttention
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.prng import purpose_key
 from implicit_slots.runtime.weights import read_weights
-from implicit_slots.training import run, step
+from implicit_slots.training import step
 from implicit_slots.training.checkpoint import Checkpoints
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.state import initial_state
@@ -80,7 +80,7 @@ def official_config(heads: int = 1, size=official.SIZE, **changes) -> Config:
 
 def abstract(config):
     """The structure of a configuration's model, and its parameters' shapes."""
-    return split_model(nnx.eval_shape(lambda: run.build(config)))
+    return split_model(nnx.eval_shape(lambda: build(config)))
 
 
 def tree_equal(got, want):
@@ -393,7 +393,7 @@ def initial():
         with pytest.MonkeyPatch().context() as patch:
             # A configuration's seed is a Python integer: it would be compiled in.
             patch.setattr(nnx, "Rngs", lambda params: rngs(params=key))
-            return split_model(run.build(config))[1]
+            return split_model(build(config))[1]
 
     # The generator that compiles fastest.
     keys = [jax.random.key(seed, impl="rbg") for seed in range(OUR_SEEDS)]
@@ -561,7 +561,7 @@ def test_a_workdir_that_cannot_be_finished_is_removed(tmp_path, weights, monkeyp
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("implicit_slots.runtime.workdir.write_json", fail)
+    monkeypatch.setattr("implicit_slots.runtime.files.write_json", fail)
     with pytest.raises(UserError, match="no space left"):
         convert(tmp_path / "model.npz", tmp_path / "run", official_config())
     assert [p.name for p in tmp_path.iterdir()] == ["model.npz"]

@@ -38,7 +38,7 @@ from implicit_slots.data.prepared import prepare
 from implicit_slots.data.prepared.cache import BlockCache, Prepared
 from implicit_slots.data.scenes import rendering
 from implicit_slots.data.source import Source
-from implicit_slots.models.build import split_model
+from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import build_mesh, replicate
 from implicit_slots.training import device_batches, run
@@ -211,7 +211,7 @@ def time_training(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
         folder / "clevr", resolution=scenes.RESOLUTION, cache=str(folder / "cache")
     )
     prepare.prepare(prepared, "train", say=lambda line: None)
-    graphdef, params = split_model(run.build(config))
+    graphdef, params = split_model(build(config))
     optimizer = build_optimizer(config.optimizer, params, num_steps=config.num_steps)
     mesh = build_mesh(config.batch_size)
     steps = build_steps(graphdef, optimizer, config)

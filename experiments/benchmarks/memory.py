@@ -31,9 +31,10 @@ from flax import nnx
 
 from experiments.benchmarks import contestants, harness, official_slate
 from experiments.benchmarks.harness import Configuration, markdown, positive, rounded
+from implicit_slots.models.build import build
 from implicit_slots.models.slot_attention import SlotAttention
+from implicit_slots.runtime import compiling
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.training import run
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -60,7 +61,7 @@ def measure_ours(
     precision: str,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Returns facts, and a row per number of iterations, in one process."""
-    run.enable_compilation_cache()
+    compiling.enable_cache()
     facts = contestants.jax_facts()
     on_cpu = facts["platform"] == "cpu"
     keys = jax.random.split(jax.random.key(0), 2)
@@ -106,7 +107,7 @@ def build_slots(
     config.model.update(vocab_size=2, dvae_features=1, num_blocks=1)
     config.model.solver.max_steps = iterations
     config.model.adjoint.update(ADJOINTS[adjoint])
-    return run.build(config).slot_attention
+    return build(config).slot_attention
 
 
 def timed(work: Callable[[], Any], repeats: int) -> float | None:

@@ -30,12 +30,11 @@ from flax import nnx
 from experiments.benchmarks import contestants, harness, official_slate
 from experiments.benchmarks.contestants import Bench, Contestant
 from experiments.benchmarks.harness import Configuration, markdown, positive, rounded
-from implicit_slots.models.build import split_model
+from implicit_slots.evaluation.validation import build_validation_steps
+from implicit_slots.models.build import build, split_model
 from implicit_slots.models.slate import SLATE
+from implicit_slots.runtime import compiling
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.training import run
-from implicit_slots.training.optimizer import build_optimizer
-from implicit_slots.training.step import build_steps
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -52,13 +51,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def build_reconstruct(configuration: Configuration, precision: str) -> Bench:
     """The compiled reconstruction of a run."""
-    run.enable_compilation_cache()
+    compiling.enable_cache()
     config = harness.build_config(
         configuration, adjoint="implicit", precision=precision
     )
-    graphdef, params = split_model(run.build(config))
-    optimizer = build_optimizer(config.optimizer, params, num_steps=config.num_steps)
-    reconstruct = build_steps(graphdef, optimizer, config).reconstruct
+    graphdef, params = split_model(build(config))
+    reconstruct = build_validation_steps(graphdef, config).reconstruct
     image = harness.draw_images(configuration)
     arguments = jax.device_put((params, image), jax.devices()[0])
     return _bench(functools.partial(reconstruct, *arguments, 0))
@@ -66,11 +64,11 @@ def build_reconstruct(configuration: Configuration, precision: str) -> Bench:
 
 def build_generate(configuration: Configuration, precision: str, variant: str) -> Bench:
     """`SLATE.generate` from drawn slots, compiled."""
-    run.enable_compilation_cache()
+    compiling.enable_cache()
     config = harness.build_config(
         configuration, adjoint="implicit", precision=precision
     )
-    graphdef, params = split_model(run.build(config))
+    graphdef, params = split_model(build(config))
     options = VARIANTS[variant]
     if set(options) - set(inspect.signature(SLATE.generate).parameters):
         raise UserError(f"this version's SLATE.generate has no variant {variant!r}")

@@ -54,7 +54,8 @@ from implicit_slots.models.images import as_float
 from implicit_slots.models.slate import SLATE, with_bos
 from implicit_slots.models.slot_attention import Problem
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.training import run
+from implicit_slots.runtime.versions import versions
+from implicit_slots.training import checkpoint
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -373,7 +374,7 @@ def main(arguments: list[str] | None = None) -> None:
     forward = [name for name in FORWARD if name in wanted]
     adjoints = {name: pair[1] for name, pair in BACKWARD.items() if name in wanted}
 
-    config, trained = run.load(flags.workdir)
+    config, trained = checkpoint.load(flags.workdir)
     untrained = build_model(
         config.model, resolution=config.data.resolution, seed=config.seed
     )
@@ -414,7 +415,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     about = {
         "date": datetime.date.today().isoformat(),
-        "versions": run.versions(),
+        "versions": versions(),
         "run": {
             "name": config.name,
             "steps": config.num_steps,

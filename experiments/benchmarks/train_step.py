@@ -45,9 +45,9 @@ from experiments.benchmarks.train_step_floor import (
     least_bytes,
 )
 from implicit_slots.models.attention import IMPLEMENTATIONS
-from implicit_slots.models.build import count_parameters, split_model
+from implicit_slots.models.build import build, count_parameters, split_model
+from implicit_slots.runtime import compiling
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.training import run
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.state import initial_state
 from implicit_slots.training.step import build_steps
@@ -66,11 +66,11 @@ def build_ours(
     configuration: Configuration, adjoint: str, precision: str, changes: dict[str, Any]
 ) -> Bench:
     """The compiled train step of a run, on one device."""
-    run.enable_compilation_cache()
+    compiling.enable_cache()
     config = harness.build_config(
         configuration, adjoint=adjoint, precision=precision, **changes
     )
-    graphdef, params = split_model(run.build(config))
+    graphdef, params = split_model(build(config))
     parameters = count_parameters(params)
     optimizer = build_optimizer(config.optimizer, params, num_steps=config.num_steps)
     train = build_steps(graphdef, optimizer, config).train

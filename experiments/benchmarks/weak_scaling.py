@@ -46,7 +46,7 @@ from experiments.benchmarks.collectives import (
 )
 from experiments.benchmarks.contestants import Bench, Contestant
 from experiments.benchmarks.harness import positive
-from implicit_slots.models.build import count_parameters, split_model
+from implicit_slots.models.build import build, count_parameters, split_model
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import (
     DATA_AXIS,
@@ -110,7 +110,7 @@ def build_step(layout: Layout) -> tuple[Any, Any, Any]:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", layout.devices)
     config = build_config(layout)
-    graphdef, params = split_model(nnx.eval_shape(lambda: run.build(config)))
+    graphdef, params = split_model(nnx.eval_shape(lambda: build(config)))
     optimizer = build_optimizer(config.optimizer, params, num_steps=config.num_steps)
     start = functools.partial(
         initial_state, optimizer=optimizer, config=config.optimizer

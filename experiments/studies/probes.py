@@ -24,17 +24,19 @@ from experiments.benchmarks.solver_comparison import build_case, gradient_qualit
 from experiments.studies.runs import PROBE_FOLDER
 from implicit_slots.data import registry
 from implicit_slots.data.source import DataError
-from implicit_slots.evaluation import run as evaluation
+from implicit_slots.evaluation.groups import GROUPS, masks
 from implicit_slots.evaluation.steps import build_evaluation_steps
+from implicit_slots.evaluation.subject import Findings, Subject
 from implicit_slots.fixed_point import GMRES, Adjoint, Implicit, Neumann, Unrolled
-from implicit_slots.models.build import split_model
+from implicit_slots.models.build import build, model_class, split_model
 from implicit_slots.models.images import as_float
+from implicit_slots.runtime import compiling
 from implicit_slots.runtime.allocator import keep_freed_memory
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import build_mesh
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import write_whole
-from implicit_slots.training import run
+from implicit_slots.training import checkpoint
 
 Rows = list[dict[str, Any]]
 
@@ -53,11 +55,11 @@ STARTS = (1, 3, 10)
 NUM_PICTURES = 4
 
 
-def subject(config: Config, model: Any) -> evaluation.Subject:
+def subject(config: Config, model: Any) -> Subject:
     """Returns a model as an evaluation takes it, on the validation split."""
     graphdef, params = split_model(model)
     mesh = build_mesh(config.batch_size)
-    return evaluation.Subject(
+    return Subject(
         config=config,
         steps=build_evaluation_steps(graphdef, config, mesh),
         params=params,
@@ -70,7 +72,7 @@ def subject(config: Config, model: Any) -> evaluation.Subject:
 
 def along_training(
     workdir: pathlib.Path, *, last: bool = False
-) -> Iterator[tuple[int, evaluation.Subject]]:
+) -> Iterator[tuple[int, Subject]]:
     """Returns a run at each of its checkpoints, with functions compiled once.
 
     Args:
@@ -78,8 +80,8 @@ def along_training(
       last: the last checkpoint alone.
     """
     first = None
-    for step in run.saved_steps(workdir)[-1 if last else 0 :]:
-        config, model = run.load(workdir, step)
+    for step in checkpoint.saved_steps(workdir)[-1 if last else 0 :]:
+        config, model = checkpoint.load(workdir, step)
         first = first or subject(config, model)
         yield step, dataclasses.replace(first, params=split_model(model)[1])
 
@@ -95,8 +97,8 @@ def group(name: str, *, last: bool = False) -> Callable[[pathlib.Path], Rows]:
     def probe(workdir: pathlib.Path) -> Rows:
         rows: Rows = []
         for step, subject in along_training(workdir, last=last):
-            findings = evaluation.Findings()
-            evaluation.GROUPS[name](subject, findings)
+            findings = Findings()
+            GROUPS[name](subject, findings)
             for metric, value in findings.metrics().items():
                 rows.append(row(step, metric, value["mean"]))
             for curve, drawn in findings.curves.items():
@@ -110,8 +112,8 @@ def group(name: str, *, last: bool = False) -> Callable[[pathlib.Path], Rows]:
 def gradients(workdir: pathlib.Path) -> Rows:
     """Cosine to the exact gradient and relative error, at each checkpoint's slots."""
     rows: Rows = []
-    for step in run.saved_steps(workdir):
-        config, model = run.load(workdir, step)
+    for step in checkpoint.saved_steps(workdir):
+        config, model = checkpoint.load(workdir, step)
         source = registry.build(config.data, "validation")
         batch = source.batch(np.arange(NUM_JUDGED))
         image = as_float(jnp.asarray(batch["image"]))
@@ -126,7 +128,7 @@ def gradients(workdir: pathlib.Path) -> Rows:
 
 def iterations(workdir: pathlib.Path) -> Rows:
     """What training left, at other numbers of iterations than it was trained with."""
-    config, model = run.load(workdir)
+    config, model = checkpoint.load(workdir)
     trained = config.model.solver.max_steps
     most = config.evaluation.fixed_points.iterations
     counts = sorted({count for count in ITERATIONS if count <= most} | {trained})
@@ -135,7 +137,7 @@ def iterations(workdir: pathlib.Path) -> Rows:
 
 def starts(workdir: pathlib.Path) -> Rows:
     """Masks of the best of several initial slots, by how many are tried."""
-    config, model = run.load(workdir)
+    config, model = checkpoint.load(workdir)
     if config.model.initial_slots == "learned":
         return []  # All starts are one.
     return masks_at(workdir, config, model, "evaluation.masks.starts", STARTS)
@@ -145,14 +147,14 @@ def masks_at(
     workdir: pathlib.Path, config: Config, model: Any, key: str, values: Sequence[int]
 ) -> Rows:
     """The last checkpoint's masks and cross-entropy where a key has other values."""
-    (step,) = run.saved_steps(workdir)[-1:]
+    (step,) = checkpoint.saved_steps(workdir)[-1:]
     params = split_model(model)[1]
     rows: Rows = []
     for value in values:
         config.update_from_flattened_dict({key: value})
-        again = dataclasses.replace(subject(config, run.build(config)), params=params)
-        findings = evaluation.Findings()
-        evaluation.masks(again, findings)
+        again = dataclasses.replace(subject(config, build(config)), params=params)
+        findings = Findings()
+        masks(again, findings)
         for metric, found in findings.metrics().items():
             if metric in ("cross_entropy", "attention/fg_ari", "decoder/fg_ari"):
                 rows.append(row(step, f"{metric}@{value}", found["mean"]))
@@ -169,7 +171,7 @@ def pictures(workdir: pathlib.Path) -> Rows:
         arrays["image"] = np.asarray(image)
         arrays[f"attention/{step}"] = np.asarray(encoded.attention)
         present = np.ones(encoded.slots.shape[:2], bool)
-        if hasattr(run.model_class(subject.config.model.name), "render"):
+        if hasattr(model_class(subject.config.model.name), "render"):
             rendered = subject.steps.render(subject.params, encoded.slots, present)
             forced = subject.steps.read(
                 subject.params, encoded.tokens, encoded.slots, present
@@ -230,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--probe", choices=PROBES, required=True)
     options = parser.parse_args(argv)
     keep_freed_memory()
-    run.enable_compilation_cache()
+    compiling.enable_cache()
     try:
         rows = PROBES[options.probe](options.workdir)
     except (UserError, DataError) as error:

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
+from implicit_slots.runtime.errors import UserError
+
 Example = dict[str, Any]
 Batch = dict[str, Any]
 
@@ -20,7 +22,7 @@ CLEVR_CODES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that a user asked for and that cannot be used: one sentence says why."""
 
 

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from implicit_slots.drawing import figures, grids
+from implicit_slots.evaluation.groups import groups_of
 from implicit_slots.evaluation.metrics import fixed_points, overlap
 from implicit_slots.evaluation.metrics.average_precision import (
     THRESHOLDS,
     PrecisionRecall,
 )
 from implicit_slots.evaluation.metrics.segmentation import upsample
-from implicit_slots.evaluation.run import Findings, Subject, groups_of
+from implicit_slots.evaluation.subject import Findings, Subject
 from implicit_slots.models.images import as_float
 
 # Iterations that a traversal shows, where they were made.

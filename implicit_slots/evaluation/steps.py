@@ -6,16 +6,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import PyTree
 
 from implicit_slots.data.source import Batch
 from implicit_slots.evaluation.metrics import fixed_points
-from implicit_slots.evaluation.metrics.average_precision import attribute_scores, detect
-from implicit_slots.evaluation.metrics.interdependence import coupling
+from implicit_slots.evaluation.metrics.average_precision import (
+    Detections,
+    attribute_scores,
+    detect,
+)
+from implicit_slots.evaluation.metrics.interdependence import Coupling, coupling
 from implicit_slots.evaluation.metrics.locality import locality
 from implicit_slots.evaluation.metrics.reconstruction import compare
 from implicit_slots.evaluation.metrics.segmentation import score_masks
+from implicit_slots.evaluation.setup import Setup
 from implicit_slots.fixed_point import Unrolled, diagnostics, fixed_point
-from implicit_slots.models.build import model_class
 from implicit_slots.models.images import as_float
 from implicit_slots.models.outputs import Encoded, Reading
 from implicit_slots.models.set_prediction import (
@@ -26,9 +31,7 @@ from implicit_slots.models.set_prediction import (
     pairwise_distance,
 )
 from implicit_slots.models.slot_attention import SlotAttention
-from implicit_slots.runtime.compiling import bind
 from implicit_slots.runtime.config import Config
-from implicit_slots.runtime.devices import replicated
 from implicit_slots.runtime.prng import Given, Purpose, purpose_key
 
 # Attributes that name an object's class; the first one that the data has counts.
@@ -74,146 +77,167 @@ def build_evaluation_steps(
     """Builds the functions; nothing is compiled before its use.
 
     Args:
-      graphdef: the model's structure.
-      config: the whole configuration.
-      mesh: the devices; None leaves it to JAX where results lie.
+      graphdef: see `Setup`.
+      config: see `Setup`.
+      mesh: see `Setup`.
     """
-    whole = None if mesh is None else replicated(mesh)
-    decodes = hasattr(model_class(config.model.name), "read")
-    starts = starts_of(config)
-    settings = config.evaluation.fixed_points
-    iterations = settings.iterations
+    setup = Setup(graphdef, config, mesh)
+    functions = (encode, masks, rendering, properties, render, read, iterate, restart)
+    return EvaluationSteps(*map(setup.compiled, functions))
 
-    def model_of(params):
-        if whole is not None:
-            params = jax.lax.with_sharding_constraint(params, whole)
-        return nnx.merge(graphdef, params)
 
-    def key_of(given: Given, number):
-        return purpose_key(given.seed, Purpose.EVALUATE, number)
+def encode(
+    setup: Setup, given: Given, params: PyTree, image: jax.Array, number: jax.Array
+) -> Encoded:
+    """Returns slots, their attention, and tokens where there are some."""
+    return setup.model(params).encode(as_float(image), key=_key(given, number))
 
-    def encode(given: Given, params, image, number) -> Encoded:
-        return model_of(params).encode(as_float(image), key=key_of(given, number))
 
-    def from_start(model, image, key):
-        """Masks by kind, the decoder's cross-entropy, and what a start is judged by."""
-        encoded = model.encode(image, key=key)
-        by_name = {"attention": encoded.attention}
-        if not decodes:
-            return by_name, None, jnp.zeros(len(image))
-        forced = model.read(encoded.tokens, encoded.slots)
-        by_name["decoder"] = forced.attention
-        if (by_token := forced.cross_entropy) is not None:
-            return by_name, by_token, by_token.sum(axis=(1, 2))
-        error = (image - model.render(encoded.slots)) ** 2
-        return by_name, None, error.mean(axis=(1, 2, 3))
-
-    def masks(given: Given, params, batch: Batch, number):
-        model = model_of(params)
-        image, key = as_float(batch["image"]), key_of(given, number)
-        found = from_start(model, image, key)
-        if starts > 1:  # As of k-means, which has fixed points of every quality too.
-
-            def better(best, start):
-                other = from_start(model, image, jax.random.fold_in(key, start))
-                is_better = (other[-1] < best[-1]) | jnp.isnan(best[-1])
-
-                def chosen(new, old):
-                    return jax.vmap(jnp.where)(is_better, new, old)
-
-                return jax.tree.map(chosen, other, best), None
-
-            found, _ = jax.lax.scan(better, found, jnp.arange(1, starts))
-        by_name, by_token, _ = found
-        values = {}
-        if by_token is not None:
-            values["cross_entropy"] = by_token.sum(axis=(1, 2))
-            values["cross_entropy_per_token"] = by_token.mean(axis=(1, 2))
-        if "segmentation" not in batch:
-            return values
-        most = config.data.max_objects
-        for name, attention in by_name.items():
-            found = score_masks(
-                attention,
-                batch["segmentation"],
-                max_true=most,
-                classes=classes_of(batch),
-            ) | locality(
-                attention, batch["segmentation"], batch.get("shadow"), max_true=most
-            )
-            values |= {f"{name}/{key}": value for key, value in found.items()}
+def masks(
+    setup: Setup, given: Given, params: PyTree, batch: Batch, number: jax.Array
+) -> dict[str, jax.Array]:
+    """Scores both kinds of masks, and the cross-entropy."""
+    model = setup.model(params)
+    image, key = as_float(batch["image"]), _key(given, number)
+    by_name, by_token, _ = _best_start(model, image, key, starts_of(setup.config))
+    values = {}
+    if by_token is not None:
+        values["cross_entropy"] = by_token.sum(axis=(1, 2))
+        values["cross_entropy_per_token"] = by_token.mean(axis=(1, 2))
+    if "segmentation" not in batch:
         return values
+    most, true = setup.config.data.max_objects, batch["segmentation"]
+    for name, attention in by_name.items():
+        found = score_masks(attention, true, max_true=most, classes=classes_of(batch))
+        found |= locality(attention, true, batch.get("shadow"), max_true=most)
+        values |= {f"{name}/{key}": value for key, value in found.items()}
+    return values
 
-    def rendering(given: Given, params, image, number):
-        image = as_float(image)
-        rendered = model_of(params).reconstruct(image, key=key_of(given, number))
-        values = {}
-        by_name = {"dvae": rendered.dvae, "slots": rendered.slots}
-        by_name = {name: other for name, other in by_name.items() if other is not None}
-        for name, other in by_name.items():
-            found = compare(image, other)
-            values |= {f"{name}/{key}": value for key, value in found.items()}
-        return values, by_name
 
-    def properties(given: Given, params, batch: Batch, number):
-        model = model_of(params)
-        encoded = model.encode(as_float(batch["image"]), key=key_of(given, number))
-        predicted = model.predict(encoded.slots)
-        target = encode_objects(batch["objects"], predicted.shape[1])
-        matched = match_sets(pairwise_distance(predicted, target))
-        scores = attribute_scores(predicted, target, matched, CLASSES, REACH)
-        return scores, detect(predicted, target, CLASSES, REACH)
+def _best_start(model: Any, image: jax.Array, key: jax.Array, starts: int) -> Any:
+    """What `_from_start` finds from the best of several starts, image by image."""
+    first = _from_start(model, image, key)
+    if starts == 1:
+        return first
 
-    def render(given: Given, params, slots, present):
-        return model_of(params).render(slots, present=present)
+    # As of k-means, which has fixed points of every quality too.
+    def better(best, start):
+        other = _from_start(model, image, jax.random.fold_in(key, start))
+        is_better = (other[-1] < best[-1]) | jnp.isnan(best[-1])
 
-    def read(given: Given, params, tokens, slots, present) -> Reading:
-        return model_of(params).read(tokens, slots, present=present)
+        def chosen(new, old):
+            return jax.vmap(jnp.where)(is_better, new, old)
 
-    def iterate(given: Given, params, image, number):
-        model = model_of(params)
-        problem = model.slot_problem(as_float(image), key_of(given, number))
-        applied = applications(model.slot_attention)
-        trajectory = fixed_points.iterate(
-            problem, steps=max(iterations, applied), trained=applied
-        )
-        slots = model.slot_attention
-        z = fixed_point(*problem, solver=slots.solver, adjoint=slots.adjoint).value
-        at = problem.f, problem.params, problem.x, z
-        key_radius, key_norm = jax.random.split(key_of(given, number))
-        krylov, powers = config.diagnostics.krylov, config.diagnostics.powers
-        values = {
-            "residual": trajectory.residual[:, applied - 1],
-            "residual_last": trajectory.residual[:, -1],
-            "mask_flips": trajectory.mask_flips[:, -1],
-            "spectral_radius": diagnostics.spectral_radius(
-                *at, key_radius, krylov=krylov, powers=powers
-            ),
-            "spectral_norm": diagnostics.spectral_norm(*at, key_norm),
-        }
-        return values, trajectory, coupling(*at)
+        return jax.tree.map(chosen, other, best), None
 
-    def restart(given: Given, params, image, number):
-        starts = jnp.repeat(image[None], settings.initialisations, axis=0)
-        problem = model_of(params).slot_problem(as_float(starts), key_of(given, number))
-        slots, residual, attention = fixed_points.settle(
-            problem, steps=RESTART * iterations
-        )
-        return slots, residual, fixed_points.mask_agreement(attention)
+    return jax.lax.scan(better, first, jnp.arange(1, starts))[0]
 
-    def compiled(function):
-        return bind(function, Given.of(config), out_shardings=whole)
 
-    return EvaluationSteps(
-        encode=compiled(encode),
-        masks=compiled(masks),
-        rendering=compiled(rendering),
-        properties=compiled(properties),
-        render=compiled(render),
-        read=compiled(read),
-        iterate=compiled(iterate),
-        restart=compiled(restart),
+def _from_start(model: Any, image: jax.Array, key: jax.Array) -> Any:
+    """Masks by kind, the decoder's cross-entropy, and what a start is judged by."""
+    encoded = model.encode(image, key=key)
+    by_name = {"attention": encoded.attention}
+    if not hasattr(model, "read"):
+        return by_name, None, jnp.zeros(len(image))
+    forced = model.read(encoded.tokens, encoded.slots)
+    by_name["decoder"] = forced.attention
+    if (by_token := forced.cross_entropy) is not None:
+        return by_name, by_token, by_token.sum(axis=(1, 2))
+    error = (image - model.render(encoded.slots)) ** 2
+    return by_name, None, error.mean(axis=(1, 2, 3))
+
+
+def rendering(
+    setup: Setup, given: Given, params: PyTree, image: jax.Array, number: jax.Array
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Compares images with both of their reconstructions."""
+    image = as_float(image)
+    rendered = setup.model(params).reconstruct(image, key=_key(given, number))
+    by_name = {"dvae": rendered.dvae, "slots": rendered.slots}
+    by_name = {name: other for name, other in by_name.items() if other is not None}
+    values = {}
+    for name, other in by_name.items():
+        found = compare(image, other)
+        values |= {f"{name}/{key}": value for key, value in found.items()}
+    return values, by_name
+
+
+def properties(
+    setup: Setup, given: Given, params: PyTree, batch: Batch, number: jax.Array
+) -> tuple[dict[str, jax.Array], Detections]:
+    """Compares predicted objects with the true ones."""
+    model = setup.model(params)
+    encoded = model.encode(as_float(batch["image"]), key=_key(given, number))
+    predicted = model.predict(encoded.slots)
+    target = encode_objects(batch["objects"], predicted.shape[1])
+    matched = match_sets(pairwise_distance(predicted, target))
+    scores = attribute_scores(predicted, target, matched, CLASSES, REACH)
+    return scores, detect(predicted, target, CLASSES, REACH)
+
+
+def render(
+    setup: Setup, given: Given, params: PyTree, slots: jax.Array, present: jax.Array
+) -> jax.Array:
+    """Renders the slots that are present."""
+    del given
+    return setup.model(params).render(slots, present=present)
+
+
+def read(
+    setup: Setup,
+    given: Given,
+    params: PyTree,
+    tokens: jax.Array | None,
+    slots: jax.Array,
+    present: jax.Array,
+) -> Reading:
+    """Reads tokens from the slots that are present."""
+    del given
+    return setup.model(params).read(tokens, slots, present=present)
+
+
+def iterate(
+    setup: Setup, given: Given, params: PyTree, image: jax.Array, number: jax.Array
+) -> tuple[dict[str, jax.Array], fixed_points.Trajectory, Coupling]:
+    """Follows slots beyond the steps that they were trained with; measures J there."""
+    model, config = setup.model(params), setup.config
+    key = _key(given, number)
+    problem = model.slot_problem(as_float(image), key)
+    slots = model.slot_attention
+    applied = applications(slots)
+    steps = max(config.evaluation.fixed_points.iterations, applied)
+    trajectory = fixed_points.iterate(problem, steps=steps, trained=applied)
+    z = fixed_point(*problem, solver=slots.solver, adjoint=slots.adjoint).value
+    at = problem.f, problem.params, problem.x, z
+    key_radius, key_norm = jax.random.split(key)
+    krylov, powers = config.diagnostics.krylov, config.diagnostics.powers
+    values = {
+        "residual": trajectory.residual[:, applied - 1],
+        "residual_last": trajectory.residual[:, -1],
+        "mask_flips": trajectory.mask_flips[:, -1],
+        "spectral_radius": diagnostics.spectral_radius(
+            *at, key_radius, krylov=krylov, powers=powers
+        ),
+        "spectral_norm": diagnostics.spectral_norm(*at, key_norm),
+    }
+    return values, trajectory, coupling(*at)
+
+
+def restart(
+    setup: Setup, given: Given, params: PyTree, image: jax.Array, number: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Settles one image's slots from many initial ones."""
+    settings = setup.config.evaluation.fixed_points
+    starts = as_float(jnp.repeat(image[None], settings.initialisations, axis=0))
+    problem = setup.model(params).slot_problem(starts, _key(given, number))
+    slots, residual, attention = fixed_points.settle(
+        problem, steps=RESTART * settings.iterations
     )
+    return slots, residual, fixed_points.mask_agreement(attention)
+
+
+def _key(given: Given, number: jax.typing.ArrayLike) -> jax.Array:
+    return purpose_key(given.seed, Purpose.EVALUATE, number)
 
 
 def starts_of(config: Config) -> int:

@@ -91,6 +91,25 @@ def build_model(
     return model
 
 
+def build(config: Config, seed: jax.typing.ArrayLike | None = None) -> Any:
+    """Builds the model of a whole configuration.
+
+    Args:
+      config: the whole configuration.
+      seed: of the parameters, where it is not to be a constant of a program; the
+        configuration's if not given.
+
+    Raises:
+      ValueError: if a name or a value is not one of the possible ones.
+    """
+    return build_model(
+        config.model,
+        resolution=config.data.resolution,
+        seed=config.seed if seed is None else seed,
+        precision=config.precision,
+    )
+
+
 def model_class(name: str) -> Any:
     """Returns the class of a model.
 

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import os
+import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -138,3 +140,15 @@ def compile_step(train: Bound, state: PyTree, batch: PyTree) -> Program:
             - memory.alias_size_in_bytes
         )
     return Program(seconds, (costs or {}).get("flops"), memory)
+
+
+def enable_cache() -> None:
+    """Keeps compiled programs on disk, so that a second start is fast.
+
+    JAX's own setting (JAX_COMPILATION_CACHE_DIR) wins where it is made.
+    """
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        folder = pathlib.Path(home) / "implicit_slots" / "compilation"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

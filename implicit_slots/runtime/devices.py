@@ -77,6 +77,35 @@ def state_sharding(tree: PyTree, mesh: jax.sharding.Mesh, name: str) -> PyTree:
     return jax.tree.map(place, tree)
 
 
+def placed(tree: PyTree, mesh: jax.sharding.Mesh | None, name: str) -> PyTree:
+    """Within a compiled function: puts a training state, or its like, in its place.
+
+    Args:
+      tree: arrays.
+      mesh: the devices; None leaves it to JAX.
+      name: see `state_sharding`.
+    """
+    if mesh is None or mesh.size == 1:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, state_sharding(tree, mesh, name))
+
+
+def gathered(params: PyTree, mesh: jax.sharding.Mesh | None, name: str) -> PyTree:
+    """Within a compiled function: the whole parameters on every device, for one pass.
+
+    Left to itself XLA would rather split the products along the parameters, and
+    send the activations of all examples: hundreds of times the bytes.
+
+    Args:
+      params: of the model.
+      mesh: the devices; None leaves it to JAX.
+      name: how they lie, see `state_sharding`.
+    """
+    if mesh is None or mesh.size == 1 or name == "replicated":
+        return params
+    return jax.lax.with_sharding_constraint(params, replicated(mesh))
+
+
 def shard_batch(batch: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
     """Splits every leaf along its first axis; each process brings its own share."""
     sharding = NamedSharding(mesh, PartitionSpec(DATA_AXIS))

@@ -1,9 +1,12 @@
-"""Files that are written whole or not at all, and locks between processes."""
+"""Files that are written whole or not at all, locks, and JSON without NaN."""
 
 import contextlib
+import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -31,3 +34,19 @@ def lock(folder: Path) -> Iterator[None]:
 def expand(path: str) -> Path:
     """A path that a user gave, with ~ for the home folder if there is one."""
     return Path(os.path.expanduser(path))
+
+
+def write_json(file: Path, values: Any) -> None:
+    """Writes JSON whole or not at all; what is not finite becomes null."""
+    write_whole(file, json.dumps(finite(values), indent=2) + "\n")
+
+
+def finite(tree: Any) -> Any:
+    """Returns a tree of dictionaries and lists with None for what is not finite."""
+    if isinstance(tree, dict):
+        return {key: finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [finite(value) for value in tree]
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return None
+    return tree

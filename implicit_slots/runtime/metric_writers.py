@@ -2,15 +2,14 @@
 
 import importlib.util
 import json
-import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from implicit_slots.runtime.files import write_whole
-from implicit_slots.runtime.workdir import METRICS_FILE
+from implicit_slots.runtime.files import finite, write_whole
+from implicit_slots.runtime.workdir import METRICS_FILE, writing
 
 
 class MetricWriter:
@@ -40,19 +39,17 @@ class MetricWriter:
             self.history = [
                 line for line in read_metrics(workdir) if line["step"] <= step
             ]
-            write_whole(
-                self._path, "".join(json.dumps(line) + "\n" for line in self.history)
-            )
+            lines = "".join(json.dumps(line) + "\n" for line in self.history)
+            with writing(workdir):
+                write_whole(self._path, lines)
         self._tensorboard = _tensorboard(workdir)
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Writes the values of one step; what is not finite becomes null."""
         if self._silent:
             return
-        line = {"step": step, "split": split}
-        for name, value in values.items():
-            line[name] = value if math.isfinite(value) else None
-        with self._path.open("a") as file:
+        line = finite({"step": step, "split": split, **values})
+        with writing(self._path.parent), self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self._tensorboard is not None:
             self._tensorboard.write_scalars(

@@ -8,7 +8,7 @@ import threading
 import time
 import urllib.request
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -58,6 +58,18 @@ def same(text: str) -> bool:
         return True
     mine = np.uint32(zlib.crc32(text.encode()))
     return bool(np.all(multihost_utils.process_allgather(mine) == mine))
+
+
+def of_main(numbers: Sequence[int]) -> list[int]:
+    """Returns process 0's numbers, in every process; all must ask together."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    broadcast = multihost_utils.broadcast_one_to_all
+    count = int(broadcast(np.int32(len(numbers))))
+    mine = np.zeros(count, np.int32)
+    if is_main():
+        mine[:] = numbers
+    return np.asarray(broadcast(mine)).tolist()
 
 
 @contextlib.contextmanager

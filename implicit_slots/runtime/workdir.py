@@ -9,7 +9,6 @@ import errno
 import fcntl
 import importlib.util
 import json
-import math
 import os
 import pathlib
 import socket
@@ -21,7 +20,6 @@ from ml_collections import ConfigDict
 
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.files import write_whole
 
 LOCK_FILE = ".lock"
 SUMMARY_FILE = "summary.json"
@@ -73,13 +71,22 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Writes a file whole or not at all; what is not finite becomes null."""
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in values.items()
-    }
-    write_whole(path, json.dumps(finite, indent=2) + "\n")
+@contextlib.contextmanager
+def writing(workdir: pathlib.Path) -> Iterator[None]:
+    """Says in a sentence that a file of the workdir cannot be written.
+
+    To be put around nothing but calls that write there.
+
+    Raises:
+      UserError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the workdir {workdir} cannot be written: {error}; put that right and "
+            "start the same command again"
+        ) from error
 
 
 def config_flag(workdir: str, data: str | None) -> str:

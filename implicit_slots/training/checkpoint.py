@@ -1,4 +1,4 @@
-"""Checkpoints with Orbax, and the guard that a workdir belongs to one model."""
+"""Checkpoints with Orbax: written, read, looked through for damage; models loaded."""
 
 import contextlib
 import errno
@@ -11,58 +11,25 @@ from typing import Any, TypedDict
 
 import google_crc32c
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
+from flax import nnx
 
+from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime import processes
-from implicit_slots.runtime.config import Config, flat
+from implicit_slots.runtime.compiling import runs_once
+from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import write_whole
-from implicit_slots.runtime.workdir import ABSENT, CONFIG_FILE
-from implicit_slots.training.state import TrainState
+from implicit_slots.runtime.workdir import CONFIG_FILE, read_config
+from implicit_slots.training.optimizer import build_optimizer
+from implicit_slots.training.state import TrainState, initial_state
 
 CHECKPOINT_FOLDER = "checkpoints"
 BEST_FOLDER = "best"
 DAMAGED_FOLDER = "damaged"
 CHECKSUM_FILE = "checksums.json"
-
-# What a run may change when it goes on; anything else makes it another run.
-MAY_CHANGE = {
-    "num_steps",
-    "log_every",
-    "validate_every",
-    "draw_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "sharding",
-    "optimize_programs",
-    "nonfinite.stop_after",
-    "alarms.enabled",
-    "alarms.gradient_growth",
-    "alarms.spectral_norm",
-    "alarms.mask_similarity",
-    "alarms.largest_slot",
-    "alarms.attention_entropy",
-    "alarms.backward_failed",
-    "alarms.patience",
-    "profile.start",
-    "profile.steps",
-    "num_pictures",
-    "num_scored",
-    "diagnostics.every",
-    "diagnostics.num_examples",
-    "diagnostics.krylov",
-    "diagnostics.powers",
-    "data.cache",
-    "data.placement",
-    "data.test_set",
-    "data.workers",
-    # How the same model is computed.
-    "precision",
-    "model.attention",
-    "model.remat",
-    "model.adjoint.remat",
-}
 
 
 class Loop(TypedDict):
@@ -109,8 +76,12 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def steps(self) -> list[int]:
-        """Returns the steps of the complete checkpoints, latest first."""
-        return sorted(self._manager.all_steps(), reverse=True)
+        """Returns the steps of the complete checkpoints, latest first.
+
+        As process 0 sees them: on a shared file system another may see them later. All
+        processes must ask together.
+        """
+        return processes.of_main(sorted(self._manager.all_steps(), reverse=True))
 
     def save(self, state: TrainState, loop: Loop | None = None) -> None:
         """Writes a checkpoint of the state at its step.
@@ -235,6 +206,59 @@ def restore(
     return None
 
 
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    """Returns the steps of a run's checkpoints, from the first to the last."""
+    folder = workdir / CHECKPOINT_FOLDER
+    with contextlib.closing(Checkpoints(folder, keep=None)) as checkpoints:
+        return sorted(checkpoints.steps())
+
+
+def load(
+    workdir: str | os.PathLike[str], step: int | None = None
+) -> tuple[Config, Any]:
+    """Returns the configuration and the trained model of a run.
+
+    Args:
+      workdir: of a run that has a checkpoint; nothing in it is changed.
+      step: of the checkpoint; the latest that is whole if not given.
+
+    Raises:
+      UserError: if there is no such run or checkpoint, or it cannot be read.
+    """
+    workdir = pathlib.Path(workdir)
+    path = workdir / CONFIG_FILE
+    if not path.exists() or not (workdir / CHECKPOINT_FOLDER).is_dir():
+        raise UserError(f"{workdir} holds no run; train one there first")
+    config = read_config(path)
+    try:
+        graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a configuration of this version ({error}); train again, or "
+            "read it with the version that wrote it"
+        ) from error
+    optimizer = build_optimizer(config.optimizer, shapes, num_steps=config.num_steps)
+
+    def zeros() -> TrainState:
+        # Drawing parameters that are replaced at once would take seconds.
+        params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return initial_state(params, optimizer, config.optimizer)
+
+    like = jax.jit(zeros, compiler_options=runs_once())()
+    folder = workdir / CHECKPOINT_FOLDER
+    with contextlib.closing(Checkpoints(folder, keep=None)) as checkpoints:
+        if step is None:
+            found = restore(checkpoints, like, set_aside=False)
+        else:
+            try:
+                found = checkpoints.read(step, like)
+            except Damaged as damage:
+                raise UserError(f"{folder / str(step)}: {damage}") from damage
+    if found is None:
+        raise UserError(f"{workdir} holds no checkpoint; train there first")
+    return config, nnx.merge(graphdef, found[0].evaluated)
+
+
 def _checksums(folder: pathlib.Path) -> dict[str, int]:
     """Of every file of a checkpoint, by its name within."""
     return {
@@ -264,54 +288,3 @@ def _reason(error: Exception) -> str:
         if os.strerror(known) in text:
             return os.strerror(known)
     return text.strip(": \n").split(":")[0].split("\n")[0][:80] or type(error).__name__
-
-
-def check_same_run(
-    config: Config, workdir: pathlib.Path, *, training: bool = True
-) -> None:
-    """Refuses a workdir that holds another configuration's run.
-
-    Args:
-      config: of this run.
-      workdir: where the other may be.
-      training: whether the run is to go on, and not only to be evaluated, which other
-        data serve for as well.
-
-    Raises:
-      UserError: naming the first key that differs.
-    """
-    path = workdir / CONFIG_FILE
-    if not path.exists():
-        if (workdir / CHECKPOINT_FOLDER).exists():
-            raise UserError(
-                f"{workdir} holds checkpoints but no {CONFIG_FILE} that says of what; "
-                "choose another --workdir"
-            )
-        return
-    try:
-        before = {**ABSENT, **flat(json.loads(path.read_text()))}
-    except (ValueError, AttributeError, OSError) as error:
-        raise UserError(
-            f"{path} is not a run's configuration; choose another --workdir"
-        ) from error
-    now = {**ABSENT, **flat(json.loads(config.to_json()))}
-    may_change = MAY_CHANGE
-    for key in sorted((before.keys() | now.keys()) - may_change):
-        if key.startswith("evaluation."):
-            continue
-        if not training and key.startswith("data.") and key != "data.resolution":
-            continue
-        if key == "data.path" and _is_one_place(before.get(key), now.get(key)):
-            continue
-        if before.get(key) != now.get(key):
-            raise UserError(
-                f"{workdir} holds another run: its {key} is {before.get(key)!r}, this "
-                f"configuration's is {now.get(key)!r}; choose another --workdir or set "
-                "that key back"
-            )
-
-
-def _is_one_place(path: str | None, other: str | None) -> bool:
-    if not path or not other:
-        return False
-    return os.path.realpath(path) == os.path.realpath(other)

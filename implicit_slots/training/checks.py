@@ -1,18 +1,25 @@
 """What is refused before anything is written, and what is noted."""
 
+import json
+import os
+import pathlib
+
 import jax
+import numpy as np
 
 from implicit_slots.data import registry
-from implicit_slots.evaluation.run import GROUPS
+from implicit_slots.data.source import CLEVR_CODES
+from implicit_slots.evaluation.groups import GROUPS
 from implicit_slots.models.build import MODELS, model_class
 from implicit_slots.models.dvae import STRIDE
 from implicit_slots.models.noise import MOST_WORDS
-from implicit_slots.runtime.config import Config
+from implicit_slots.runtime.config import Config, flat
 from implicit_slots.runtime.devices import SHARDINGS
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import expand
-from implicit_slots.runtime.workdir import ABSENT
+from implicit_slots.runtime.workdir import ABSENT, CONFIG_FILE
 from implicit_slots.training import device_batches, penalties
+from implicit_slots.training.checkpoint import CHECKPOINT_FOLDER
 
 MODES = ("train", "evaluate", "replay")
 CHECKPOINTS = ("latest", "best")
@@ -62,6 +69,45 @@ NOT_NEGATIVE = (
 )
 
 
+# What a run may change when it goes on; anything else makes it another run.
+MAY_CHANGE = {
+    "num_steps",
+    "log_every",
+    "validate_every",
+    "draw_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "sharding",
+    "optimize_programs",
+    "nonfinite.stop_after",
+    "alarms.enabled",
+    "alarms.gradient_growth",
+    "alarms.spectral_norm",
+    "alarms.mask_similarity",
+    "alarms.largest_slot",
+    "alarms.attention_entropy",
+    "alarms.backward_failed",
+    "alarms.patience",
+    "profile.start",
+    "profile.steps",
+    "num_pictures",
+    "num_scored",
+    "diagnostics.every",
+    "diagnostics.num_examples",
+    "diagnostics.krylov",
+    "diagnostics.powers",
+    "data.cache",
+    "data.placement",
+    "data.test_set",
+    "data.workers",
+    # How the same model is computed.
+    "precision",
+    "model.attention",
+    "model.remat",
+    "model.adjoint.remat",
+}
+
+
 def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
     """Refuses numbers that cannot be trained with.
 
@@ -71,7 +117,7 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
     if mode not in MODES:
         raise UserError(f"--mode must be one of {', '.join(MODES)}, got {mode!r}")
     usage = registry.usage_of(config.data)
-    flat = {
+    values = {
         **dict(config.items()),
         **{f"data.{key}": value for key, value in usage.items()},
         **ABSENT,
@@ -83,7 +129,7 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
                 "this configuration; copy the section from configs/base.py into it"
             )
         of_group = config.evaluation[group].items()
-        flat |= {f"evaluation.{group}.{key}": value for key, value in of_group}
+        values |= {f"evaluation.{group}.{key}": value for key, value in of_group}
     if config.evaluation.split not in registry.SPLITS:
         raise UserError(
             f"config.evaluation.split must be one of {', '.join(registry.SPLITS)}, got "
@@ -96,16 +142,16 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
             f"there is no file {weights_file}, which config.evaluation.inception names"
         )
     for section in ("model", "diagnostics", "nonfinite", "alarms", "profile"):
-        flat |= {f"{section}.{key}": value for key, value in config[section].items()}
+        values |= {f"{section}.{key}": value for key, value in config[section].items()}
     weights = config.get(penalties.SECTION, {}).items()
-    flat |= {f"{penalties.SECTION}.{key}": value for key, value in weights}
+    values |= {f"{penalties.SECTION}.{key}": value for key, value in weights}
     sizes = (f"model.{key}" for key in SIZES if key in config.model)
     for key in (*POSITIVE, *sizes):
-        if flat[key] < 1:
-            raise UserError(f"config.{key} must be at least 1, got {flat[key]}")
+        if values[key] < 1:
+            raise UserError(f"config.{key} must be at least 1, got {values[key]}")
     for key in NOT_NEGATIVE:
-        if flat[key] < 0:
-            raise UserError(f"config.{key} must not be negative, got {flat[key]}")
+        if values[key] < 0:
+            raise UserError(f"config.{key} must not be negative, got {values[key]}")
     if usage["placement"] not in device_batches.PLACEMENTS:
         raise UserError(
             "config.data.placement must be one of "
@@ -118,7 +164,7 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
             f"{config.model.name!r}"
         )
     check_slate(config)
-    if flat[STARTS] > 1:
+    if values[STARTS] > 1:
         check_starts(config)
     if usage["flip"] and "objects" in model_class(config.model.name).reads:
         raise UserError(
@@ -211,3 +257,87 @@ def crowding(config: Config) -> str:
         f"{config.model.num_slots} slots: some slots then share; "
         "--config.model.num_slots and --config.data.keep_objects are the keys"
     )
+
+
+def check_read(
+    source: registry.Source, reads: tuple[str, ...], split: str, num_slots: int
+) -> None:
+    """Refuses data without what the model learns from, beside images.
+
+    Raises:
+      UserError: naming what is missing.
+    """
+    if reads == ("image",):
+        return
+    batch = source.batch(np.arange(1))
+    for name in reads:
+        if name not in batch:
+            raise UserError(
+                f"the model learns from '{name}', which the {split} split does not "
+                "have; the embedded scenes have them with "
+                "--config.data.with_masks=True, CLEVR in its own files"
+            )
+    objects = batch["objects"]
+    most = objects["present"].shape[1]
+    if most > num_slots:
+        raise UserError(
+            f"the model has {num_slots} slots for up to {most} objects: set "
+            f"--config.model.num_slots={most}, or a smaller config.data.max_objects"
+        )
+    unknown = sorted(CLEVR_CODES.keys() - objects.keys())
+    if unknown:
+        raise UserError(
+            f"the model learns CLEVR's attributes, and the {split} split does not name "
+            f"{', '.join(unknown)} of objects"
+        )
+
+
+def check_same_run(
+    config: Config, workdir: pathlib.Path, *, training: bool = True
+) -> None:
+    """Refuses a workdir that holds another configuration's run.
+
+    Args:
+      config: of this run.
+      workdir: where the other may be.
+      training: whether the run is to go on, and not only to be evaluated, which other
+        data serve for as well.
+
+    Raises:
+      UserError: naming the first key that differs.
+    """
+    path = workdir / CONFIG_FILE
+    if not path.exists():
+        if (workdir / CHECKPOINT_FOLDER).exists():
+            raise UserError(
+                f"{workdir} holds checkpoints but no {CONFIG_FILE} that says of what; "
+                "choose another --workdir"
+            )
+        return
+    try:
+        before = {**ABSENT, **flat(json.loads(path.read_text()))}
+    except (ValueError, AttributeError, OSError) as error:
+        raise UserError(
+            f"{path} is not a run's configuration; choose another --workdir"
+        ) from error
+    now = {**ABSENT, **flat(json.loads(config.to_json()))}
+    may_change = MAY_CHANGE
+    for key in sorted((before.keys() | now.keys()) - may_change):
+        if key.startswith("evaluation."):
+            continue
+        if not training and key.startswith("data.") and key != "data.resolution":
+            continue
+        if key == "data.path" and _is_one_place(before.get(key), now.get(key)):
+            continue
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"{workdir} holds another run: its {key} is {before.get(key)!r}, this "
+                f"configuration's is {now.get(key)!r}; choose another --workdir or set "
+                "that key back"
+            )
+
+
+def _is_one_place(path: str | None, other: str | None) -> bool:
+    if not path or not other:
+        return False
+    return os.path.realpath(path) == os.path.realpath(other)

@@ -6,9 +6,8 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -16,25 +15,32 @@ import numpy as np
 from clu import metrics
 from jaxtyping import PyTree
 
-from implicit_slots.data.batches import evaluation_batches
 from implicit_slots.data.registry import Source, usage_of
 from implicit_slots.data.source import DataError
 from implicit_slots.drawing import grids
-from implicit_slots.evaluation.run import GROUPS, Findings, Subject, groups_of
+from implicit_slots.evaluation.groups import groups_of
+from implicit_slots.evaluation.run import evaluate_group
 from implicit_slots.evaluation.steps import EvaluationSteps
-from implicit_slots.models.outputs import Reconstruction
+from implicit_slots.evaluation.subject import Subject
+from implicit_slots.evaluation.validation import (
+    HeldOut,
+    at_once,
+    diagnose,
+    rendered,
+    validate,
+)
 from implicit_slots.runtime import processes
 from implicit_slots.runtime.compiling import Program, compile_step
 from implicit_slots.runtime.config import Config
-from implicit_slots.runtime.devices import shard_batch
 from implicit_slots.runtime.metric_writers import MetricWriter
 from implicit_slots.runtime.preemption import Notice, Preempted
 from implicit_slots.runtime.progress import Progress
 from implicit_slots.runtime.trace import Trace
+from implicit_slots.runtime.workdir import writing
 from implicit_slots.training import checkpoint, device_batches, nonfinite, replay
 from implicit_slots.training.alarms import Alarms
 from implicit_slots.training.checkpoint import Checkpoints
-from implicit_slots.training.precompile import MEASURED
+from implicit_slots.training.optimizer import learning_rates
 from implicit_slots.training.state import TrainState
 from implicit_slots.training.step import Steps
 
@@ -50,10 +56,10 @@ class Run:
       config: the whole configuration.
       workdir: where everything is written.
       mesh: the devices.
-      steps: the compiled functions.
+      steps: the compiled functions that train.
       evaluation: those of an evaluation.
       train: training data.
-      validation: held-out data.
+      validation: held-out data, and what measures them.
       checkpoints: the latest ones of this workdir.
       best: the one of the lowest validation loss.
       writer: of this workdir.
@@ -66,8 +72,8 @@ class Run:
     mesh: jax.sharding.Mesh
     steps: Steps
     evaluation: EvaluationSteps
-    train: Source | None
-    validation: Source
+    train: Source
+    validation: HeldOut
     checkpoints: Checkpoints
     best: Checkpoints
     writer: MetricWriter
@@ -94,7 +100,6 @@ def train(
       NonFiniteRun: too many steps in a row were skipped.
     """
     usage = usage_of(run.config.data)
-    assert run.train is not None
     batches = device_batches.train_batches(
         run.train,
         run.mesh,
@@ -198,26 +203,36 @@ class _Loop:
         if due(config.log_every) or validates or saves:
             self._look_for_faults()
         if due(config.log_every):
-            values = _computed(self._merged()) | self._progress.rate(step)
+            values = computed(self._merged()) | self._progress.rate(step)
             if self._skipped:
                 values["skipped"] = float(self._skipped)
+            scale = 1.0
             if run.steps.observe is not None:
-                values["rate_scale"] = float(self._state.plateau.scale)
+                values["rate_scale"] = scale = float(self._state.plateau.scale)
+            values |= learning_rates(
+                config.optimizer,
+                self._state.params,
+                max(step - self._skipped - 1, 0),
+                config.num_steps,
+                scale,
+            )
             self._window, self._earlier = [], []
             self._log(step, "train", values)
         if validates:
             with self._progress.paused():
-                values = validate(run, self._state, run.validation)
+                values = validate(
+                    run.validation, self._state.evaluated, self._state.step
+                )
                 self._log(step, "validation", values)
                 self._validated(step, values["loss"])
         if due(config.diagnostics.every):
             with self._progress.paused():
-                values = diagnose(run, self._state.evaluated)
+                values = diagnose(run.validation, self._state.evaluated)
                 self._write(step, "validation", values)
         for group in groups_of(config.model.name):
             if due(config.evaluation[group].every):
                 with self._progress.paused():
-                    values = evaluate_group(run, self._state.evaluated, group)
+                    values = evaluate(run, self._state.evaluated, group)
                     self._write(step, "validation", values)
         if due(config.draw_every):
             with self._progress.paused():
@@ -259,7 +274,6 @@ class _Loop:
             )
         settings = run.config.nonfinite
         if settings.skip and faults.in_a_row >= settings.stop_after:
-            assert run.train is not None
             replay.write(run.config, run.workdir, run.train, self._state)
             raise nonfinite.NonFiniteRun(
                 nonfinite.last_words(faults, run.steps.checks, run.workdir)
@@ -287,125 +301,57 @@ class _Loop:
                 for value, leaf in zip(self._earlier, leaves, strict=True)
             ]
             window = [jax.tree.unflatten(structure, earlier), *window]
-        return functools.reduce(lambda a, b: a.merge(b), window)
+        return merged(window)
 
 
 def _copied(tree: PyTree) -> PyTree:
     return jax.tree.map(jnp.copy, tree)
 
 
-def validate(run: Run, state: TrainState, source: Source) -> dict[str, float]:
-    """Returns the mean losses, and foreground ARI where there are masks."""
-    return _mean(
-        [
-            run.steps.validate(state.evaluated, state.step, batch, number)
-            for number, batch in enumerate(_evaluation(run, source))
-        ]
-    )
+def merged(window: Sequence[metrics.Collection]) -> metrics.Collection:
+    """Merges the metrics of steps, in their order."""
+    return functools.reduce(lambda a, b: a.merge(b), window)
 
 
-def score(run: Run, state: TrainState, source: Source) -> dict[str, float]:
-    """Returns the squared errors of the noise-free reconstructions.
-
-    "slot_mse" generates every token from the slots, which takes long: only the first
-    `config.num_scored` images count, rounded up to whole batches.
-    """
-    if run.steps.score is None:
-        return {}
-    return _mean(
-        [
-            run.steps.score(batch, rendered)
-            for batch, rendered in _rendered(
-                run, state.evaluated, source, run.config.num_scored
-            )
-        ]
-    )
+def computed(collection: metrics.Collection) -> dict[str, float]:
+    """Returns the numbers of metrics that are on the host."""
+    with np.errstate(invalid="ignore"):  # A mean over nothing is NaN.
+        return {name: float(value) for name, value in collection.compute().items()}
 
 
-def diagnose(run: Run, params: PyTree) -> dict[str, float]:
-    """Returns what the slots' fixed points of the first held-out images are like."""
-    count = min(run.config.diagnostics.num_examples, len(run.validation))
-    image = run.validation.batch(np.arange(count))["image"]
-    values = jax.device_get(run.steps.diagnose(params, image))
-    return {name: float(value) for name, value in values.items()}
-
-
-def evaluate_group(run: Run, params: PyTree, group: str) -> dict[str, float]:
+def evaluate(run: Run, params: PyTree, group: str) -> dict[str, float]:
     """Returns one group of an evaluation's numbers, on held-out images."""
     subject = Subject(
         config=run.config,
         steps=run.evaluation,
         params=params,
         mesh=run.mesh,
-        source=run.validation,
-        batch_size=_evaluated_at_once(run.config),
+        source=run.validation.source,
+        batch_size=at_once(run.config),
         quiet=True,
     )
-    findings = Findings()
-    GROUPS[group](subject, findings)
-    return {name: float(m["mean"]) for name, m in findings.metrics().items()}
+    return evaluate_group(subject, group)
 
 
 def draw(run: Run, params: PyTree, step: int) -> None:
     """Saves the reconstruction grid of the first held-out images."""
-    count = min(run.config.num_pictures, len(run.validation))
-    parts = [part for _, part in _rendered(run, params, run.validation, count)]
+    source = run.validation.source
+    count = min(run.config.num_pictures, len(source))
+    parts = [part for _, part in rendered(run.validation, params, count)]
     # Every process computes its part of it.
-    rendered = jax.tree.map(
+    drawn = jax.tree.map(
         lambda *leaves: np.concatenate(leaves)[:count], *jax.device_get(parts)
     )
     if not processes.is_main():
         return
-    examples = run.validation.batch(np.arange(count))
+    examples = source.batch(np.arange(count))
     picture = grids.reconstruction_grid(
         examples["image"],
-        rendered.dvae,
-        rendered.slots,
-        rendered.attention if rendered.masks is None else rendered.masks,
+        drawn.dvae,
+        drawn.slots,
+        drawn.attention if drawn.masks is None else drawn.masks,
         examples.get("segmentation"),
     )
-    grids.save_png(picture, run.workdir / "images" / f"step_{step:08d}.png")
+    with writing(run.workdir):
+        grids.save_png(picture, run.workdir / "images" / f"step_{step:08d}.png")
     run.writer.write_image(step, "reconstructions", picture)
-
-
-def _evaluation(run: Run, source: Source) -> Iterator[dict]:
-    """Whole passes over a source, without what the metrics do not read."""
-    batches = evaluation_batches(
-        source,
-        _evaluated_at_once(run.config),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        threads=usage_of(run.config.data)["workers"],
-    )
-    with contextlib.closing(batches):
-        for batch in batches:
-            read = {name: batch[name] for name in MEASURED if name in batch}
-            yield shard_batch(read, run.mesh)
-
-
-def _rendered(
-    run: Run, params: PyTree, source: Source, count: int
-) -> Iterator[tuple[dict, Reconstruction]]:
-    """Batches of the first `count` examples, and what the model makes of their images.
-
-    By the same whole batches for pictures and scores: one program.
-    """
-    batches = math.ceil(count / _evaluated_at_once(run.config))
-    for number, batch in enumerate(islice(_evaluation(run, source), batches)):
-        yield batch, run.steps.reconstruct(params, batch["image"], number)
-
-
-def _evaluated_at_once(config: Config) -> int:
-    """As many examples as a training step has in memory."""
-    return config.batch_size // config.accumulate
-
-
-def _mean(collections: Sequence[metrics.Collection]) -> dict[str, float]:
-    """Merges on the host, so that no step waits for a transfer before it is logged."""
-    fetched = jax.device_get(collections)
-    return _computed(functools.reduce(lambda a, b: a.merge(b), fetched))
-
-
-def _computed(merged: metrics.Collection) -> dict[str, float]:
-    with np.errstate(invalid="ignore"):  # A mean over nothing is NaN.
-        return {name: float(value) for name, value in merged.compute().items()}

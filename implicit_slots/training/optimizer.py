@@ -9,9 +9,13 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from implicit_slots.runtime.config import Config
+from implicit_slots.runtime.errors import InvalidValue
 
 SCHEDULES = ("constant", "half_life", "cosine", "plateau")
 CLIPPINGS = ("none", "l2", "max_norm")
+# The two groups of parameters, and the names under which their rates are logged.
+MAIN, DVAE = "main", "dvae"
+LOGGED = {MAIN: "learning_rate", DVAE: "dvae_learning_rate"}
 # (updates made, updates to make) -> a rate, or a factor on it.
 Schedule = Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike], Any]
 # Optax wants some tolerance; any smaller loss counts as better in official SLATE.
@@ -35,38 +39,64 @@ def build_optimizer(
         serves runs of any length.
 
     Raises:
-      ValueError: if a name or a number is not one of the possible ones.
+      InvalidValue: if a name or a number is not one of the possible ones.
     """
     if config.schedule not in SCHEDULES:
-        raise ValueError(
+        raise InvalidValue(
             f"optimizer.schedule must be one of {', '.join(SCHEDULES)}, got "
             f"{config.schedule!r}"
         )
     if not config.half_life > 0:
-        raise ValueError(
+        raise InvalidValue(
             f"optimizer.half_life must be positive, got {config.half_life}"
         )
     if not 0 <= config.ema_decay < 1:
-        raise ValueError(
+        raise InvalidValue(
             f"optimizer.ema_decay must be in [0, 1), got {config.ema_decay}"
         )
-    decay = _decay(config)
+    groups: dict[Hashable, optax.GradientTransformation] = {
+        group: _adam(rate, num_steps) for group, rate in schedules(config, params)
+    }
+    labels = {key: DVAE if key == DVAE else MAIN for key in params}
+    return optax.chain(_clipping(config), optax.partition(groups, labels))
 
-    def dvae_rate(step, num_steps) -> jax.typing.ArrayLike:
-        return config.dvae_learning_rate * decay(step, num_steps)
+
+def schedules(config: Config, params: dict) -> list[tuple[str, Schedule]]:
+    """Returns the learning rate of each group of parameters.
+
+    Args:
+      config: the section `optimizer`.
+      params: nested dictionary of parameters, whose top-level keys pick the group.
+    """
+    decay = _decay(config)
 
     def main_rate(step, num_steps) -> jax.typing.ArrayLike:
         # Official SLATE counts from one: the first update is not lost.
         warm = jnp.minimum((step + 1) / max(config.warmup_steps, 1), 1.0)
         return config.learning_rate * (warm * decay(step, num_steps))
 
-    groups: dict[Hashable, optax.GradientTransformation] = {
-        "main": _adam(main_rate, num_steps)
+    def dvae_rate(step, num_steps) -> jax.typing.ArrayLike:
+        return config.dvae_learning_rate * decay(step, num_steps)
+
+    return [(MAIN, main_rate), (DVAE, dvae_rate)][: 2 if DVAE in params else 1]
+
+
+def learning_rates(
+    config: Config, params: dict, updates: int, num_steps: int, scale: float = 1.0
+) -> dict[str, float]:
+    """Returns the rates of an update, by the name under which they are logged.
+
+    Args:
+      config: the section `optimizer`.
+      params: nested dictionary of parameters, whose top-level keys pick the group.
+      updates: made before this one.
+      num_steps: where a cosine schedule ends.
+      scale: the plateau's.
+    """
+    return {
+        LOGGED[group]: scale * float(rate(updates, num_steps))
+        for group, rate in schedules(config, params)
     }
-    if "dvae" in params:
-        groups["dvae"] = _adam(dvae_rate, num_steps)
-    labels = {key: "dvae" if key == "dvae" else "main" for key in params}
-    return optax.chain(_clipping(config), optax.partition(groups, labels))
 
 
 def build_plateau(config: Config) -> optax.GradientTransformationExtraArgs | None:
@@ -80,12 +110,12 @@ def build_plateau(config: Config) -> optax.GradientTransformationExtraArgs | Non
       config: the section `optimizer`.
 
     Raises:
-      ValueError: if a number is not one of the possible ones.
+      InvalidValue: if a number is not one of the possible ones.
     """
     if config.schedule != "plateau":
         return None
     if config.plateau_patience < 1 or not 0 < config.plateau_factor < 1:
-        raise ValueError(
+        raise InvalidValue(
             "optimizer.plateau_patience must be at least 1 and plateau_factor in "
             f"(0, 1), got {config.plateau_patience} and {config.plateau_factor}"
         )
@@ -115,13 +145,6 @@ def clip_by_max_norm(limit: float) -> optax.GradientTransformation:
 def max_norm(tree: PyTree) -> Float[Array, ""]:
     """Returns the largest absolute entry of all leaves: the ∞-norm."""
     return jnp.max(jnp.stack([jnp.abs(leaf).max() for leaf in jax.tree.leaves(tree)]))
-
-
-def cosine(config: Config, step: jax.typing.ArrayLike) -> Float[Array, ""]:
-    """Half a cosine from `start` to `end` over `steps` steps: of the temperature."""
-    progress = jnp.minimum(jnp.asarray(step, jnp.float32) / max(config.steps, 1), 1.0)
-    share = 0.5 * (1 + jnp.cos(jnp.pi * progress))
-    return config.end + (config.start - config.end) * share
 
 
 def _adam(rate: Schedule, num_steps: int) -> optax.GradientTransformation:
@@ -155,13 +178,13 @@ def _scale_by_rate(
 
 def _clipping(config: Config) -> optax.GradientTransformation:
     if config.clip not in CLIPPINGS:
-        raise ValueError(
+        raise InvalidValue(
             f"optimizer.clip must be one of {', '.join(CLIPPINGS)}, got {config.clip!r}"
         )
     if config.clip == "none":
         return optax.identity()
     if not config.clip_limit > 0:
-        raise ValueError(
+        raise InvalidValue(
             f"optimizer.clip_limit must be positive, got {config.clip_limit}"
         )
     if config.clip == "l2":

@@ -13,41 +13,36 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from implicit_slots.data.source import Source
+from implicit_slots.evaluation.validation import MEASURED, HeldOut, at_once
 from implicit_slots.runtime.compiling import Program, compile_step
 from implicit_slots.runtime.devices import DATA_AXIS, state_sharding
 from implicit_slots.training.state import TrainState
 from implicit_slots.training.step import Steps
 
-# Fields of a held-out batch that are measured.
-MEASURED = ("image", "segmentation", "objects", "mask")
-
 
 def compile_ahead(
     steps: Steps,
+    validation: HeldOut,
     state: TrainState,
     train: Source,
-    validation: Source,
-    mesh: jax.sharding.Mesh,
     *,
     batch_size: int,
-    accumulate: int,
     sharding: str,
 ) -> Future[Program]:
     """Begins to compile the train step, and beside it what draws and validates.
 
     Args:
-      steps: the compiled functions.
+      steps: the compiled functions that train.
+      validation: held-out data, and the functions that measure them.
       state: the training state, or its shapes.
       train: the training data.
-      validation: held-out data.
-      mesh: the devices.
       batch_size: examples of a step.
-      accumulate: parts of a batch, of which one at a time is in memory.
       sharding: of the state, see `state_sharding`.
 
     Returns:
       The train step's program, or how compiling it failed.
     """
+    mesh = validation.mesh
     state = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=place
@@ -55,12 +50,12 @@ def compile_ahead(
         state,
         state_sharding(state, mesh, sharding),
     )
-    held_out = batch_shapes(validation, batch_size // accumulate, mesh)
+    held_out = batch_shapes(validation.source, at_once(validation.config), mesh)
     held_out = {name: held_out[name] for name in MEASURED if name in held_out}
 
     def others() -> None:
-        steps.reconstruct.compile(state.evaluated, held_out["image"], 0)
-        steps.validate.compile(state.evaluated, state.step, held_out, 0)
+        validation.steps.reconstruct.compile(state.evaluated, held_out["image"], 0)
+        validation.steps.validate.compile(state.evaluated, state.step, held_out, 0)
 
     def step() -> Program:
         batch = batch_shapes(train, batch_size, mesh)

@@ -4,9 +4,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Int, PyTree
 
+from implicit_slots.models.build import build, split_model
+from implicit_slots.runtime.compiling import runs_once
 from implicit_slots.runtime.config import Config
 from implicit_slots.training.optimizer import build_plateau
 
@@ -72,3 +75,23 @@ def initial_state(
         plateau=() if plateau is None else plateau.init(params),
         faults=Faults(*(jnp.int32(0) for _ in Faults._fields)),
     )
+
+
+def first_state(
+    config: Config, optimizer: optax.GradientTransformationExtraArgs
+) -> TrainState:
+    """Draws the parameters and returns the state before the first update.
+
+    In one program: array by array, each shape would be compiled by itself.
+
+    Args:
+      config: the whole configuration.
+      optimizer: see optimizer.py.
+    """
+
+    def draw(seed: jax.Array) -> TrainState:
+        params = split_model(build(config, seed))[1]
+        return initial_state(params, optimizer, config.optimizer)
+
+    seed = np.asarray(config.seed)
+    return jax.jit(draw, compiler_options=runs_once())(seed)

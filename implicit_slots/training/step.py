@@ -1,4 +1,4 @@
-"""The training step and the evaluation steps: pure functions, no input or output."""
+"""The training step: pure functions of (state, batch), no input or output."""
 
 import functools
 from collections.abc import Callable
@@ -10,119 +10,56 @@ import jax.numpy as jnp
 import optax
 from clu import metrics
 from flax import nnx
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
-from implicit_slots.evaluation.metrics.average_precision import AP_METRICS, detect
-from implicit_slots.evaluation.metrics.collapse import (
-    AttentionEntropy,
-    LargestSlot,
-    MaskSimilarity,
-)
-from implicit_slots.evaluation.metrics.segmentation import ForegroundARI
-from implicit_slots.fixed_point import diagnostics, fixed_point
+from implicit_slots.data.source import Batch
 from implicit_slots.models.build import model_class
-from implicit_slots.models.images import as_float, squared_error
-from implicit_slots.models.outputs import Output, Reconstruction
-from implicit_slots.models.set_prediction import CLASSES, REACH, encode_objects
+from implicit_slots.models.images import as_float
+from implicit_slots.models.schedules import annealed
 from implicit_slots.runtime.compiling import Bound, bind
 from implicit_slots.runtime.config import Config
-from implicit_slots.runtime.devices import replicated, state_sharding
+from implicit_slots.runtime.devices import gathered, placed, replicated
 from implicit_slots.runtime.prng import Given, Purpose, purpose_key
 from implicit_slots.training import nonfinite, penalties
-from implicit_slots.training.optimizer import build_plateau, cosine, max_norm
+from implicit_slots.training.optimizer import (
+    build_plateau,
+    max_norm,
+)
 from implicit_slots.training.state import TrainState
-
-Batch = dict[str, Any]
-
-
-def _averages(*names: str) -> dict[str, type[metrics.Metric]]:
-    return {name: metrics.Average.from_output(name) for name in names}
-
-
-def _annealed(name: str) -> type[metrics.Metric]:
-    """What a value was in the last step, whether or not that was skipped."""
-
-    @flax.struct.dataclass
-    class Annealed(metrics.LastValue):
-        # Any: JAX rebuilds a pytree of whatever it is mapped to, not only of arrays.
-        total: Any
-        count: Any
-
-        @classmethod
-        def from_model_output(  # pyright: ignore[reportIncompatibleMethodOverride]
-            cls, **values: jax.Array
-        ) -> "Annealed":
-            return cls(values[name], jnp.int32(1))
-
-    return Annealed
-
-
-@functools.cache
-def _train_metrics(
-    names: tuple[str, ...], annealed: tuple[str, ...]
-) -> type[metrics.Collection]:
-    """Means over the steps since the last logged one that were not skipped."""
-    last = {name: _annealed(name) for name in annealed}
-    return metrics.Collection.create(**_averages(*names), **last)
-
-
-@flax.struct.dataclass
-class _DecoderForegroundARI(ForegroundARI):
-    """The same of the decoder's masks."""
-
-    @classmethod
-    def from_model_output(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls, masks: jax.Array, attention: jax.Array, **other: Any
-    ) -> ForegroundARI:
-        del attention
-        return super().from_model_output(attention=masks, **other)
-
-
-def held_out_metrics(output: Output, batch: Batch) -> type[metrics.Collection]:
-    """Returns what is measured of held-out examples, each weighed once.
-
-    That is what the model's output and the batch have: masks can only be scored where
-    the images come with true ones.
-    """
-    kinds: dict[str, type[metrics.Metric]] = {
-        **_averages("loss", *output.losses, "forward_residual"),
-        "attention_entropy": AttentionEntropy,
-        "largest_slot": LargestSlot,
-        "mask_similarity": MaskSimilarity,
-    }
-    if "segmentation" in batch:
-        kinds["fg_ari"] = ForegroundARI
-        if output.masks is not None:
-            kinds["decoder_fg_ari"] = _DecoderForegroundARI
-    if output.predicted is not None:
-        kinds |= AP_METRICS
-    return metrics.Collection.create(**kinds)
 
 
 class Steps(NamedTuple):
-    """The compiled functions of a run.
+    """The compiled functions that train.
 
     Attributes:
       train: (state, batch) -> (state, metrics of the step).
       observe: (state.plateau, validation loss) -> state.plateau; None where the rates
         do not depend on it.
       examine: (state, batch) -> gradient, losses and other means of the step.
-      validate: (params, step, batch, number of the batch) -> metrics.
-      score: (batch, `Reconstruction`) -> metrics of what is rendered without noise;
-        None for a model that renders nothing.
-      reconstruct: (params, images, number of the batch) -> `Reconstruction`.
-      diagnose: (params, images) -> what the slots' fixed points are like.
       checks: what each training step looks at; see `TrainState.faults`.
     """
 
     train: Bound
     observe: Callable[..., Any] | None
     examine: Bound
-    validate: Bound
-    score: Callable[..., Any] | None
-    reconstruct: Bound
-    diagnose: Bound
     checks: tuple[str, ...]
+
+
+class Setup(NamedTuple):
+    """What is the same in every step of a run.
+
+    Attributes:
+      graphdef: the model's structure.
+      optimizer: see optimizer.py.
+      config: the whole configuration.
+      mesh: the devices; None leaves it to JAX where results lie, which is right for
+        one.
+    """
+
+    graphdef: nnx.GraphDef
+    optimizer: optax.GradientTransformationExtraArgs
+    config: Config
+    mesh: jax.sharding.Mesh | None
 
 
 def build_steps(
@@ -131,226 +68,168 @@ def build_steps(
     config: Config,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Steps:
-    """Builds the compiled functions of a run; nothing is compiled before its use.
+    """Builds the compiled functions; nothing is compiled before its use.
 
     Args:
-      graphdef: the model's structure.
-      optimizer: see optimizer.py.
-      config: the whole configuration.
-      mesh: the devices; None leaves it to JAX where results lie, which is right for
-        one.
+      graphdef: see `Setup`.
+      optimizer: see `Setup`.
+      config: see `Setup`.
+      mesh: see `Setup`.
     """
+    setup = Setup(graphdef, optimizer, config, mesh)
+    given = Given.of(config)
     whole = None if mesh is None else replicated(mesh)
-
-    def place(tree: PyTree) -> PyTree:
-        if mesh is None or mesh.size == 1:
-            return tree
-        shardings = state_sharding(tree, mesh, config.sharding)
-        return jax.lax.with_sharding_constraint(tree, shardings)
-
-    def gather(params: PyTree) -> PyTree:
-        """The whole parameters on every device, for one pass.
-
-        Left to itself XLA would rather split the products along the parameters, and
-        send the activations of all examples: hundreds of times the bytes.
-        """
-        if mesh is None or mesh.size == 1 or config.sharding == "replicated":
-            return params
-        return jax.lax.with_sharding_constraint(params, whole)
-
-    plateau = build_plateau(config.optimizer)
     kind = model_class(config.model.name)
-    decay = config.optimizer.ema_decay
-    weights = penalties.weights(config)
-    # The losses first: where one is not finite, it says more than a penalty.
-    summed = (*kind.losses, *map(penalties.logged, weights))
-
-    def annealed(step) -> dict[str, jax.Array]:
-        """What the model is called with that changes with the step."""
-        return {name: cosine(config[name], step) for name in kind.annealed}
-
-    def gradient_of(params, batch: Batch, keys, values):
-        """Of one part of a batch: the gradient, the losses, what else is logged.
-
-        The gradient is that of the losses and the penalties; "loss" is the sum of the
-        losses alone.
-        """
-        key, coupling_key = keys
-        model = nnx.merge(graphdef, params)
-
-        def loss_of(params, probe):
-            # Gathered here, so that the gradient is whole too until it is placed.
-            output = nnx.merge(graphdef, gather(params))(
-                batch | {"image": as_float(batch["image"])},
-                key=key,
-                probe=probe,
-                coupling_key=coupling_key,
-                **values,
-            )
-            losses = {name: loss.mean() for name, loss in output.losses.items()}
-            added = penalties.measure(weights, output)
-            loss = sum(losses.values())
-            minimised = loss
-            for weight, penalty in zip(weights.values(), added.values(), strict=True):
-                minimised += weight * penalty
-            return minimised, (loss, losses, added, output.stats)
-
-        # The probe's gradient is what the backward solve did, if there is one.
-        probe = model.backward_probe(len(batch["image"]))
-        (gradient, backward), (loss, losses, added, stats) = jax.grad(
-            loss_of, argnums=(0, 1), has_aux=True
-        )(params, probe)
-        logged = {"forward_residual": stats.residual.mean()}
-        if model.slot_attention.solver.stops:
-            logged |= {
-                f"forward_{name}": getattr(stats, name).astype(jnp.float32).mean()
-                for name in ("steps", "converged", "stagnated", "diverged")
-            }
-        if backward is not None:
-            # A failed solve's residual may be anything, so it is left out.
-            solved = 1 - backward.failed
-            residual = jnp.where(solved > 0, backward.residual, 0).sum()
-            logged |= {
-                "backward_steps": backward.steps.mean(),
-                "backward_residual": residual / jnp.maximum(solved.sum(), 1),
-                "backward_failed": backward.failed.mean(),
-            }
-        return gradient, {"loss": loss, **losses, **added}, logged
-
-    def examine(given: Given, state: TrainState, batch: Batch):
-        keys = (
-            purpose_key(given.seed, Purpose.TRAIN, state.step),
-            purpose_key(given.seed, Purpose.PENALTY, state.step)
-            if penalties.COUPLING in weights
-            else None,
-        )
-        values = annealed(state.step)
-        gradient, losses, logged = in_parts(
-            lambda part, keys: gradient_of(state.params, part, keys, values),
-            batch,
-            keys,
-            config.accumulate,
-        )
-        return place(gradient), losses, logged | values
-
-    def train(given: Given, state: TrainState, batch: Batch):
-        gradient, losses, logged = examine(given, state, batch)
-        last = {name: logged.pop(name) for name in kind.annealed}
-        updates, opt_state = optimizer.update(
-            gradient, state.opt_state, state.params, num_steps=given.num_steps
-        )
-        if plateau is not None:
-            scale = state.plateau.scale
-            updates = jax.tree.map(lambda leaf: scale * leaf, updates)
-        params = optax.apply_updates(state.params, updates)
-        norms = [max_norm(gradient[stage]) for stage in kind.stages]
-        logged |= {
-            "grad_norm_l2": optax.tree.norm(gradient),
-            "grad_norm_inf": jnp.max(jnp.stack(norms)),
-        }
-        after = state._replace(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            ema=optax.incremental_update(params, state.ema, 1 - decay)
-            if decay
-            else state.ema,
-        )
-        looked_at = [*(losses[name] for name in summed), *reversed(norms)]
-        finite = jnp.isfinite(jnp.stack(looked_at))
-        after, good = nonfinite.unless_skipped(config.nonfinite, finite, state, after)
-        logged = {**losses, **logged}
-        collection = _train_metrics(tuple(logged), kind.annealed)
-        # With an axis, because a mask needs one.
-        means = {name: value[None] for name, value in logged.items()}
-        return place(after), collection.single_from_model_output(
-            **means, **last, mask=good[None]
-        )
-
-    def observe(state, loss) -> PyTree:
-        assert plateau is not None
-        return plateau.update({}, state, value=loss)[1]
-
-    def validate(given: Given, params, step, batch: Batch, number):
-        model = nnx.merge(graphdef, gather(params))
-        output: Output = model(
-            batch | {"image": as_float(batch["image"])},
-            key=purpose_key(given.seed, Purpose.VALIDATE, number),
-            deterministic=True,
-            **annealed(step),
-        )
-        detections = None
-        if output.predicted is not None:
-            count = output.predicted.shape[1]
-            target = encode_objects(batch["objects"], count)
-            detections = detect(output.predicted, target, CLASSES, REACH)
-        return held_out_metrics(output, batch).single_from_model_output(
-            loss=sum(output.losses.values()),
-            **output.losses,
-            forward_residual=output.stats.residual,
-            mask=batch["mask"],
-            attention=output.attention,
-            masks=output.masks,
-            detections=detections,
-            segmentation=batch.get("segmentation"),
-            max_true=config.data.max_objects,
-        )
-
-    def reconstruct(given: Given, params, image, number) -> Reconstruction:
-        key = purpose_key(given.seed, Purpose.PICTURE, number)
-        model = nnx.merge(graphdef, gather(params))
-        return model.reconstruct(as_float(image), key=key)
-
-    def score(batch: Batch, rendered: Reconstruction) -> metrics.Collection:
-        image = as_float(batch["image"])
-        errors = {
-            f"{name}_mse": squared_error(image, other)
-            for name, other in (("dvae", rendered.dvae), ("slot", rendered.slots))
-            if other is not None
-        }
-        collection = metrics.Collection.create(**_averages(*errors))
-        return collection.single_from_model_output(**errors, mask=batch["mask"])
-
-    def diagnose(given: Given, params, image) -> dict[str, jax.Array]:
-        model = nnx.merge(graphdef, gather(params))
-        key_slots, key_radius, key_norm = jax.random.split(
-            purpose_key(given.seed, Purpose.DIAGNOSE, 0), 3
-        )
-        problem = model.slot_problem(as_float(image), key_slots)
-        f, step_params, x, _ = problem
-        slots = model.slot_attention
-        found = fixed_point(*problem, solver=slots.solver, adjoint=slots.adjoint)
-        radius = diagnostics.spectral_radius(
-            f,
-            step_params,
-            x,
-            found.value,
-            key_radius,
-            krylov=config.diagnostics.krylov,
-            powers=config.diagnostics.powers,
-        )
-        norm = diagnostics.spectral_norm(f, step_params, x, found.value, key_norm)
-        return {
-            "spectral_radius": radius.mean(),
-            "spectral_radius_max": radius.max(),
-            "spectral_norm": norm.mean(),
-            "diagnosed_residual": found.stats.residual.mean(),
-        }
-
-    def bound(function: Callable[..., Any], **options: Any) -> Bound:
-        return bind(function, Given.of(config), **options)
-
     return Steps(
         # The old state is given up for the new one: half the memory.
-        train=bound(train, donate_argnums=1),
-        observe=None if plateau is None else jax.jit(observe, out_shardings=whole),
-        examine=bound(examine, out_shardings=whole),
-        validate=bound(validate, out_shardings=whole),
-        score=jax.jit(score, out_shardings=whole) if hasattr(kind, "render") else None,
-        reconstruct=bound(reconstruct, out_shardings=whole),
-        diagnose=bound(diagnose, out_shardings=whole),
-        checks=nonfinite.checks(summed, kind.stages),
+        train=bind(functools.partial(train, setup), given, donate_argnums=1),
+        observe=None
+        if build_plateau(config.optimizer) is None
+        else jax.jit(functools.partial(observe, config), out_shardings=whole),
+        examine=bind(functools.partial(examine, setup), given, out_shardings=whole),
+        checks=nonfinite.checks(_looked_at(config), kind.stages),
     )
+
+
+def train(
+    setup: Setup, given: Given, state: TrainState, batch: Batch
+) -> tuple[TrainState, metrics.Collection]:
+    """Makes one update; a step that is not finite is skipped, see nonfinite.py."""
+    config = setup.config
+    kind = model_class(config.model.name)
+    gradient, losses, logged = examine(setup, given, state, batch)
+    last = {name: logged.pop(name) for name in kind.annealed}
+    updates, opt_state = setup.optimizer.update(
+        gradient, state.opt_state, state.params, num_steps=given.num_steps
+    )
+    if build_plateau(config.optimizer) is not None:
+        scale = state.plateau.scale
+        updates = jax.tree.map(lambda leaf: scale * leaf, updates)
+    params = optax.apply_updates(state.params, updates)
+    norms = [max_norm(gradient[stage]) for stage in kind.stages]
+    logged |= {
+        "grad_norm_l2": optax.tree.norm(gradient),
+        "grad_norm_inf": jnp.max(jnp.stack(norms)),
+    }
+    decay = config.optimizer.ema_decay
+    after = state._replace(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        ema=optax.incremental_update(params, state.ema, 1 - decay)
+        if decay
+        else state.ema,
+    )
+    looked_at = [losses[name] for name in _looked_at(config)] + norms[::-1]
+    finite = jnp.isfinite(jnp.stack(looked_at))
+    after, good = nonfinite.unless_skipped(config.nonfinite, finite, state, after)
+    logged = {**losses, **logged}
+    collection = _train_metrics(tuple(logged), kind.annealed)
+    # With an axis, because a mask needs one.
+    means = {name: value[None] for name, value in logged.items()}
+    return placed(after, setup.mesh, config.sharding), (
+        collection.single_from_model_output(**means, **last, mask=good[None])
+    )
+
+
+def observe(config: Config, plateau: PyTree, loss: Float[Array, ""]) -> PyTree:
+    """Tells what lowers the rates of a validation loss; returns its new state."""
+    rule = build_plateau(config.optimizer)
+    assert rule is not None
+    return rule.update({}, plateau, value=loss)[1]
+
+
+def examine(
+    setup: Setup, given: Given, state: TrainState, batch: Batch
+) -> tuple[PyTree, dict[str, jax.Array], dict[str, jax.Array]]:
+    """Returns the gradient, the losses and penalties, and what else is logged."""
+    config = setup.config
+    keys = (
+        purpose_key(given.seed, Purpose.TRAIN, state.step),
+        purpose_key(given.seed, Purpose.PENALTY, state.step)
+        if penalties.COUPLING in penalties.weights(config)
+        else None,
+    )
+    values = annealed(config, state.step)
+    gradient, losses, logged = in_parts(
+        lambda part, keys: gradient_of(setup, state.params, part, keys, values),
+        batch,
+        keys,
+        config.accumulate,
+    )
+    return placed(gradient, setup.mesh, config.sharding), losses, logged | values
+
+
+def gradient_of(
+    setup: Setup, params: PyTree, batch: Batch, keys: tuple, values: dict[str, Any]
+) -> tuple[PyTree, dict[str, jax.Array], dict[str, jax.Array]]:
+    """Differentiates the model on one part of a batch.
+
+    Args:
+      setup: of the run.
+      params: of the model.
+      batch: the part.
+      keys: of the model's noise and of the coupling penalty.
+      values: what the model is called with that changes with the step.
+
+    Returns:
+      The gradient of losses plus weighed penalties; the losses, their sum "loss" and
+      the penalties; what else is logged. All are means over examples.
+    """
+    key, coupling_key = keys
+    weights = penalties.weights(setup.config)
+    model = nnx.merge(setup.graphdef, params)
+
+    def loss_of(params, probe):
+        # Gathered here, so that the gradient is whole too until it is placed.
+        whole = gathered(params, setup.mesh, setup.config.sharding)
+        output = nnx.merge(setup.graphdef, whole)(
+            batch | {"image": as_float(batch["image"])},
+            key=key,
+            probe=probe,
+            coupling_key=coupling_key,
+            **values,
+        )
+        losses = {name: loss.mean() for name, loss in output.losses.items()}
+        added = penalties.measure(weights, output)
+        loss = sum(losses.values())
+        minimised = loss
+        for weight, penalty in zip(weights.values(), added.values(), strict=True):
+            minimised += weight * penalty
+        return minimised, ({"loss": loss, **losses, **added}, output.stats)
+
+    # The probe's gradient is what the backward solve did, if there is one.
+    probe = model.backward_probe(len(batch["image"]))
+    (gradient, backward), (losses, stats) = jax.grad(
+        loss_of, argnums=(0, 1), has_aux=True
+    )(params, probe)
+    stops = model.slot_attention.solver.stops
+    return gradient, losses, forward_stats(stats, stops) | backward_stats(backward)
+
+
+def forward_stats(stats: Any, stops: bool) -> dict[str, jax.Array]:
+    """Returns what is logged of the forward solver; `stops`: it may stop early."""
+    logged = {"forward_residual": stats.residual.mean()}
+    if stops:
+        logged |= {
+            f"forward_{name}": getattr(stats, name).astype(jnp.float32).mean()
+            for name in ("steps", "converged", "stagnated", "diverged")
+        }
+    return logged
+
+
+def backward_stats(backward: Any) -> dict[str, jax.Array]:
+    """Returns what is logged of the backward solve, where there is one."""
+    if backward is None:
+        return {}
+    # A failed solve's residual may be anything, so it is left out.
+    solved = 1 - backward.failed
+    residual = jnp.where(solved > 0, backward.residual, 0).sum()
+    return {
+        "backward_steps": backward.steps.mean(),
+        "backward_residual": residual / jnp.maximum(solved.sum(), 1),
+        "backward_failed": backward.failed.mean(),
+    }
 
 
 def in_parts(
@@ -389,3 +268,39 @@ def in_parts(
     )
     total, _ = jax.lax.scan(add, zeros, jnp.arange(parts))
     return jax.tree.map(lambda leaf: leaf / parts, total)
+
+
+def _looked_at(config: Config) -> tuple[str, ...]:
+    """Losses and penalties that must be finite.
+
+    The losses first: where one is not finite, it says more than a penalty.
+    """
+    losses = model_class(config.model.name).losses
+    return (*losses, *map(penalties.logged, penalties.weights(config)))
+
+
+@functools.cache
+def _train_metrics(
+    names: tuple[str, ...], last: tuple[str, ...]
+) -> type[metrics.Collection]:
+    """Means over the steps since the last logged one that were not skipped."""
+    means = {name: metrics.Average.from_output(name) for name in names}
+    return metrics.Collection.create(**means, **{name: _last(name) for name in last})
+
+
+def _last(name: str) -> type[metrics.Metric]:
+    """What a value was in the last step, whether or not that was skipped."""
+
+    @flax.struct.dataclass
+    class Last(metrics.LastValue):
+        # Any: JAX rebuilds a pytree of whatever it is mapped to, not only of arrays.
+        total: Any
+        count: Any
+
+        @classmethod
+        def from_model_output(  # pyright: ignore[reportIncompatibleMethodOverride]
+            cls, **values: jax.Array
+        ) -> "Last":
+            return cls(values[name], jnp.int32(1))
+
+    return Last

@@ -15,17 +15,19 @@ from sklearn.metrics import adjusted_rand_score
 
 from configs import autoencoder_scenes, folder, scenes, set_prediction_scenes
 from implicit_slots.data import registry
+from implicit_slots.evaluation import groups
 from implicit_slots.evaluation import run as evaluation
 from implicit_slots.evaluation.catalogue import GROUPS, METRICS, describe
 from implicit_slots.evaluation.metrics.segmentation import score_masks
 from implicit_slots.evaluation.steps import build_evaluation_steps
-from implicit_slots.models.build import split_model
+from implicit_slots.evaluation.subject import Findings, Subject
+from implicit_slots.models.build import build, split_model
 from implicit_slots.models.images import as_float
 from implicit_slots.runtime.devices import build_mesh
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.prng import Purpose, purpose_key
 from implicit_slots.runtime.workdir import config_flag, get_config
-from implicit_slots.training import checks, run
+from implicit_slots.training import checkpoint, checks, run
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -93,7 +95,7 @@ def test_files_hold_what_was_returned_and_training_is_untouched(
 @pytest.mark.slow
 def test_masks_score_as_scikit_learn_scores_them(record, workdir):
     """From the model's own maps, by another road."""
-    config, model = run.load(workdir)
+    config, model = checkpoint.load(workdir)
     config.data.cache = ""
     source = registry.build(config.data, "test")
     batch = source.batch(np.arange(8))
@@ -135,15 +137,15 @@ def test_of_several_starts_the_one_that_reconstructs_best_is_scored(file):
     config = file.get_config("smoke")
     config.data.cache = ""
     config.evaluation.masks.num_images = 4
-    source, model = registry.build(config.data, "validation"), run.build(config)
+    source, model = registry.build(config.data, "validation"), build(config)
     graphdef, params = split_model(model)
     mesh, found = build_mesh(4), {}
     for starts in (1, 3):
         config.evaluation.masks.starts = starts
         steps = build_evaluation_steps(graphdef, config, mesh)
-        subject = evaluation.Subject(config, steps, params, mesh, source, 4, quiet=True)
-        found[starts] = evaluation.Findings()
-        evaluation.masks(subject, found[starts])
+        subject = Subject(config, steps, params, mesh, source, 4, quiet=True)
+        found[starts] = Findings()
+        groups.masks(subject, found[starts])
     assert not any("initial slots" in note for note in found[1].notes)
     assert any("best of 3 initial slots" in note for note in found[3].notes)
 
@@ -191,10 +193,10 @@ def test_an_older_run_has_one_start_and_several_have_a_place_of_their_own(
     (copy / "config.json").write_text(json.dumps(written))
     config = get_config(str(copy))
     assert config.evaluation.masks.starts == 1 and config.model.attention_gain == 1.0
-    assert run.evaluation_label(config, copy, "best") == "test-best"
+    assert evaluation.label(config, copy, "best") == "test-best"
     config.evaluation.masks.starts = 3
-    assert run.evaluation_label(config, copy, "best") == "test-3-starts-best"
-    older, _ = run.load(copy)
+    assert evaluation.label(config, copy, "best") == "test-3-starts-best"
+    older, _ = checkpoint.load(copy)
     assert older.evaluation.masks.starts == 1
 
 
@@ -215,11 +217,9 @@ def test_other_data_have_a_place_of_their_own(workdir, record, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(workdir, copy)
     config = smoke(**{"data.zoom": 1.0, "evaluation.split": "validation"})
-    label = run.evaluation_label(config, copy, "latest")
+    label = evaluation.label(config, copy, "latest")
     assert label.startswith("scenes-validation-") and len(label) == 22
-    assert run.evaluation_label(smoke(**{"data.workers": 1}), copy, "best") == (
-        "test-best"
-    )
+    assert evaluation.label(smoke(**{"data.workers": 1}), copy, "best") == ("test-best")
     with pytest.raises(UserError, match=r"its data\.resolution is 16"):
         run.run(smoke(**{"data.resolution": 32}), copy, mode="evaluate")
 
@@ -240,8 +240,8 @@ def test_images_without_masks_leave_out_what_needs_them(workdir, record, tmp_pat
     config.data = other
     found = run.run(config, copy, mode="evaluate")
     assert found["label"].startswith("folder-test-") and found["images"] == 8
-    assert found["absent"]["Segmentation"] == evaluation.NO_MASKS
-    assert found["absent"]["counterfactual_error"] == evaluation.NO_RENDERER
+    assert found["absent"]["Segmentation"] == groups.NO_MASKS
+    assert found["absent"]["counterfactual_error"] == groups.NO_RENDERER
     assert not any(name.startswith("attention/") for name in found["metrics"])
     assert {"slots/mse", "cross_entropy", "spill"} <= found["metrics"].keys()
     assert any("own decoder mask" in note for note in found["notes"])

@@ -23,9 +23,8 @@ from experiments.benchmarks.contestants import (
     check_platforms,
 )
 from experiments.benchmarks.harness import CONFIGURATIONS
-from implicit_slots.models.build import split_model
+from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.training import run
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.state import initial_state
 from implicit_slots.training.step import build_steps
@@ -108,7 +107,7 @@ def test_flops_are_those_of_the_traced_step():
     traced, counted = {}, {}
     for adjoint in train_step.ADJOINTS:
         config = harness.build_config(configuration, adjoint=adjoint)
-        graphdef, params = split_model(nnx.eval_shape(lambda c=config: run.build(c)))
+        graphdef, params = split_model(nnx.eval_shape(lambda c=config: build(c)))
         optimizer = build_optimizer(
             config.optimizer, params, num_steps=config.num_steps
         )

@@ -9,7 +9,7 @@ from experiments.benchmarks import solver_comparison
 from experiments.examples import digits_deq
 from implicit_slots.fixed_point import Implicit
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.training.run import load, saved_steps
+from implicit_slots.training.checkpoint import load, saved_steps
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from reference import FLOAT32, relative_error
 from configs import autoencoder_scenes, scenes, set_prediction_scenes
 from implicit_slots.data.scenes.source import Scenes
 from implicit_slots.evaluation.steps import build_evaluation_steps
-from implicit_slots.models.build import split_model
+from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime import compiling
 from implicit_slots.runtime.config import flat
 from implicit_slots.runtime.workdir import ABSENT
@@ -34,7 +34,7 @@ def smoke(**changes):
 def programs(**changes):
     """The text of what a run compiles for training and for an evaluation."""
     config = smoke(**changes)
-    graphdef, shapes = split_model(nnx.eval_shape(lambda: run.build(config)))
+    graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
     optimizer = build_optimizer(config.optimizer, shapes, num_steps=config.num_steps)
     state: Any = jax.eval_shape(
         functools.partial(initial_state, optimizer=optimizer, config=config.optimizer),
@@ -86,7 +86,7 @@ def test_optimisations_are_left_out_meanwhile():
 
 def test_the_first_state_is_that_of_the_model():
     config = smoke(seed=3)
-    params = split_model(run.build(config))[1]
+    params = split_model(build(config))[1]
     optimizer = build_optimizer(config.optimizer, params, num_steps=1)
     got = run.first_state(config, optimizer)
     want = initial_state(params, optimizer, config.optimizer)

@@ -22,13 +22,12 @@ from flax import nnx
 from configs import scenes
 from experiments.benchmarks.collectives import read_collectives
 from implicit_slots.data.source import Source
-from implicit_slots.models.build import split_model
+from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime import devices as mesh_devices
 from implicit_slots.runtime import processes
 from implicit_slots.runtime.devices import build_mesh, state_sharding
 from implicit_slots.training import device_batches
 from implicit_slots.training.optimizer import build_optimizer
-from implicit_slots.training.run import build
 from implicit_slots.training.state import initial_state
 from implicit_slots.training.step import build_steps
 

@@ -10,9 +10,11 @@ from implicit_slots.data import registry
 from implicit_slots.evaluation.catalogue import describe
 from implicit_slots.evaluation.metrics.average_precision import THRESHOLDS
 from implicit_slots.evaluation.run import GROUPS, groups_of
+from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.training import replay, run
 from implicit_slots.training.checks import check
+from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.state import TrainState
 
 
@@ -127,8 +129,6 @@ def test_a_step_of_nested_arrays_is_replayed(predictor):
 
 
 def _state(config) -> TrainState:
-    params = run.split_model(run.build(config))[1]
-    optimizer = run.build_optimizer(
-        config.optimizer, params, num_steps=config.num_steps
-    )
+    params = split_model(build(config))[1]
+    optimizer = build_optimizer(config.optimizer, params, num_steps=config.num_steps)
     return run.initial_state(params, optimizer, config.optimizer)

@@ -8,11 +8,12 @@ import pytest
 from reference import FLOAT32, relative_error
 
 from configs import base
+from implicit_slots.models.schedules import cosine
 from implicit_slots.training.optimizer import (
     build_optimizer,
     build_plateau,
     clip_by_max_norm,
-    cosine,
+    learning_rates,
 )
 
 
@@ -123,6 +124,10 @@ def test_updates_are_adams_with_a_rate_for_each_group(schedule, clip, warmup):
             m, v = moments[name]
             m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
             moments[name] = m, v
+            logged = "dvae_learning_rate" if name == "dvae" else "learning_rate"
+            assert learning_rates(config, params, step, 10)[logged] == pytest.approx(
+                rates[name]
+            )
             unbiased = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
             want = -rates[name] * unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8)
             assert relative_error(updates[name], want) < 1e-4

@@ -13,17 +13,15 @@ from reference import FLOAT32, relative_error
 
 from configs import autoencoder_scenes, scenes, set_prediction_scenes
 from implicit_slots.models import slot_attention
-from implicit_slots.models.build import split_model
+from implicit_slots.models.build import build, split_model
 from implicit_slots.models.set_prediction import CLASSES, encode_objects, set_distance
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.prng import Purpose, purpose_key
 from implicit_slots.runtime.workdir import CONFIG_FILE
 from implicit_slots.training import penalties
-from implicit_slots.training.checkpoint import check_same_run
-from implicit_slots.training.checks import check
+from implicit_slots.training.checks import check, check_same_run
 from implicit_slots.training.nonfinite import explain
 from implicit_slots.training.optimizer import build_optimizer
-from implicit_slots.training.run import build
 from implicit_slots.training.state import initial_state
 from implicit_slots.training.step import build_steps
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import pathlib
 import shutil
 
@@ -13,14 +14,15 @@ import pytest
 from configs import folder, scenes
 from implicit_slots.data import registry
 from implicit_slots.data.batches import TrainBatches
-from implicit_slots.models.build import split_model
+from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime.errors import UserError
+from implicit_slots.runtime.files import write_json
 from implicit_slots.runtime.metric_writers import MetricWriter, read_metrics
 from implicit_slots.runtime.prng import Purpose, purpose_key
-from implicit_slots.runtime.workdir import LOCK_FILE, write_json
+from implicit_slots.runtime.workdir import LOCK_FILE
 from implicit_slots.training.checkpoint import Checkpoints
 from implicit_slots.training.checks import crowding
-from implicit_slots.training.run import build, run
+from implicit_slots.training.run import run
 
 CLEVR = pathlib.Path(__file__).parents[3] / "shared" / "data" / "clevr_blender"
 
@@ -79,9 +81,35 @@ def test_metrics_say_what_happened(finished):
     for line in lines[:2]:
         assert line["grad_norm_l2"] >= line["grad_norm_inf"] > 0
         assert 0 < line["forward_residual"] < 10 and line["steps_per_second"] > 0
-    assert -1 <= lines[2]["fg_ari"] <= 1
+        # A cosine over 20 steps: of the update made last.
+        share = 0.5 * (1 + math.cos(math.pi * (line["step"] - 1) / 20))
+        full = smoke().optimizer.dvae_learning_rate
+        assert line["dvae_learning_rate"] == pytest.approx(full * share, rel=1e-4)
+        assert 0 < line["learning_rate"] <= smoke().optimizer.learning_rate * share
+    assert -1 <= lines[2]["fg_ari"] <= 1 and -1 <= lines[2]["ari"] <= 1
+    assert 0 < lines[2]["miou"] < 1
     assert summary["validation/fg_ari"] == lines[2]["fg_ari"]
     assert summary["validation/slot_mse"] > 0
+
+
+def test_an_error_of_ours_is_not_shown_as_the_users(tmp_path, monkeypatch):
+    """Neither a shape error of the set-up nor a pipe that broke."""
+
+    def fail(*_):
+        raise ValueError("shapes (3,) and (4,)")
+
+    monkeypatch.setattr("implicit_slots.training.setup.build_steps", fail)
+    with pytest.raises(ValueError, match="shapes") as error:
+        run(smoke(), tmp_path / "run")
+    assert not isinstance(error.value, UserError)
+    monkeypatch.undo()
+
+    def broken(_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("implicit_slots.runtime.processes.say", broken)
+    with pytest.raises(BrokenPipeError):
+        run(smoke(), tmp_path / "run")
 
 
 def test_training_lowers_the_loss(finished):

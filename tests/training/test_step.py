@@ -8,11 +8,11 @@ from flax import nnx
 from reference import FLOAT32, relative_error
 
 from configs import scenes
-from implicit_slots.models.build import split_model
+from implicit_slots.models.build import build, split_model
 from implicit_slots.models.slate import SLATE
+from implicit_slots.training import penalties
 from implicit_slots.training.nonfinite import explain
 from implicit_slots.training.optimizer import build_optimizer
-from implicit_slots.training.run import build
 from implicit_slots.training.state import initial_state
 from implicit_slots.training.step import build_steps, in_parts
 
@@ -112,16 +112,33 @@ def test_bad_steps_in_a_row_stop_at_exactly_that_step(compiled):
         assert same(later, state) and logged.loss.count == 0
 
 
-def test_the_group_whose_gradient_fails_is_named(compiled):
+def test_a_loss_that_fails_is_named_before_the_gradients(compiled):
     train, state, checks = compiled
-    # Adam's update of infinite parameters is not finite either; only gradients of
-    # what comes after the logits' kernel in the backward pass see it.
     params = dict(state.params)
     params["slot_attention"] = jax.tree.map(
         lambda leaf: leaf * jnp.nan, params["slot_attention"]
     )
     after, _ = train(state._replace(params=params), batch())
     assert checks[int(after.faults.check)] == "the loss cross_entropy"
+
+
+def test_the_group_whose_gradient_fails_first_is_named(monkeypatch):
+    """All losses are finite, and the backward pass through the masks is not."""
+
+    def root_of_nothing(output):
+        return jnp.sqrt(0 * output.attention.sum(axis=(1, 2, 3)))
+
+    monkeypatch.setitem(penalties.PENALTIES, "attention_entropy", root_of_nothing)
+    config = scenes.get_config("smoke")
+    config.penalty.attention_entropy = 1.0
+    graphdef, params = split_model(build(config))
+    optimizer = build_optimizer(config.optimizer, params, num_steps=20)
+    state = initial_state(params, optimizer, config.optimizer)
+    steps = build_steps(graphdef, optimizer, config)
+    after, _ = steps.train(state, batch())
+    assert after.faults.skipped == 1
+    # The decoder comes before them in the backward pass, and its gradient is finite.
+    assert steps.checks[int(after.faults.check)] == "the gradient of slot_attention"
 
 
 def test_every_group_of_parameters_is_checked(compiled):

@@ -164,7 +164,7 @@ def average_precision(curve: PrecisionRecall) -> float:
 
 
 @flax.struct.dataclass
-class _AveragePrecision(metrics.Metric):
+class AveragePrecision(metrics.Metric):
     """Average precision over all images; keeps every prediction until it is computed.
 
     Predictions of padded examples have no confidence (−∞) and are left out.
@@ -174,9 +174,27 @@ class _AveragePrecision(metrics.Metric):
     hits: Any
     objects: Any
 
+    @classmethod
+    def of(
+        cls, detections: Detections, mask: Bool[Array, " batch"], place: int
+    ) -> "AveragePrecision":
+        """Measures a batch.
+
+        Args:
+          detections: of the batch.
+          mask: False for examples that only pad the batch.
+          place: of the distance, in `THRESHOLDS`.
+        """
+        shown = mask[:, None]
+        return cls(
+            jnp.where(shown, detections.confidence, -jnp.inf),
+            detections.hits[..., place] & shown,
+            jnp.where(mask, detections.objects, 0),
+        )
+
     def merge(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, other: "_AveragePrecision"
-    ) -> "_AveragePrecision":
+        self, other: "AveragePrecision"
+    ) -> "AveragePrecision":
         """Returns the metric over both sets of images."""
         return type(self)(
             np.concatenate([self.confidence, other.confidence]),
@@ -195,28 +213,11 @@ class _AveragePrecision(metrics.Metric):
         return average_precision(curve)
 
 
-def average_precision_at(place: int) -> type[_AveragePrecision]:
-    """Returns the metric at one of `THRESHOLDS`; it reads `detections` and `mask`."""
-
-    @flax.struct.dataclass
-    class AveragePrecision(_AveragePrecision):
-        @classmethod
-        def from_model_output(  # pyright: ignore[reportIncompatibleMethodOverride]
-            cls,
-            detections: Detections,
-            mask: Bool[Array, " batch"],
-            **_: object,
-        ) -> "AveragePrecision":
-            shown = mask[:, None]
-            return cls(
-                jnp.where(shown, detections.confidence, -jnp.inf),
-                detections.hits[..., place] & shown,
-                jnp.where(mask, detections.objects, 0),
-            )
-
-    return AveragePrecision
-
-
-AP_METRICS = {
-    f"ap_{name}": average_precision_at(place) for place, name in enumerate(THRESHOLDS)
-}
+def average_precisions(
+    detections: Detections, mask: Bool[Array, " batch"]
+) -> dict[str, AveragePrecision]:
+    """Measures a batch at each of `THRESHOLDS`, by the name of the metric."""
+    return {
+        f"ap_{name}": AveragePrecision.of(detections, mask, place)
+        for place, name in enumerate(THRESHOLDS)
+    }

@@ -1,12 +1,7 @@
 """How slots share an image: numbers that need no true masks and show a collapse."""
 
-import math
-from typing import Any
-
-import flax.struct
 import jax
 import jax.numpy as jnp
-from clu import metrics
 from jaxtyping import Array, Bool, Float, Int
 
 from implicit_slots.evaluation.metrics.segmentation import adjusted_rand_index
@@ -14,119 +9,63 @@ from implicit_slots.evaluation.metrics.segmentation import adjusted_rand_index
 Attention = Float[Array, "batch slots rows columns"]
 
 
-@flax.struct.dataclass
-class _ImageMean(metrics.Average):
-    """A sum and a count of images, so batches and hosts merge in any order."""
+def attention_entropy(attention: Attention) -> Float[Array, " batch"]:
+    """Returns the entropy over the slots, mean over positions, in nats.
 
-    # Any: JAX rebuilds a pytree of whatever it is mapped to, not only of arrays.
-    total: Any
-    count: Any
-
-    @classmethod
-    def from_model_output(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls,
-        attention: Attention,
-        mask: Bool[Array, " batch"] | None = None,
-        **_: object,
-    ) -> "_ImageMean":
-        """Measures a batch.
-
-        Args:
-          attention: Per slot, its weight at each position; sums to one over slots.
-          mask: False for examples that only pad the batch; all count by default.
-          **_: Other outputs of the model, ignored.
-
-        Returns:
-          The state of this batch, to be merged and then computed.
-        """
-        if mask is None:
-            mask = jnp.ones(len(attention), bool)
-        values, counted = cls._measure(attention, mask)
-        return cls(
-            total=jnp.sum(jnp.where(counted, values, 0)),
-            count=jnp.sum(counted, dtype=jnp.int32),
-        )
-
-    @classmethod
-    def _measure(
-        cls, attention: Attention, counted: Bool[Array, " batch"]
-    ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
-        """Returns a value of each image, and which of those that count have one."""
-        raise NotImplementedError
-
-    def compute(self) -> Float[Array, ""]:
-        """The mean; NaN where nothing counted."""
-        return jnp.asarray(self.total) / jnp.asarray(self.count).astype(jnp.float32)
-
-
-@flax.struct.dataclass
-class AttentionEntropy(_ImageMean):
-    """How evenly attention is spread over the slots, from 0 to 1, without a unit.
-
-    The entropy of a position's distribution over the slots divided by its largest
-    value, log(slots); mean over positions and images. 1: every slot attends to every
+    From 0, each position one slot's, to log(slots): every slot attends to every
     position alike, so that none stands for anything, as at the beginning of a run.
-    0: each position belongs to one slot. A single slot shares with nobody: 0.
+
+    Unlike `jax.scipy.special.entr` its gradient is finite where a share is 0, as sharp
+    masks have them: there entr's is infinite, and the softmax multiplies it by 0.
     """
-
-    @classmethod
-    def _measure(
-        cls, attention: Attention, counted: Bool[Array, " batch"]
-    ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
-        entropy = jax.scipy.special.entr(attention.astype(jnp.float32)).sum(axis=1)
-        largest = math.log(max(attention.shape[1], 2))
-        return entropy.mean(axis=(1, 2)) / largest, counted
+    attention = attention.astype(jnp.float32)
+    smallest = jnp.finfo(attention.dtype).tiny
+    nats = -attention * jnp.log(jnp.maximum(attention, smallest))
+    return nats.sum(axis=1).mean(axis=(1, 2))
 
 
-@flax.struct.dataclass
-class LargestSlot(_ImageMean):
-    """The share of an image that its largest slot takes, without a unit.
+def largest_slot(attention: Attention) -> Float[Array, " batch"]:
+    """Returns the share of an image that its largest slot takes, without a unit.
 
-    Each position goes to the slot of largest weight, on a tie to the first; the share
-    of positions that the most successful slot wins, mean over images. From 1/slots
-    (all equally large) to 1 (one slot takes all and the others are idle). An image
-    that is mostly background may well be high.
+    Each position goes to the slot of largest weight, on a tie to the first; this is
+    the share of positions that the most successful slot wins. From 1/slots (all equally
+    large) to 1 (one slot takes all and the others are idle). An image that is mostly
+    background may well be high.
     """
-
-    @classmethod
-    def _measure(
-        cls, attention: Attention, counted: Bool[Array, " batch"]
-    ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
-        return _shares(attention).max(axis=1), counted
+    return _shares(attention).max(axis=1)
 
 
-@flax.struct.dataclass
-class MaskSimilarity(_ImageMean):
-    """Whether different images are divided alike, without a unit.
+def mask_similarity(
+    attention: Attention, mask: Bool[Array, " batch"]
+) -> Float[Array, " batch"]:
+    """Returns whether an image is divided like the next one of the batch.
 
-    The adjusted Rand index between the partition of one image (each position to the
-    slot of largest weight) and that of the next in the batch; mean over such pairs.
-    1: masks depend on position alone and not on what is seen there. About 0: they
-    share nothing. Slightly below 0 is possible. Which slot is which does not matter.
+    The adjusted Rand index between the two partitions (each position to the slot of
+    largest weight). 1: masks depend on position alone and not on what is seen there.
+    About 0: they share nothing. Slightly below 0 is possible. Which slot is which does
+    not matter.
 
-    A pair counts if both images do. An image that one slot takes whole is in no pair:
-    it has no boundary to compare (the index would be 1 or 0 whatever the other slots
-    would have done), and `LargestSlot` reports it. The last image has no next one, so
-    that a batch of one image weighs nothing. Images of different batches are not
-    compared, so the pairs, and with them the mean, depend on how batches are cut.
+    NaN where there is no pair. The last image has no next one. An image that one slot
+    takes whole is in no pair: it has no boundary to compare (the index would be 1 or 0
+    whatever the other slots would have done), and `largest_slot` reports it. Images of
+    different batches are not compared, so the mean depends on how batches are cut.
+
+    Args:
+      attention: per slot, its weight at each position; sums to one over slots.
+      mask: False for examples that only pad the batch: they are in no pair.
     """
-
-    @classmethod
-    def _measure(
-        cls, attention: Attention, counted: Bool[Array, " batch"]
-    ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
-        batch, slots = attention.shape[:2]
-        counted &= jnp.sum(_shares(attention) > 0, axis=1) > 1
-        # Rolled rather than sliced: a batch that is split over devices stays whole.
-        counted &= jnp.roll(counted, -1) & (jnp.arange(batch) < batch - 1)
-        winners = _winners(attention)
-        similarity = adjusted_rand_index(
-            winners,
-            jnp.roll(winners, -1, axis=0),
-            max_true=slots - 1,
-            num_predicted=slots,
-        )
-        return similarity, counted
+    batch, slots = attention.shape[:2]
+    counted = mask & (jnp.sum(_shares(attention) > 0, axis=1) > 1)
+    # Rolled rather than sliced: a batch that is split over devices stays whole.
+    counted &= jnp.roll(counted, -1) & (jnp.arange(batch) < batch - 1)
+    winners = _winners(attention)
+    similarity = adjusted_rand_index(
+        winners,
+        jnp.roll(winners, -1, axis=0),
+        max_true=slots - 1,
+        num_predicted=slots,
+    )
+    return jnp.where(counted, similarity, jnp.nan)
 
 
 def _winners(attention: Attention) -> Int[Array, "batch rows columns"]:

@@ -1,12 +1,8 @@
 """How well slots divide an image into its objects."""
 
-from typing import Any
-
-import flax.struct
 import jax
 import jax.numpy as jnp
-from clu import metrics
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32
 
 from implicit_slots.evaluation.metrics import overlap
 from implicit_slots.evaluation.metrics.boundaries import boundary_f1
@@ -188,58 +184,3 @@ def _score(
     )
     same = (split == 0) & (merged == 0)
     return jnp.where(same, 1.0, difference / jnp.where(same, 1.0, scale))
-
-
-@flax.struct.dataclass
-class ForegroundARI(metrics.Average):
-    """Mean foreground ARI over the images that have a foreground.
-
-    A sum and a count, so batches and hosts merge in any order. Images without
-    foreground and padded examples weigh nothing; an image with an id out of range
-    makes the mean NaN.
-    """
-
-    # Any: JAX rebuilds a pytree of whatever it is mapped to, not only of arrays.
-    total: Any
-    count: Any
-
-    @classmethod
-    def from_model_output(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls,
-        segmentation: Int[Array, "batch height width"],
-        attention: Float[Array, "batch slots rows columns"],
-        max_true: int,
-        mask: Bool[Array, " batch"] | None = None,
-        **_: object,
-    ) -> "ForegroundARI":
-        """Scores a batch.
-
-        Args:
-          segmentation: True segmentation; 0 is the background.
-          attention: Per slot, its weight at each position of the feature grid.
-          max_true: The largest true id.
-          mask: False for examples that only pad the batch; all count by default.
-          **_: Other outputs of the model, ignored.
-
-        Returns:
-          The state of this batch, to be merged and then computed.
-        """
-        height, width = segmentation.shape[1:]
-        scores = adjusted_rand_index(
-            segmentation,
-            attention_to_masks(attention, height, width),
-            max_true=max_true,
-            num_predicted=attention.shape[1],
-            foreground_only=True,
-        )
-        counted = jnp.any(segmentation != 0, axis=(1, 2))
-        if mask is not None:
-            counted &= mask
-        return cls(
-            total=jnp.sum(jnp.where(counted, scores, 0)),
-            count=jnp.sum(counted, dtype=jnp.int32),
-        )
-
-    def compute(self) -> Float[Array, ""]:
-        """The mean, at most 1; NaN where no image had a foreground."""
-        return jnp.asarray(self.total) / jnp.asarray(self.count).astype(jnp.float32)

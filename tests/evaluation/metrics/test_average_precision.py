@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from implicit_slots.evaluation.metrics.average_precision import (
-    AP_METRICS,
     THRESHOLDS,
+    AveragePrecision,
     attribute_scores,
     average_precision,
     detect,
@@ -130,7 +130,7 @@ def test_only_the_most_confident_of_duplicates_counts():
 def test_batches_merge_to_the_whole_and_padding_weighs_nothing():
     predicted, target = random_sets(1)
     whole = measured(predicted, target)
-    for place, kind in enumerate(AP_METRICS.values()):
+    for place in range(len(THRESHOLDS)):
         parts = []
         for start in (0, 4):
             chunk = np.minimum(np.arange(start, start + 4), 5)
@@ -141,7 +141,7 @@ def test_batches_merge_to_the_whole_and_padding_weighs_nothing():
                 REACH,
             )
             mask = jnp.arange(start, start + 4) < 6
-            parts.append(kind.from_model_output(detections=found, mask=mask))
+            parts.append(AveragePrecision.of(found, mask, place))
         merged = jax.device_get(parts[0]).merge(jax.device_get(parts[1]))
         assert merged.compute() == pytest.approx(whole[place])
 

@@ -1,7 +1,5 @@
 """Segmentation scores against scikit-learn, and the laws they obey."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,6 @@ import pytest
 from sklearn.metrics import adjusted_rand_score
 
 from implicit_slots.evaluation.metrics.segmentation import (
-    ForegroundARI,
     adjusted_rand_index,
     attention_to_masks,
 )
@@ -129,56 +126,3 @@ def test_masks_are_the_argmax_of_upsampled_attention():
 
 def test_ties_go_to_the_first_slot():
     assert not attention_to_masks(jnp.full((1, 3, 4, 4), 1 / 3), 8, 8).any()
-
-
-def one_hot_attention(ids, slots=5):
-    return jnp.asarray(np.eye(slots, dtype=np.float32)[ids].transpose(0, 3, 1, 2))
-
-
-def scenes_with_and_without_foreground():
-    rng = np.random.default_rng(5)
-    true = rng.integers(0, 5, (8, 16, 16)).astype(np.int32)
-    true[[2, 5]] = 0
-    predicted = np.where(rng.random(true.shape) < 0.5, true, 0)
-    return true, predicted
-
-
-@functools.partial(jax.jit, static_argnames="max_true")
-def from_model_output(max_true=4, **outputs):
-    return ForegroundARI.from_model_output(max_true=max_true, **outputs)
-
-
-def evaluate(true, predicted, **outputs):
-    return from_model_output(
-        segmentation=jnp.asarray(true),
-        attention=one_hot_attention(predicted),
-        **outputs,
-    )
-
-
-def test_metric_leaves_out_padding_and_images_without_foreground():
-    true, predicted = scenes_with_and_without_foreground()
-    metric = evaluate(true, predicted, mask=jnp.arange(8) < 6, loss=0.0)
-    expected = np.mean(
-        [
-            adjusted_rand_score(true[i][true[i] > 0], predicted[i][true[i] > 0])
-            for i in (0, 1, 3, 4)
-        ]
-    )
-    assert metric.count == 4
-    np.testing.assert_allclose(metric.compute(), expected, atol=ATOL)
-
-
-def test_metric_merges_batches_of_any_size():
-    true, predicted = scenes_with_and_without_foreground()
-    merged = ForegroundARI.empty()
-    for part in (slice(0, 3), slice(3, 8)):
-        merged = merged.merge(evaluate(true[part], predicted[part]))
-    whole = evaluate(true, predicted)
-    assert merged.count == whole.count == 6
-    np.testing.assert_allclose(merged.compute(), whole.compute(), atol=ATOL)
-
-
-def test_metric_of_no_image_is_nan_also_on_the_host():
-    empty = jax.device_get(ForegroundARI.empty())
-    assert np.isnan(empty.compute())

@@ -1,0 +1,80 @@
+"""What a configuration stands for: devices, model, optimiser, steps, data."""
+
+from typing import NamedTuple
+
+import jax
+import optax
+from flax import nnx
+from jaxtyping import PyTree
+
+from implicit_slots.data import registry
+from implicit_slots.data.batches import TrainBatches
+from implicit_slots.models.build import (
+    build,
+    model_class,
+    split_model,
+)
+from implicit_slots.runtime.config import Config
+from implicit_slots.runtime.devices import build_mesh
+from implicit_slots.runtime.errors import UserError
+from implicit_slots.training.checks import check_read
+from implicit_slots.training.optimizer import build_optimizer
+from implicit_slots.training.step import Steps, build_steps
+
+
+class Parts(NamedTuple):
+    """What a configuration stands for; nothing is compiled and nothing written.
+
+    Attributes:
+      config: the whole configuration.
+      mesh: the devices.
+      graphdef: the model's structure.
+      shapes: of its parameters.
+      optimizer: see optimizer.py.
+      steps: the compiled functions that train.
+      train: training data; None unless it trains.
+      held_out: the splits that are scored.
+    """
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    graphdef: nnx.GraphDef
+    shapes: PyTree
+    optimizer: optax.GradientTransformationExtraArgs
+    steps: Steps
+    train: registry.Source | None
+    held_out: dict[str, registry.Source]
+
+
+def prepare(config: Config, mode: str) -> Parts:
+    """Builds the model's shapes, the optimiser and the steps, and opens the data."""
+    mesh = build_mesh(config.batch_size, parts=config.accumulate)
+    # Shapes alone, which takes no time: a model that cannot be built is refused before
+    # data is opened.
+    try:
+        graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    optimizer = build_optimizer(config.optimizer, shapes, num_steps=config.num_steps)
+    steps = build_steps(graphdef, optimizer, config, mesh)
+    data = open_data(config, mode)
+    return Parts(config, mesh, graphdef, shapes, optimizer, steps, *data)
+
+
+def open_data(
+    config: Config, mode: str
+) -> tuple[registry.Source | None, dict[str, registry.Source]]:
+    """Opens the training data, to train, and the held-out splits that are scored."""
+    if mode == "replay":
+        return None, {}
+    if mode == "evaluate":
+        split = config.evaluation.split
+        return None, {split: registry.build(config.data, split)}
+    reads = model_class(config.model.name).reads
+    held_out = {"validation": registry.build(config.data, "validation")}
+    train = registry.build(config.data, "train", reads)
+    check_read(train, reads, "training", config.model.num_slots)
+    check_read(held_out["validation"], reads, "validation", config.model.num_slots)
+    # Large enough?
+    TrainBatches(train, config.batch_size, config.seed)
+    return train, held_out
