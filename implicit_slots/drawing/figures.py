@@ -6,6 +6,7 @@ are viridis and Okabe and Ito's (2008), which every kind of colour vision tells 
 
 import io
 import pathlib
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,14 @@ from jaxtyping import Float
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMATS = ("png", "pdf", "svg")
+# Per format what it would tell of when and by what it was written.
+METADATA: Mapping[str, dict[str, None]] = {
+    "png": {"Software": None},
+    "pdf": dict.fromkeys(("CreationDate", "Producer", "Creator")),
+    "svg": dict.fromkeys(("Date", "Creator", "Format", "Type")),
+}
+SETTINGS: Any = {"svg.fonttype": "none", "svg.hashsalt": "figure", "pdf.fonttype": 42}
+_SETTING = threading.Lock()  # Matplotlib's settings are one for all threads
 # Okabe and Ito's that stand out from white (the last darkened), a dash for each.
 LINES = (
     ("#0072B2", "-"),
@@ -159,21 +167,16 @@ def precision_figure(
 
 def save_figure(figure: "Figure", path: pathlib.Path) -> None:
     """Writes a figure beside `path` as .png, .pdf and .svg."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for kind in METADATA:
+        path.with_suffix(f".{kind}").write_bytes(encode(figure, kind))
+
+
+def encode(figure: "Figure", kind: str) -> bytes:
+    """Returns a figure in a format of `METADATA`, 150 dots to the inch."""
     from matplotlib import rc_context
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    undated = {
-        "png": {"Software": None},
-        "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
-        "svg": {"Date": None, "Creator": None},
-    }
-    settings: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "figure",
-        "pdf.fonttype": 42,
-    }
-    with rc_context(settings):
-        for kind in FORMATS:
-            encoded = io.BytesIO()
-            figure.savefig(encoded, format=kind, dpi=150, metadata=undated[kind])
-            path.with_suffix(f".{kind}").write_bytes(encoded.getvalue())
+    encoded = io.BytesIO()
+    with _SETTING, rc_context(SETTINGS):
+        figure.savefig(encoded, format=kind, dpi=150, metadata=METADATA[kind])
+    return encoded.getvalue()

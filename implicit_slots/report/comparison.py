@@ -7,23 +7,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from implicit_slots.report.curves import METRICS as CURVES
-from implicit_slots.report.curves import Line, chart, legend, read_curves, series
-from implicit_slots.report.evaluation import (
-    read,
-    tables,
-)
-from implicit_slots.report.style import (
-    details,
-    escape,
-    figure,
-    page,
-    preformatted,
-    section,
-)
+from implicit_slots.evaluation.catalogue import describe, title
+from implicit_slots.report.curves import read_curves
+from implicit_slots.report.evaluation import read, tables
+from implicit_slots.report.plots import SERIES, Line, Panel, plot
+from implicit_slots.report.render import render
 from implicit_slots.runtime.config import flat
 from implicit_slots.runtime.files import write_whole
-from implicit_slots.runtime.workdir import EVALUATION_FILE, EVALUATION_FOLDER
+from implicit_slots.runtime.workdir import (
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    EVALUATION_FOLDER,
+    METRICS_FILE,
+)
 
 # What may differ between runs of one configuration.
 SEED_KEYS = ("seed", "name", "data.cache", "data.path", "data.workers")
@@ -80,42 +76,43 @@ def write_comparison(
     names = _names([members[0].config for members in groups.values()])
     by_name = dict(zip(names, groups.values(), strict=True))
     told = _told_apart(workdirs)
+    rows = [
+        run._asdict() | {"configuration": name, "name": told[run.workdir]}
+        for name, members in by_name.items()
+        for run in members
+    ]
     summary, singles = {}, {}
     for name, members in by_name.items():
         done = [run.record for run in members if run.record is not None]
-        title = f"{name} (n = {len(done)})" if done else name
-        summary[title] = _over_runs([record["metrics"] for record in done])
+        heading = f"{name} (n = {len(done)})" if done else name
+        summary[heading] = _over_runs([record["metrics"] for record in done])
         for run in members:
             if run.record is not None:
                 singles[told[run.workdir]] = {
                     key: m | {"std": None} for key, m in run.record["metrics"].items()
                 }
-    body = [
-        f"<header><h1>{len(runs)} runs, evaluated on {escape(label)}</h1><p>"
-        "Means over the runs of a configuration ± their standard deviation (n − 1); "
-        f"a single run has none. {_counted(runs)}</p></header>",
-        section("Runs", _runs_table(by_name) + _unlike(runs)),
-        section("Metrics", tables(summary)),
-        details("Each run", tables(singles)),
-        section("Curves on the validation split", _curves(by_name)),
-    ]
-    for run in runs:
-        pictures = (run.record or {}).get("pictures", [])[:2]
-        folder = run.workdir / EVALUATION_FOLDER / label
-        shown = "".join(
-            figure(folder / p["file"], p["title"], p["caption"]) for p in pictures
-        )
-        if shown:
-            body.append(details(f"Pictures of {told[run.workdir]}", shown))
-    commands = [run.record["command"] for run in runs if run.record is not None]
-    body.append(section("Evaluate again", preformatted("\n".join(commands))))
-    write_whole(path, page("Comparison of runs", *body))
+    kinds = [SERIES[place % len(SERIES)] for place in range(len(by_name))]
+    page = render(
+        "comparison.html.j2",
+        heading="Comparison of runs",
+        label=label,
+        runs=rows,
+        missing=sum(run.record is None for run in runs),
+        unlike=_unlike(runs),
+        summary=tables(summary),
+        singles=tables(singles),
+        plots=_plots(by_name),
+        legend=[(*kind, name) for kind, name in zip(kinds, by_name, strict=True)],
+    )
+    write_whole(path, page)
     return path
 
 
 def _latest_label(workdirs: Sequence[pathlib.Path]) -> str | None:
     """The data that was evaluated last."""
-    found = [f for w in workdirs for f in w.glob(f"{EVALUATION_FOLDER}/*/metrics.json")]
+    found = [
+        f for w in workdirs for f in w.glob(f"{EVALUATION_FOLDER}/*/{EVALUATION_FILE}")
+    ]
     if not found:
         return None
     return max(found, key=lambda file: file.stat().st_mtime).parent.name
@@ -124,7 +121,7 @@ def _latest_label(workdirs: Sequence[pathlib.Path]) -> str | None:
 def _read(workdir: pathlib.Path, label: str) -> _Run:
     config, seed, record, problem = None, None, None, ""
     try:
-        config = flat(json.loads((workdir / "config.json").read_text()))
+        config = flat(json.loads((workdir / CONFIG_FILE).read_text()))
         seed = config["seed"]
         config = {
             key: value
@@ -187,25 +184,16 @@ def _told_apart(workdirs: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
     }
 
 
-def _counted(runs: Sequence[_Run]) -> str:
-    missing = sum(run.record is None for run in runs)
-    return f"{missing} of {len(runs)} runs are not in the means." if missing else ""
-
-
-def _unlike(runs: Sequence[_Run]) -> str:
-    """A sentence for what the evaluations do not have in common."""
+def _unlike(runs: Sequence[_Run]) -> list[tuple[str, list[str]]]:
+    """What the evaluations do not have in common, with the values if they are short."""
     records = [run.record for run in runs if run.record is not None]
-    sentences = ""
+    unlike = []
     for key in EVALUATED_ON:
         found = [_without(record.get(key), NOT_DATA) for record in records]
         values = list(dict.fromkeys(json.dumps(value) for value in found))
         if len(values) > 1:
-            told = "" if key in ("data", "settings") else f": {', '.join(values)}"
-            sentences += (
-                '<p class="bad">Not evaluated alike, so compare with care: '
-                f"{escape(key)}{escape(told)}.</p>"
-            )
-    return sentences
+            unlike.append((key, [] if key in ("data", "settings") else values))
+    return unlike
 
 
 def _without(value: Any, keys: Sequence[str]) -> Any:
@@ -214,32 +202,20 @@ def _without(value: Any, keys: Sequence[str]) -> Any:
     return {key: value[key] for key in sorted(value) if key not in keys}
 
 
-def _curves(by_name: Mapping[str, Sequence[_Run]]) -> str:
+def _plots(by_name: Mapping[str, Sequence[_Run]]) -> list[Panel]:
     """Of each metric that was logged in validation, a line per run."""
-    plots: dict[str, list[Line]] = {}
-    for index, members in enumerate(by_name.values()):
+    lines: dict[str, list[Line]] = {}
+    for place, members in enumerate(by_name.values()):
+        kind, _ = SERIES[place % len(SERIES)]
         for run in members:
-            for name, by_split in read_curves(run.workdir / "metrics.jsonl")[0].items():
-                for split, (steps, values) in by_split.items():
-                    if split != "train":
-                        line = Line(series(index), steps, values)
-                        plots.setdefault(name, []).append(line)
-    panels = "".join(
-        chart(*CURVES.get(name, (name, "")), lines) for name, lines in plots.items()
-    )
-    if not panels:
-        return ""
-    return f'{legend(list(by_name))}<div class="panels">{panels}</div>'
-
-
-def _runs_table(by_name: Mapping[str, Sequence[_Run]]) -> str:
-    rows = []
-    for name, members in by_name.items():
-        for run in members:
-            told = escape(run.problem) if run.problem else f"step {run.record['step']}"  # pyright: ignore
-            kind = ' class="bad"' if run.problem else ""
-            rows.append(
-                f'<tr><th scope="row">{escape(run.workdir)}</th><td>{escape(name)}</td>'
-                f"<td>seed {escape(run.seed)}</td><td{kind}>{told}</td></tr>"
-            )
-    return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
+            for name, by_split in read_curves(run.workdir / METRICS_FILE)[0].items():
+                lines.setdefault(name, []).extend(
+                    Line(kind, *curve)
+                    for split, curve in by_split.items()
+                    if split != "train"
+                )
+    return [
+        Panel(title(name), describe(name).note, plot(found), name)
+        for name, found in lines.items()
+        if found
+    ]
