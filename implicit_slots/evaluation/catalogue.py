@@ -33,9 +33,9 @@ class Metric(NamedTuple):
 
     @property
     def note(self) -> str:
-        """The meaning, after the unit where the meaning does not say it."""
-        unit = "" if self.unit in self.meaning else self.unit
-        return "; ".join(part for part in (unit, self.meaning) if part)
+        """The meaning, then unit and range."""
+        values = "; ".join(part for part in (self.unit, self.range) if part)
+        return f"{self.meaning} ({values})" if values else self.meaning
 
 
 # Of which masks or images a number is: the prefix of its name.
@@ -85,6 +85,7 @@ def title(name: str) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def rank(name: str) -> tuple[int, str]:
+def rank(name: str) -> tuple[int, tuple[str, str]]:
     """Sorts metrics as the table does; unknown ones follow by alphabet."""
-    return _PLACES.get(split(name)[1], len(_PLACES)), name
+    prefix, last = split(name)
+    return _PLACES.get(last, len(_PLACES)), (prefix, last)

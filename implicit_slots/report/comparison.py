@@ -33,6 +33,7 @@ class _Run(NamedTuple):
 
     Attributes:
       workdir: of the run.
+      name: its folder's, or the whole path where two runs have the same.
       config: flat, without what may differ between seeds; None if unreadable.
       seed: of the run.
       record: its evaluation, or None.
@@ -40,6 +41,7 @@ class _Run(NamedTuple):
     """
 
     workdir: pathlib.Path
+    name: str
     config: dict[str, Any] | None
     seed: Any
     record: dict[str, Any] | None
@@ -66,60 +68,52 @@ def write_comparison(
       ValueError: if none of them was evaluated.
     """
     workdirs = list({workdir.resolve(): workdir for workdir in workdirs}.values())
-    label = _latest_label(workdirs)
-    if label is None:
+    pattern = f"{EVALUATION_FOLDER}/*/{EVALUATION_FILE}"
+    files = [file for workdir in workdirs for file in workdir.glob(pattern)]
+    if not files:
         raise ValueError("none of these runs has an evaluation")
-    runs = [_read(workdir, label) for workdir in workdirs]
+    # The data that was evaluated last
+    label = max(files, key=lambda file: file.stat().st_mtime).parent.name
+    folders = [workdir.resolve().name for workdir in workdirs]
+    told = [
+        folder if folders.count(folder) == 1 else str(workdir)
+        for folder, workdir in zip(folders, workdirs, strict=True)
+    ]
+    runs = [_read(*pair, label) for pair in zip(workdirs, told, strict=True)]
     groups: dict[str, list[_Run]] = {}
     for run in runs:
         groups.setdefault(json.dumps(run.config, sort_keys=True), []).append(run)
     names = _names([members[0].config for members in groups.values()])
     by_name = dict(zip(names, groups.values(), strict=True))
-    told = _told_apart(workdirs)
-    rows = [
-        run._asdict() | {"configuration": name, "name": told[run.workdir]}
-        for name, members in by_name.items()
-        for run in members
-    ]
-    summary, singles = {}, {}
+    summary = {}
     for name, members in by_name.items():
-        done = [run.record for run in members if run.record is not None]
-        heading = f"{name} (n = {len(done)})" if done else name
-        summary[heading] = _over_runs([record["metrics"] for record in done])
-        for run in members:
-            if run.record is not None:
-                singles[told[run.workdir]] = {
-                    key: m | {"std": None} for key, m in run.record["metrics"].items()
-                }
-    kinds = [SERIES[place % len(SERIES)] for place in range(len(by_name))]
+        done = [run.record["metrics"] for run in members if run.record is not None]
+        summary[f"{name} (n = {len(done)})" if done else name] = _over_runs(done)
+    singles = {
+        run.name: {key: m | {"std": None} for key, m in run.record["metrics"].items()}
+        for run in runs
+        if run.record is not None
+    }
+    kinds = [SERIES[place % len(SERIES)] for place in range(len(names))]
     page = render(
         "comparison.html.j2",
         heading="Comparison of runs",
         label=label,
-        runs=rows,
-        missing=sum(run.record is None for run in runs),
-        unlike=_unlike(runs),
+        runs=[(name, run) for name, members in by_name.items() for run in members],
+        missing=len(runs) - len(singles),
+        unlike=_unlike([run.record for run in runs if run.record is not None]),
         summary=tables(summary),
         singles=tables(singles),
         plots=_plots(by_name),
-        legend=[(*kind, name) for kind, name in zip(kinds, by_name, strict=True)],
+        legend=[(*kind, name) for kind, name in zip(kinds, names, strict=True)],
     )
     write_whole(path, page)
     return path
 
 
-def _latest_label(workdirs: Sequence[pathlib.Path]) -> str | None:
-    """The data that was evaluated last."""
-    found = [
-        f for w in workdirs for f in w.glob(f"{EVALUATION_FOLDER}/*/{EVALUATION_FILE}")
-    ]
-    if not found:
-        return None
-    return max(found, key=lambda file: file.stat().st_mtime).parent.name
-
-
-def _read(workdir: pathlib.Path, label: str) -> _Run:
+def _read(workdir: pathlib.Path, name: str, label: str) -> _Run:
     config, seed, record, problem = None, None, None, ""
+    folder = workdir / EVALUATION_FOLDER / label
     try:
         config = flat(json.loads((workdir / CONFIG_FILE).read_text()))
         seed = config["seed"]
@@ -131,12 +125,12 @@ def _read(workdir: pathlib.Path, label: str) -> _Run:
     except (OSError, ValueError, KeyError, AttributeError):
         problem = "it holds no run"
     try:
-        record = read(workdir / EVALUATION_FOLDER / label)
+        record = read(folder)
     except ValueError as error:
-        there = (workdir / EVALUATION_FOLDER / label / EVALUATION_FILE).exists()
+        there = (folder / EVALUATION_FILE).exists()
         missing = f"it has no evaluation on {label}"
         problem = problem or (str(error) if there else missing)
-    return _Run(workdir, config, seed, record, problem)
+    return _Run(workdir, name, config, seed, record, problem)
 
 
 def _names(configs: Sequence[dict[str, Any] | None]) -> list[str]:
@@ -146,17 +140,14 @@ def _names(configs: Sequence[dict[str, Any] | None]) -> list[str]:
     differing = [
         key for key in keys if len({json.dumps(c.get(key)) for c in known}) > 1
     ]
-    names = []
-    for place, config in enumerate(configs):
-        if config is None:
-            name = "unreadable"
-        elif not differing:
-            name = "all"
-        else:
+    more = [f"{len(differing) - 3} more"] if len(differing) > 3 else []
+    names: list[str] = []
+    for place, config in enumerate(configs, start=1):
+        name = "unreadable"
+        if config is not None:
             told = [f"{key}={config.get(key)}" for key in differing[:3]]
-            more = len(differing) - 3
-            name = ", ".join(told) + (f", {more} more" if more > 0 else "")
-        names.append(name if name not in names else f"{name} [{place + 1}]")
+            name = ", ".join(told + more) or "all"
+        names.append(name if name not in names else f"{name} [{place}]")
     return names
 
 
@@ -175,31 +166,20 @@ def _over_runs(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]
     return found
 
 
-def _told_apart(workdirs: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
-    """Names of runs: their folders', or the whole path where two have the same."""
-    names = [workdir.resolve().name for workdir in workdirs]
-    return {
-        workdir: name if names.count(name) == 1 else str(workdir)
-        for workdir, name in zip(workdirs, names, strict=True)
-    }
-
-
-def _unlike(runs: Sequence[_Run]) -> list[tuple[str, list[str]]]:
+def _unlike(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     """What the evaluations do not have in common, with the values if they are short."""
-    records = [run.record for run in runs if run.record is not None]
     unlike = []
     for key in EVALUATED_ON:
-        found = [_without(record.get(key), NOT_DATA) for record in records]
-        values = list(dict.fromkeys(json.dumps(value) for value in found))
+        values = list(dict.fromkeys(_compared(record.get(key)) for record in records))
         if len(values) > 1:
             unlike.append((key, [] if key in ("data", "settings") else values))
     return unlike
 
 
-def _without(value: Any, keys: Sequence[str]) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    return {key: value[key] for key in sorted(value) if key not in keys}
+def _compared(value: Any) -> str:
+    if isinstance(value, dict):
+        value = {key: value[key] for key in value if key not in NOT_DATA}
+    return json.dumps(value, sort_keys=True)
 
 
 def _plots(by_name: Mapping[str, Sequence[_Run]]) -> list[Panel]:
@@ -209,13 +189,9 @@ def _plots(by_name: Mapping[str, Sequence[_Run]]) -> list[Panel]:
         kind, _ = SERIES[place % len(SERIES)]
         for run in members:
             for name, by_split in read_curves(run.workdir / METRICS_FILE)[0].items():
-                lines.setdefault(name, []).extend(
-                    Line(kind, *curve)
-                    for split, curve in by_split.items()
-                    if split != "train"
-                )
+                for split in by_split.keys() - {"train"}:
+                    lines.setdefault(name, []).append(Line(kind, *by_split[split]))
     return [
         Panel(title(name), describe(name).note, plot(found), name)
         for name, found in lines.items()
-        if found
     ]

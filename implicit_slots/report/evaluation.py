@@ -16,7 +16,7 @@ from implicit_slots.evaluation.catalogue import (
     split,
 )
 from implicit_slots.report.plots import Line, Panel, plot
-from implicit_slots.report.render import duration, number
+from implicit_slots.report.render import number
 from implicit_slots.runtime.workdir import EVALUATION_FILE, EVALUATION_FOLDER
 
 
@@ -29,56 +29,28 @@ class Cell(NamedTuple):
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns what an evaluation's metrics.json holds, `lines` of its curves, `folder`.
+    """Returns what an evaluation's metrics.json holds, its `folder`, and its `lines`.
 
     Raises:
       ValueError: if it cannot be read, in one sentence.
     """
     path = folder / EVALUATION_FILE
+    told = ("title", "step", "command", "checkpoint", "images", "seconds", "date")
+    found: dict[str, Any] = dict.fromkeys(told, "")
+    found |= {"absent": {}, "notes": [], "pictures": [], "curves": {}}
     try:
-        record = json.loads(path.read_text())
-        numbers = [(m["mean"], m.get("std")) for m in record["metrics"].values()]
+        found |= json.loads(path.read_text())
+        numbers = [(m["mean"], m.get("std")) for m in found["metrics"].values()]
         if not all(isinstance(n, float | int | None) for pair in numbers for n in pair):
             raise ValueError
-        lines = [(curve, _line(curve)) for curve in record.get("curves", {}).values()]
-        for picture in record.setdefault("pictures", []):
+        for picture in found["pictures"]:
             _ = picture["file"], picture["title"], picture["caption"]
-        told = dict.fromkeys(("label", "title", "step", "command"), "") | record
-        return told | {"lines": lines, "folder": folder}
+        lines = [(curve, _line(curve)) for curve in found["curves"].values()]
+        return found | {"folder": folder, "lines": lines}
     except FileNotFoundError as error:
         raise ValueError(f"there is no {path}; evaluate the run") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read; evaluate again") from error
-
-
-def evaluations(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns each evaluation of a run as the template takes it, its own data first."""
-    files = workdir.glob(f"{EVALUATION_FOLDER}/*/{EVALUATION_FILE}")
-    folders = sorted((f.parent for f in files), key=lambda f: (f.name != "test", f))
-    return [_evaluation(folder) for folder in folders]
-
-
-def _evaluation(folder: pathlib.Path) -> dict[str, Any]:
-    try:
-        record = read(folder)
-    except ValueError as error:
-        return {"label": folder.name, "problem": str(error)}
-    return {
-        "label": folder.name,
-        "problem": "",
-        "sentence": _sentence(record),
-        "tables": tables({"": record["metrics"]}),
-        "absent": record.get("absent"),
-        "notes": record.get("notes", []),
-        "plots": [
-            Panel(
-                curve["title"],
-                f"{curve['y_label']} by {curve['x_label']}",
-                plot([line]),
-            )
-            for curve, line in record["lines"]
-        ],
-    } | {key: record[key] for key in ("folder", "pictures", "command")}
 
 
 def _line(curve: Mapping[str, Any]) -> Line:
@@ -94,21 +66,24 @@ def _line(curve: Mapping[str, Any]) -> Line:
     return Line("validation", x[order], series["median"], *edges)
 
 
-def _sentence(record: Mapping[str, Any]) -> str:
-    text = f"{record['title']}: step {record['step']}"
-    if record.get("checkpoint") == "best":
-        text += " (the best by validation loss)"
-    if isinstance(record.get("images"), int):
-        text += f", {record['images']:,} images"
-    if isinstance(record.get("seconds"), float | int):
-        text += f", in {duration(record['seconds'])}"
-    if record.get("date"):
-        text += f", {record['date']}"
-    return (
-        f"{text}. Means over images ± their standard deviation; counts differ where "
-        "a number is not defined for every image, or few images are used (n). "
-        "↑ higher is better, ↓ lower is better."
-    )
+def evaluations(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns each evaluation of a run as the template takes it, its own data first."""
+    files = workdir.glob(f"{EVALUATION_FOLDER}/*/{EVALUATION_FILE}")
+    folders = sorted((f.parent for f in files), key=lambda f: (f.name != "test", f))
+    return [_evaluation(folder) for folder in folders]
+
+
+def _evaluation(folder: pathlib.Path) -> dict[str, Any]:
+    try:
+        record = read(folder)
+    except ValueError as error:
+        return {"folder": folder, "problem": str(error)}
+    plots = [
+        Panel(curve["title"], f"{curve['y_label']} by {curve['x_label']}", plot([line]))
+        for curve, line in record["lines"]
+    ]
+    shown = {"plots": plots, "tables": tables({"": record["metrics"]}), "problem": ""}
+    return record | shown
 
 
 def tables(records: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     page = render(
         "report.html.j2",
         heading=str(config.get("name") or workdir.resolve().name),
-        sentence=_sentence(flat(config)),
+        settings=flat(config),
         finished=finished,
         numbers=_numbers(summary if finished else _last_values(curves)),
         evaluations=evaluations(workdir),
@@ -79,46 +79,14 @@ def _last_values(curves: Curves) -> dict[str, Any]:
     return numbers
 
 
-def _sentence(config: Mapping[str, Any]) -> str:
-    """What was run, from those of the usual keys that the configuration has."""
-
-    def clause(template: str, key: str) -> str:
-        value = config.get(key)
-        shown = f"{value:,}" if isinstance(value, int) else value
-        return "" if value is None else template.format(shown)
-
-    sentence = clause("{}", "model.name").upper() or "A model"
-    sentence += clause(" with {} slots", "model.num_slots")
-    sentence += clause(", trained on {}", "data.name")
-    sentence += clause(" at {0} x {0} pixels", "data.resolution")
-    sentence += clause(" for {} steps", "num_steps")
-    sentence += clause(" of {} images", "batch_size")
-    sentence += clause(", seed {}", "seed") + "."
-    if solver := clause(" Forward: {}", "model.solver.name"):
-        sentence += solver + clause(", at most {} steps", "model.solver.max_steps")
-        sentence += "."
-    if adjoint := clause(" Backward: {}", "model.adjoint.name"):
-        if config["model.adjoint.name"] == "neumann":
-            adjoint += clause(", terms: {}", "model.adjoint.terms")
-        sentence += f"{adjoint}."
-    return sentence
-
-
-def _numbers(numbers: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Title, split, value and meaning of each number, in the order of the catalogue."""
+def _numbers(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Name, split and value of each number, in the order of the catalogue."""
     rows = []
     for key, value in numbers.items():
         split, slash, name = key.partition("/")
-        if not slash:
-            split, name = "", key
-        row = {
-            "title": catalogue.title(name),
-            "split": split,
-            "value": _shown(name, value),
-            "meaning": catalogue.describe(name).note,
-        }
-        rows.append((catalogue.rank(name), row))
-    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+        name = name if slash else key
+        rows.append((name, split if slash else "", _shown(name, value)))
+    return sorted(rows, key=lambda row: catalogue.rank(row[0]))
 
 
 def _shown(name: str, value: Any) -> str:

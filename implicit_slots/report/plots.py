@@ -1,6 +1,5 @@
 """Curves as Matplotlib's SVG, in the colours of the page that they stand on."""
 
-import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -59,15 +58,9 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """A plot with its texts, as the template takes it.
+    """A plot and what stands above it: title, note, the metric's name in files.
 
-    Attributes:
-      title: above it.
-      note: what the values mean.
-      svg: the plot itself.
-      name: of the metric in files, or "".
-      last: of each line its kind and its last value.
-      bad: how many values are not finite.
+    `last` has of each line its kind and last value; `bad` counts what is not finite.
     """
 
     title: str
@@ -109,7 +102,7 @@ def plot(lines: Sequence[Line]) -> str:
     vertical = LogLocator(numticks=6) if log else MaxNLocator(5, steps=steps)
     axis.yaxis.set_major_locator(vertical)
     axis.xaxis.set_major_formatter(_short)
-    axis.yaxis.set_major_formatter(_power if log else _short)
+    axis.yaxis.set_major_formatter(_short)
     for line in lines:
         _draw(axis, line)
     return _for_page(encode(figure, "svg").decode())
@@ -172,15 +165,7 @@ def _short(value: float, *_: object) -> str:
     """A tick's label, in thousands or millions where it would be long."""
     if 1e4 <= abs(value) < 1e9:
         return f"{value / 1e6:.5g}M" if abs(value) >= 1e6 else f"{value / 1e3:.5g}k"
-    return f"{value:.5g}"
-
-
-def _power(value: float, *_: object) -> str:
-    """The label of a power of ten."""
-    exponent = round(math.log10(value))
-    if -3 <= exponent <= 3:
-        return f"{value:g}"
-    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{value:.5g}".replace("e-0", "e-").replace("-", "−")
 
 
 def _for_page(svg: str) -> str:

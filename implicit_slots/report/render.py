@@ -35,7 +35,11 @@ def _environment() -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "data_uri": data_uri}
+    environment.filters |= {
+        "number": number,
+        "duration": duration,
+        "data_uri": data_uri,
+    }
     environment.globals |= {
         "describe": catalogue.describe,
         "metric_title": catalogue.title,
