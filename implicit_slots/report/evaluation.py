@@ -1,10 +1,9 @@
 """The part of a page that tells of evaluations: tables, curves, pictures."""
 
 import json
-import math
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,16 +15,7 @@ from implicit_slots.evaluation.catalogue import (
     split,
 )
 from implicit_slots.report.plots import Line, Panel, plot
-from implicit_slots.report.render import number
 from implicit_slots.runtime.workdir import EVALUATION_FILE, EVALUATION_FOLDER
-
-
-class Cell(NamedTuple):
-    """A cell of a table: the mean, its spread, of how many values if not the usual."""
-
-    mean: str = ""
-    spread: str = ""
-    number: str = ""
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
@@ -94,34 +84,34 @@ def tables(records: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         shown above its columns, "" for a single run.
 
     Returns:
-      Of each table `heading`, `columns` and `rows`, pairs of a metric and its cells.
+      Of each table `heading`, `columns` and `rows`: each a metric and, per column, what
+      was found (or None) and the usual count there.
     """
+    names = sorted({name for found in records.values() for name in found}, key=rank)
+    by_group: dict[str, list[str]] = {group: [] for group in (*GROUPS, "")}
+    for name in names:
+        by_group[describe(name).group].append(name)
     usual = {
         title: max((m.get("count", 0) for m in metrics.values()), default=0)
         for title, metrics in records.items()
     }
-    by_group: dict[str, list[str]] = {group: [] for group in (*GROUPS, "")}
-    for name in sorted({n for found in records.values() for n in found}, key=rank):
-        by_group[describe(name).group].append(name)
     found = []
     for group, names in by_group.items():
-        rows = dict.fromkeys(split(name)[1] for name in names)
-        used = _prefixes(names)
-        columns = [(title, prefix) for prefix in used for title in records]
-        cells = {
-            row: [
-                _cell(records[title].get(f"{prefix}/{row}".lstrip("/")), usual[title])
-                for title, prefix in columns
-            ]
-            for row in rows
-        }
-        if names:
+        columns = [(title, prefix) for prefix in _prefixes(names) for title in records]
+        rows = [
+            (
+                describe(row),
+                [
+                    (records[title].get(f"{prefix}/{row}".lstrip("/")), usual[title])
+                    for title, prefix in columns
+                ],
+            )
+            for row in dict.fromkeys(split(name)[1] for name in names)
+        ]
+        headings = [_heading(*column) for column in columns]
+        if rows:
             found.append(
-                {
-                    "heading": group or "Other",
-                    "columns": [_heading(*column) for column in columns],
-                    "rows": [(describe(row), cells[row]) for row in rows],
-                }
+                {"heading": group or "Other", "columns": headings, "rows": rows}
             )
     return found
 
@@ -135,17 +125,3 @@ def _prefixes(names: Iterable[str]) -> list[str]:
 def _heading(title: str, prefix: str) -> str:
     kind = PREFIXES.get(prefix, prefix)
     return ": ".join(filter(None, (title, kind))) or "value"
-
-
-def _cell(found: Mapping[str, Any] | None, usual: int) -> Cell:
-    if found is None:
-        return Cell()
-    mean, spread = found["mean"], found.get("std")
-    if mean is None or not math.isfinite(mean):
-        return Cell("none")
-    count = found.get("count", usual)
-    return Cell(
-        number(mean),
-        "" if spread is None or not math.isfinite(spread) else f"{spread:.2g}",
-        "" if count == usual else f"{count:,}",
-    )

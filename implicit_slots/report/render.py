@@ -61,9 +61,9 @@ def to_number(value: object) -> float | None:
         return None
 
 
-def number(value: float) -> str:
-    """Returns a number with four digits, integers in full."""
-    if not math.isfinite(value):
+def number(value: float | None) -> str:
+    """Returns a number with four digits, integers in full; None is not finite."""
+    if value is None or not math.isfinite(value):
         return NOT_FINITE
     if value == int(value) or abs(value) >= 10_000:
         return f"{value:,.0f}"
