@@ -6,6 +6,7 @@ are viridis and Okabe and Ito's (2008), which every kind of colour vision tells 
 
 import io
 import pathlib
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,17 @@ import numpy as np
 from jaxtyping import Float
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMATS = ("png", "pdf", "svg")
+# Per format what it would tell of when and by what it was written.
+METADATA: Mapping[str, dict[str, None]] = {
+    "png": {"Software": None},
+    "pdf": dict.fromkeys(("CreationDate", "Producer", "Creator")),
+    "svg": dict.fromkeys(("Date", "Creator", "Format", "Type")),
+}
+SETTINGS: Any = {"svg.fonttype": "none", "svg.hashsalt": "figure", "pdf.fonttype": 42}
+_SETTING = threading.Lock()  # Matplotlib's settings are one for all threads
 # Okabe and Ito's that stand out from white (the last darkened), a dash for each.
 LINES = (
     ("#0072B2", "-"),
@@ -97,9 +106,7 @@ def tile_figure(
     return figure
 
 
-def curve_figure(
-    curves: Sequence[Mapping[str, Any]],
-) -> "Figure":
+def curve_figure(curves: Sequence[Mapping[str, Any]]) -> "Figure":
     """Draws medians with the range between the quartiles, a panel each.
 
     Args:
@@ -111,25 +118,20 @@ def curve_figure(
     figure = Figure(figsize=(3.2 * len(curves), 2.5), layout="constrained")
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for axis, curve in zip(panels, curves, strict=True):
-        series = {
-            name: np.array(values, np.float64)
-            for name, values in curve["series"].items()
-        }
-        colour, dash = LINES[0]
-        axis.fill_between(
-            curve["x"], series["low"], series["high"], color=colour, alpha=0.2, lw=0
+        x, (colour, dash) = curve["x"], LINES[0]
+        low, middle, high = (
+            np.array(curve["series"][name], np.float64)
+            for name in ("low", "median", "high")
         )
-        axis.plot(curve["x"], series["median"], color=colour, ls=dash, marker=".", ms=3)
+        axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+        axis.plot(x, middle, color=colour, ls=dash, marker=".", ms=3)
         if curve["log"]:
             axis.set_yscale("log")
-        if len(curve["x"]) > 1 and curve["x"][0] > curve["x"][-1]:
+        if len(x) > 1 and x[0] > x[-1]:
             axis.invert_xaxis()
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_title(curve["title"], fontsize=8)
-        axis.set_xlabel(curve["x_label"], fontsize=8)
-        axis.set_ylabel(curve["y_label"], fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.spines[["top", "right"]].set_visible(False)
+        _label(axis, curve["x_label"], curve["y_label"])
     return figure
 
 
@@ -149,31 +151,30 @@ def precision_figure(
         colour, dash = LINES[place % len(LINES)]
         axis.plot(recall, precision, color=colour, ls=dash, lw=1.2, label=label)
     axis.set(xlim=(0, 1.01), ylim=(0, 1.03))
-    axis.set_xlabel("recall", fontsize=8)
-    axis.set_ylabel("precision", fontsize=8)
-    axis.tick_params(labelsize=7)
-    axis.spines[["top", "right"]].set_visible(False)
+    _label(axis, "recall", "precision")
     axis.legend(fontsize=7, frameon=False)
     return figure
 
 
+def _label(axis: "Axes", x: str, y: str) -> None:
+    axis.set_xlabel(x, fontsize=8)
+    axis.set_ylabel(y, fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
 def save_figure(figure: "Figure", path: pathlib.Path) -> None:
     """Writes a figure beside `path` as .png, .pdf and .svg."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for kind in METADATA:
+        path.with_suffix(f".{kind}").write_bytes(encode(figure, kind))
+
+
+def encode(figure: "Figure", kind: str) -> bytes:
+    """Returns a figure in a format of `METADATA`, 150 dots to the inch."""
     from matplotlib import rc_context
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    undated = {
-        "png": {"Software": None},
-        "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
-        "svg": {"Date": None, "Creator": None},
-    }
-    settings: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "figure",
-        "pdf.fonttype": 42,
-    }
-    with rc_context(settings):
-        for kind in FORMATS:
-            encoded = io.BytesIO()
-            figure.savefig(encoded, format=kind, dpi=150, metadata=undated[kind])
-            path.with_suffix(f".{kind}").write_bytes(encoded.getvalue())
+    encoded = io.BytesIO()
+    with _SETTING, rc_context(SETTINGS):
+        figure.savefig(encoded, format=kind, dpi=150, metadata=METADATA[kind])
+    return encoded.getvalue()

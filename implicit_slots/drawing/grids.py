@@ -19,7 +19,7 @@ Picture = UInt8[np.ndarray, "height width 3"]
 
 # Twelve colours and the neutral grey, searched for the largest least distance
 # between any two (22 in CIELAB) as seen with normal colour vision and without red,
-# green or blue cones (Machado et al., 2009); tests/test_visualisation.py measures it.
+# green or blue cones (Machado et al., 2009); tests/drawing/test_grids.py measures it.
 # More slots than that reuse them, darkened.
 PALETTE = (
     *("#66AAFF", "#EECC66", "#881133", "#44EECC", "#443388", "#BB6655"),
@@ -88,20 +88,18 @@ def reconstruction_grid(
         (f"slot {k}", _attended(image, weights[:, k])) for k in range(num_slots)
     ]
 
-    scale = _enlargement(height, width)
-    tiles = [_enlarge(views, scale) for _, views in columns]
-    picture, corners = _lay_out(tiles, top=MARGIN + 2 * FONT_SIZE, break_at=first_slot)
+    tiles = [_enlarge(views) for _, views in columns]
+    top, side = MARGIN + 2 * FONT_SIZE, tiles[0].shape[2]
+    picture, lefts = _lay_out(tiles, top=top, break_at=first_slot)
     canvas = Image.fromarray(picture)
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(FONT_SIZE)
-    for index, (name, _) in enumerate(columns):
-        left, top = corners[index]
-        centre = left + width * scale // 2
-        draw.text((centre, top - 10), name, fill=INK, font=font, anchor="ms")
+    for index, (left, (name, _)) in enumerate(zip(lefts, columns, strict=True)):
+        place = (left + side // 2, top - 10)
+        draw.text(place, name, fill=INK, font=font, anchor="ms")
         if index >= first_slot:
-            colour = tuple(int(level) for level in colours[index - first_slot])
-            bar = (left, top - 6, left + width * scale - 1, top - 4)
-            draw.rectangle(bar, fill=colour)
+            colour = tuple(colours[index - first_slot].tolist())
+            draw.rectangle((left, top - 6, left + side - 1, top - 4), fill=colour)
     return np.array(canvas)
 
 
@@ -123,21 +121,15 @@ def contact_sheet(
     Returns:
       The picture. Small images are enlarged by a whole factor without smoothing.
     """
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
-    cells = _to_uint8(np.asarray(images))
-    scale = _enlargement(*cells.shape[1:3])
-    cells = _enlarge(cells, scale)
+    cells = _enlarge(_to_uint8(np.asarray(images)))
     if segmentation is not None:
         ids = np.asarray(segmentation)
         colours = slot_colours(max(int(ids.max()), 1))
         colours = np.concatenate([np.array([NEUTRAL], np.uint8), colours])
-        masks = _enlarge(colours[ids], scale)
+        masks = _enlarge(colours[ids])
         seam = np.full((len(cells), 1, *cells.shape[2:]), EDGE, np.uint8)
         cells = np.concatenate([cells, seam, masks], axis=1)
     if captions is not None:
-        if len(captions) != len(cells):
-            raise ValueError(f"{len(captions)} captions for {len(cells)} images")
         under = [_caption(text, cells.shape[2]) for text in captions]
         cells = np.concatenate([cells, np.stack(under)], axis=1)
     columns = min(columns, len(cells))
@@ -239,15 +231,11 @@ def _colour_like_prediction(
     return chosen[true]
 
 
-def _enlargement(height: int, width: int) -> int:
-    """The whole factor that makes the shorter side at least MIN_TILE."""
-    return -(-MIN_TILE // min(height, width))
-
-
 def _enlarge(
-    images: UInt8[np.ndarray, "batch height width 3"], scale: int
+    images: UInt8[np.ndarray, "batch height width 3"],
 ) -> UInt8[np.ndarray, "batch tile_height tile_width 3"]:
-    """Repeats each pixel `scale` times in both directions."""
+    """Repeats pixels until the shorter side has at least MIN_TILE."""
+    scale = -(-MIN_TILE // min(images.shape[1:3]))
     return images.repeat(scale, axis=1).repeat(scale, axis=2)
 
 
@@ -256,7 +244,7 @@ def _lay_out(
     *,
     top: int,
     break_at: int | None = None,
-) -> tuple[Picture, list[tuple[int, int]]]:
+) -> tuple[Picture, list[int]]:
     """Sets columns of tiles on a page.
 
     Args:
@@ -265,7 +253,7 @@ def _lay_out(
       break_at: The column before which to leave a wider gap.
 
     Returns:
-      The page, and of each column's first tile its left and top pixel.
+      The page, and the leftmost pixel of each column.
     """
     rows = max(len(tiles) for tiles in columns)
     height, width = columns[0].shape[1:3]
@@ -282,4 +270,4 @@ def _lay_out(
             around = np.s_[upper - 1 : upper + height + 1, left - 1 : left + width + 1]
             page[around] = EDGE
             page[upper : upper + height, left : left + width] = tile
-    return page, [(left, top) for left in lefts]
+    return page, lefts

@@ -7,23 +7,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from implicit_slots.report.curves import METRICS as CURVES
-from implicit_slots.report.curves import Line, chart, legend, read_curves, series
-from implicit_slots.report.evaluation import (
-    read,
-    tables,
-)
-from implicit_slots.report.style import (
-    details,
-    escape,
-    figure,
-    page,
-    preformatted,
-    section,
-)
+from implicit_slots.evaluation.catalogue import describe, title
+from implicit_slots.report.curves import read_curves
+from implicit_slots.report.evaluation import read, tables
+from implicit_slots.report.plots import SERIES, Line, Panel, plot
+from implicit_slots.report.render import render
 from implicit_slots.runtime.config import flat
 from implicit_slots.runtime.files import write_whole
-from implicit_slots.runtime.workdir import EVALUATION_FILE, EVALUATION_FOLDER
+from implicit_slots.runtime.workdir import (
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    EVALUATION_FOLDER,
+    METRICS_FILE,
+)
 
 # What may differ between runs of one configuration.
 SEED_KEYS = ("seed", "name", "data.cache", "data.path", "data.workers")
@@ -37,6 +33,7 @@ class _Run(NamedTuple):
 
     Attributes:
       workdir: of the run.
+      name: its folder's, or the whole path where two runs have the same.
       config: flat, without what may differ between seeds; None if unreadable.
       seed: of the run.
       record: its evaluation, or None.
@@ -44,6 +41,7 @@ class _Run(NamedTuple):
     """
 
     workdir: pathlib.Path
+    name: str
     config: dict[str, Any] | None
     seed: Any
     record: dict[str, Any] | None
@@ -70,61 +68,54 @@ def write_comparison(
       ValueError: if none of them was evaluated.
     """
     workdirs = list({workdir.resolve(): workdir for workdir in workdirs}.values())
-    label = _latest_label(workdirs)
-    if label is None:
+    pattern = f"{EVALUATION_FOLDER}/*/{EVALUATION_FILE}"
+    files = [file for workdir in workdirs for file in workdir.glob(pattern)]
+    if not files:
         raise ValueError("none of these runs has an evaluation")
-    runs = [_read(workdir, label) for workdir in workdirs]
+    # The data that was evaluated last
+    label = max(files, key=lambda file: file.stat().st_mtime).parent.name
+    folders = [workdir.resolve().name for workdir in workdirs]
+    told = [
+        folder if folders.count(folder) == 1 else str(workdir)
+        for folder, workdir in zip(folders, workdirs, strict=True)
+    ]
+    runs = [_read(*pair, label) for pair in zip(workdirs, told, strict=True)]
     groups: dict[str, list[_Run]] = {}
     for run in runs:
         groups.setdefault(json.dumps(run.config, sort_keys=True), []).append(run)
     names = _names([members[0].config for members in groups.values()])
     by_name = dict(zip(names, groups.values(), strict=True))
-    told = _told_apart(workdirs)
-    summary, singles = {}, {}
+    summary = {}
     for name, members in by_name.items():
-        done = [run.record for run in members if run.record is not None]
-        title = f"{name} (n = {len(done)})" if done else name
-        summary[title] = _over_runs([record["metrics"] for record in done])
-        for run in members:
-            if run.record is not None:
-                singles[told[run.workdir]] = {
-                    key: m | {"std": None} for key, m in run.record["metrics"].items()
-                }
-    body = [
-        f"<header><h1>{len(runs)} runs, evaluated on {escape(label)}</h1><p>"
-        "Means over the runs of a configuration ± their standard deviation (n − 1); "
-        f"a single run has none. {_counted(runs)}</p></header>",
-        section("Runs", _runs_table(by_name) + _unlike(runs)),
-        section("Metrics", tables(summary)),
-        details("Each run", tables(singles)),
-        section("Curves on the validation split", _curves(by_name)),
-    ]
-    for run in runs:
-        pictures = (run.record or {}).get("pictures", [])[:2]
-        folder = run.workdir / EVALUATION_FOLDER / label
-        shown = "".join(
-            figure(folder / p["file"], p["title"], p["caption"]) for p in pictures
-        )
-        if shown:
-            body.append(details(f"Pictures of {told[run.workdir]}", shown))
-    commands = [run.record["command"] for run in runs if run.record is not None]
-    body.append(section("Evaluate again", preformatted("\n".join(commands))))
-    write_whole(path, page("Comparison of runs", *body))
+        done = [run.record["metrics"] for run in members if run.record is not None]
+        summary[f"{name} (n = {len(done)})" if done else name] = _over_runs(done)
+    singles = {
+        run.name: {key: m | {"std": None} for key, m in run.record["metrics"].items()}
+        for run in runs
+        if run.record is not None
+    }
+    kinds = [SERIES[place % len(SERIES)] for place in range(len(names))]
+    page = render(
+        "comparison.html.j2",
+        heading="Comparison of runs",
+        label=label,
+        runs=[(name, run) for name, members in by_name.items() for run in members],
+        missing=len(runs) - len(singles),
+        unlike=_unlike([run.record for run in runs if run.record is not None]),
+        summary=tables(summary),
+        singles=tables(singles),
+        plots=_plots(by_name),
+        legend=[(*kind, name) for kind, name in zip(kinds, names, strict=True)],
+    )
+    write_whole(path, page)
     return path
 
 
-def _latest_label(workdirs: Sequence[pathlib.Path]) -> str | None:
-    """The data that was evaluated last."""
-    found = [f for w in workdirs for f in w.glob(f"{EVALUATION_FOLDER}/*/metrics.json")]
-    if not found:
-        return None
-    return max(found, key=lambda file: file.stat().st_mtime).parent.name
-
-
-def _read(workdir: pathlib.Path, label: str) -> _Run:
+def _read(workdir: pathlib.Path, name: str, label: str) -> _Run:
     config, seed, record, problem = None, None, None, ""
+    folder = workdir / EVALUATION_FOLDER / label
     try:
-        config = flat(json.loads((workdir / "config.json").read_text()))
+        config = flat(json.loads((workdir / CONFIG_FILE).read_text()))
         seed = config["seed"]
         config = {
             key: value
@@ -134,12 +125,12 @@ def _read(workdir: pathlib.Path, label: str) -> _Run:
     except (OSError, ValueError, KeyError, AttributeError):
         problem = "it holds no run"
     try:
-        record = read(workdir / EVALUATION_FOLDER / label)
+        record = read(folder)
     except ValueError as error:
-        there = (workdir / EVALUATION_FOLDER / label / EVALUATION_FILE).exists()
+        there = (folder / EVALUATION_FILE).exists()
         missing = f"it has no evaluation on {label}"
         problem = problem or (str(error) if there else missing)
-    return _Run(workdir, config, seed, record, problem)
+    return _Run(workdir, name, config, seed, record, problem)
 
 
 def _names(configs: Sequence[dict[str, Any] | None]) -> list[str]:
@@ -149,17 +140,14 @@ def _names(configs: Sequence[dict[str, Any] | None]) -> list[str]:
     differing = [
         key for key in keys if len({json.dumps(c.get(key)) for c in known}) > 1
     ]
-    names = []
-    for place, config in enumerate(configs):
-        if config is None:
-            name = "unreadable"
-        elif not differing:
-            name = "all"
-        else:
+    more = [f"{len(differing) - 3} more"] if len(differing) > 3 else []
+    names: list[str] = []
+    for place, config in enumerate(configs, start=1):
+        name = "unreadable"
+        if config is not None:
             told = [f"{key}={config.get(key)}" for key in differing[:3]]
-            more = len(differing) - 3
-            name = ", ".join(told) + (f", {more} more" if more > 0 else "")
-        names.append(name if name not in names else f"{name} [{place + 1}]")
+            name = ", ".join(told + more) or "all"
+        names.append(name if name not in names else f"{name} [{place}]")
     return names
 
 
@@ -178,68 +166,32 @@ def _over_runs(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]
     return found
 
 
-def _told_apart(workdirs: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
-    """Names of runs: their folders', or the whole path where two have the same."""
-    names = [workdir.resolve().name for workdir in workdirs]
-    return {
-        workdir: name if names.count(name) == 1 else str(workdir)
-        for workdir, name in zip(workdirs, names, strict=True)
-    }
-
-
-def _counted(runs: Sequence[_Run]) -> str:
-    missing = sum(run.record is None for run in runs)
-    return f"{missing} of {len(runs)} runs are not in the means." if missing else ""
-
-
-def _unlike(runs: Sequence[_Run]) -> str:
-    """A sentence for what the evaluations do not have in common."""
-    records = [run.record for run in runs if run.record is not None]
-    sentences = ""
+def _unlike(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """What the evaluations do not have in common, with the values if they are short."""
+    unlike = []
     for key in EVALUATED_ON:
-        found = [_without(record.get(key), NOT_DATA) for record in records]
-        values = list(dict.fromkeys(json.dumps(value) for value in found))
+        values = list(dict.fromkeys(_compared(record.get(key)) for record in records))
         if len(values) > 1:
-            told = "" if key in ("data", "settings") else f": {', '.join(values)}"
-            sentences += (
-                '<p class="bad">Not evaluated alike, so compare with care: '
-                f"{escape(key)}{escape(told)}.</p>"
-            )
-    return sentences
+            unlike.append((key, [] if key in ("data", "settings") else values))
+    return unlike
 
 
-def _without(value: Any, keys: Sequence[str]) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    return {key: value[key] for key in sorted(value) if key not in keys}
+def _compared(value: Any) -> str:
+    if isinstance(value, dict):
+        value = {key: value[key] for key in value if key not in NOT_DATA}
+    return json.dumps(value, sort_keys=True)
 
 
-def _curves(by_name: Mapping[str, Sequence[_Run]]) -> str:
+def _plots(by_name: Mapping[str, Sequence[_Run]]) -> list[Panel]:
     """Of each metric that was logged in validation, a line per run."""
-    plots: dict[str, list[Line]] = {}
-    for index, members in enumerate(by_name.values()):
+    lines: dict[str, list[Line]] = {}
+    for place, members in enumerate(by_name.values()):
+        kind, _ = SERIES[place % len(SERIES)]
         for run in members:
-            for name, by_split in read_curves(run.workdir / "metrics.jsonl")[0].items():
-                for split, (steps, values) in by_split.items():
-                    if split != "train":
-                        line = Line(series(index), steps, values)
-                        plots.setdefault(name, []).append(line)
-    panels = "".join(
-        chart(*CURVES.get(name, (name, "")), lines) for name, lines in plots.items()
-    )
-    if not panels:
-        return ""
-    return f'{legend(list(by_name))}<div class="panels">{panels}</div>'
-
-
-def _runs_table(by_name: Mapping[str, Sequence[_Run]]) -> str:
-    rows = []
-    for name, members in by_name.items():
-        for run in members:
-            told = escape(run.problem) if run.problem else f"step {run.record['step']}"  # pyright: ignore
-            kind = ' class="bad"' if run.problem else ""
-            rows.append(
-                f'<tr><th scope="row">{escape(run.workdir)}</th><td>{escape(name)}</td>'
-                f"<td>seed {escape(run.seed)}</td><td{kind}>{told}</td></tr>"
-            )
-    return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
+            for name, by_split in read_curves(run.workdir / METRICS_FILE)[0].items():
+                for split in by_split.keys() - {"train"}:
+                    lines.setdefault(name, []).append(Line(kind, *by_split[split]))
+    return [
+        Panel(title(name), describe(name).note, plot(found), name)
+        for name, found in lines.items()
+    ]

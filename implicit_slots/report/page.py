@@ -1,7 +1,7 @@
 """One page that tells what a run did: `report.html` out of a run's directory.
 
-The page stands alone (pictures as data, curves as inline SVG, no script), follows the
-reader's light or dark mode, and is a function of the directory's files.
+The page is a function of the directory's files. It stands alone and follows the
+reader's light or dark mode.
 """
 
 import json
@@ -12,26 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from implicit_slots.report import evaluation
-from implicit_slots.report.curves import (
-    METRICS,
-    Curve,
-    panels,
-    rank,
-    read_curves,
-    to_number,
-)
-from implicit_slots.report.style import (
-    details,
-    escape,
-    figure,
-    format_duration,
-    format_number,
-    page,
-    preformatted,
-    section,
-)
+from implicit_slots.evaluation import catalogue
+from implicit_slots.report.curves import Curves, kind_of, plots, read_curves
+from implicit_slots.report.evaluation import evaluations
+from implicit_slots.report.render import duration, number, render, to_number
+from implicit_slots.runtime.config import flat
 from implicit_slots.runtime.files import write_whole
+from implicit_slots.runtime.workdir import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
 
 EARLIER_PICTURES = 6
 
@@ -39,8 +26,9 @@ EARLIER_PICTURES = 6
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
     """Writes `report.html` from what a run's directory holds.
 
-    Reads `config.json` and, where they are there, `metrics.jsonl`, `summary.json` and
-    `images/step_*.png`. Values that are not finite are marked, not drawn.
+    Reads `config.json` and, where they are there, `metrics.jsonl`, `summary.json`,
+    `images/step_*.png` and `evaluation/`. Values that are not finite are marked, not
+    drawn.
 
     Args:
       workdir: The run's directory.
@@ -51,145 +39,75 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     Raises:
       FileNotFoundError: If the directory holds no `config.json`.
     """
-    config_path = workdir / "config.json"
+    config_path = workdir / CONFIG_FILE
     if not config_path.exists():
-        raise FileNotFoundError(f"{workdir} is not a run: it holds no config.json")
+        raise FileNotFoundError(f"{workdir} is not a run: it holds no {CONFIG_FILE}")
     config = json.loads(config_path.read_text())
-    summary_path = workdir / "summary.json"
+    summary_path = workdir / SUMMARY_FILE
     finished = summary_path.exists()
     summary = json.loads(summary_path.read_text()) if finished else {}
-    curves, unreadable = read_curves(workdir / "metrics.jsonl")
-
-    name = str(config.get("name") or workdir.resolve().name)
-    versions = summary.pop("versions", {})
-    command = summary.pop("command", None)
-    numbers = _flatten(summary) if finished else _last_values(curves)
-    heading = "Final numbers" if finished else "Last numbers logged (not finished)"
-    sections = [
-        f"<header><h1>{escape(name)}</h1><p>{escape(_sentence(config))}</p></header>",
-        section(heading, _numbers_table(numbers)),
-        *evaluation.sections(workdir),
-        section("Pictures", _pictures(sorted(workdir.glob("images/step_*.png")))),
-        section("Curves", _curves(curves, unreadable)),
-        section("Run it again", command and preformatted(command)),
-        section("Versions", _pairs_table(_flatten(versions))),
-        details("Full configuration", preformatted(json.dumps(config, indent=2))),
-    ]
+    curves, unreadable = read_curves(workdir / METRICS_FILE)
+    splits = sorted({split for by_split in curves.values() for split in by_split})
+    versions, command = summary.pop("versions", {}), summary.pop("command", None)
+    page = render(
+        "report.html.j2",
+        heading=str(config.get("name") or workdir.resolve().name),
+        settings=flat(config),
+        finished=finished,
+        numbers=_numbers(summary if finished else _last_values(curves)),
+        evaluations=evaluations(workdir),
+        pictures=_pictures(sorted(workdir.glob("images/step_*.png"))),
+        legend=[(kind_of(split), (), split) for split in splits],
+        plots=plots(curves),
+        unreadable=unreadable,
+        command=command,
+        versions=versions,
+        config=json.dumps(config, indent=2),
+    )
     path = workdir / "report.html"
-    write_whole(path, page(name, *sections))
+    write_whole(path, page)
     return path
 
 
-# --- what the files say
-
-
-def _last_values(curves: Mapping[str, Mapping[str, Curve]]) -> dict[str, Any]:
+def _last_values(curves: Curves) -> dict[str, Any]:
     """Of each curve its last value, named as in a summary."""
     numbers: dict[str, Any] = {}
-    for name, splits in curves.items():
-        for split, (steps, values) in splits.items():
+    for name, by_split in curves.items():
+        for split, (steps, values) in by_split.items():
             numbers["step"] = max(numbers.get("step", 0), int(steps[-1]))
             numbers[f"{split}/{name}"] = float(values[-1])
     return numbers
 
 
-def _flatten(tree: Mapping[str, Any], separator: str = "/") -> dict[str, Any]:
-    """Nested dictionaries as one, with joined keys."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            inner = _flatten(value, separator)
-            flat |= {f"{key}{separator}{rest}": leaf for rest, leaf in inner.items()}
-        else:
-            flat[key] = value
-    return flat
-
-
-def _sentence(config: Mapping[str, Any]) -> str:
-    """What was run, from those of the usual keys that the configuration has."""
-    flat = _flatten(config, ".")
-
-    def clause(template: str, *keys: str) -> str:
-        values = [flat.get(key) for key in keys]
-        if None in values:
-            return ""
-        plain = (f"{v:,}" if isinstance(v, int) else str(v) for v in values)
-        return template.format(*plain)
-
-    sentence = clause("{}", "model.name").upper() or "A model"
-    sentence += clause(" with {} slots", "model.num_slots")
-    sentence += clause(", trained on {}", "data.name")
-    sentence += clause(" at {0} x {0} pixels", "data.resolution")
-    sentence += clause(" for {} steps", "num_steps")
-    sentence += clause(" of {} images", "batch_size")
-    sentence += clause(", seed {}", "seed") + "."
-    if solver := clause("{}", "model.solver.name"):
-        sentence += f" Forward: {solver}"
-        sentence += clause(", at most {} steps", "model.solver.max_steps") + "."
-    if adjoint := clause("{}", "model.adjoint.name"):
-        sentence += f" Backward: {adjoint}"
-        if adjoint == "neumann":
-            sentence += clause(", terms: {}", "model.adjoint.terms")
-        sentence += "."
-    return sentence
-
-
-# --- HTML
-
-
-def _format(name: str, value: object) -> str:
-    """A value as HTML."""
-    number = to_number(value)
-    if number is None or isinstance(value, str):
-        return escape(value)
-    if not math.isfinite(number):
-        return '<span class="bad">not finite</span>'
-    if name == "wall_seconds":
-        return format_duration(number)
-    return format_number(number)
-
-
-def _numbers_table(numbers: Mapping[str, Any]) -> str:
-    """Quantity and split, value, meaning of each number; known ones first."""
+def _numbers(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Name, split and value of each number, in the order of the catalogue."""
     rows = []
-    for key in sorted(numbers, key=lambda key: rank(key.rpartition("/")[2])):
-        split, _, name = key.rpartition("/")
-        label, meaning = METRICS.get(name, (name, ""))
-        rows.append(
-            f'<tr><th scope="row">{escape(label)} <span>{escape(split)}</span></th>'
-            f'<td class="value">{_format(name, numbers[key])}</td>'
-            f'<td class="meaning">{escape(meaning)}</td></tr>'
-        )
-    return f'<table class="numbers">{"".join(rows)}</table>' if rows else ""
+    for key, value in numbers.items():
+        split, slash, name = key.partition("/")
+        name = name if slash else key
+        rows.append((name, split if slash else "", _shown(name, value)))
+    return sorted(rows, key=lambda row: catalogue.rank(row[0]))
 
 
-def _pairs_table(pairs: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>'
-        for key, value in pairs.items()
-    )
-    return f'<div class="scroll"><table>{rows}</table></div>' if rows else ""
+def _shown(name: str, value: Any) -> str:
+    found = to_number(value)
+    if found is None or isinstance(value, str):
+        return str(value)
+    if name == "wall_seconds" and math.isfinite(found):
+        return duration(found)
+    return number(found)
 
 
-def _curves(curves: Mapping[str, Mapping[str, Curve]], unreadable: int) -> str:
-    """The plots, and what could not be read."""
-    body = panels(curves) if curves else "<p>Nothing is logged yet.</p>"
-    if unreadable:
-        body += f'<p class="bad">Unreadable lines of metrics.jsonl: {unreadable}</p>'
-    return body
-
-
-def _pictures(paths: Sequence[pathlib.Path]) -> str:
+def _pictures(paths: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
     """The latest picture, then earlier ones from the first, evenly chosen."""
-    if not paths:
-        return ""
-    *earlier, latest = paths
+    *earlier, latest = paths or [None]
+    if latest is None:
+        return []
     chosen = np.linspace(0, len(earlier) - 1, min(len(earlier), EARLIER_PICTURES))
-    small = "".join(_figure(earlier[round(index)]) for index in chosen)
-    return _figure(latest) + f'<div class="earlier">{small}</div>'
+    return [_picture(path) for path in (latest, *(earlier[round(i)] for i in chosen))]
 
 
-def _figure(path: pathlib.Path) -> str:
+def _picture(path: pathlib.Path) -> dict[str, Any]:
     step = path.stem.removeprefix("step_")
-    caption = f"Step {int(step):,}" if step.isdigit() else path.stem
-    return figure(path, caption)
+    title = f"Step {int(step):,}" if step.isdigit() else path.stem
+    return {"path": path, "title": title}

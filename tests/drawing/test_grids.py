@@ -158,11 +158,6 @@ def test_contact_sheet_sets_masks_below_images():
     np.testing.assert_array_equal(shown, colours[arrays["segmentation"][1]])
 
 
-def test_contact_sheet_refuses_no_columns():
-    with pytest.raises(ValueError, match="columns must be at least 1, got 0"):
-        contact_sheet(scene()["image"], columns=0)
-
-
 def test_large_images_keep_their_pixels():
     images = np.zeros((1, 128, 128, 3), np.uint8)
     side = 128 + 2 * MARGIN

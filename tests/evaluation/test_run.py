@@ -57,7 +57,11 @@ def record(workdir, history):
 @pytest.mark.slow
 def test_every_metric_of_the_table_is_measured_or_its_absence_explained(record):
     found = {name.rpartition("/")[2] for name in record["metrics"]}
-    told = {name for name in METRICS if METRICS[name].group != "Object properties"}
+    told = {
+        metric.name
+        for metric in METRICS.values()
+        if metric.measured != "training" and metric.group != "Object properties"
+    }
     assert found | record["absent"].keys() == told
     assert record["absent"].keys() == {"fid"}
     for name in record["metrics"]:
@@ -66,6 +70,15 @@ def test_every_metric_of_the_table_is_measured_or_its_absence_explained(record):
     for kind in ("attention", "decoder"):
         assert record["metrics"][f"{kind}/fg_ari"]["count"] == 16
     assert {"dvae/psnr", "slots/psnr"} <= record["metrics"].keys()
+
+
+@pytest.mark.slow
+def test_every_number_that_training_writes_is_in_the_table(workdir, history):
+    names = {name for line in history.splitlines() for name in json.loads(line)}
+    summary = json.loads((workdir / "summary.json").read_text())
+    names |= {name.rpartition("/")[2] for name in summary} - {"command", "versions"}
+    for name in names - {"split"}:
+        assert describe(name).measured in ("training", "both"), name
 
 
 @pytest.mark.slow
