@@ -52,7 +52,9 @@ PREFIXES: Mapping[str, str] = {
 }
 # Names that training logs, and what an evaluation calls the same.
 ALIASES: Mapping[str, str] = {
+    "decoder_ari": "decoder/ari",
     "decoder_fg_ari": "decoder/fg_ari",
+    "decoder_miou": "decoder/miou",
     "mse": "relaxed/mse",  # the dVAE's loss; an evaluation measures without noise
     "dvae_mse": "dvae/mse",
     "slot_mse": "slots/mse",
