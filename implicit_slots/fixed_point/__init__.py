@@ -3,6 +3,7 @@
 Knows nothing of slots: it stands on JAX alone.
 """
 
+import inspect
 import sys
 import types
 
@@ -62,6 +63,7 @@ class _Callable(types.ModuleType):
     """
 
     __call__ = staticmethod(fixed_point)
+    __signature__ = inspect.signature(fixed_point)
 
 
 sys.modules[__name__].__class__ = _Callable

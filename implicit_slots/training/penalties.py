@@ -4,27 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from implicit_slots.models.outputs import Output
+from implicit_slots.models.outputs import Output, attention_entropy
 from implicit_slots.runtime.config import Config
 
 SECTION = "penalty"
-
-
-def attention_entropy(
-    attention: Float[Array, "batch slots rows columns"],
-) -> Float[Array, " batch"]:
-    """Returns the entropy over the slots, mean over positions, in nats.
-
-    From 0, each position one slot's, to log(slots). Unlike `jax.scipy.special.entr` its
-    gradient is finite where a share is 0, as sharp masks have them: there entr's is
-    infinite, and the softmax multiplies it by 0.
-    """
-    smallest = jnp.finfo(attention.dtype).tiny
-    nats = -attention * jnp.log(jnp.maximum(attention, smallest))
-    return nats.sum(axis=1).mean(axis=(1, 2))
 
 
 def _coupling(output: Output) -> Float[Array, " batch"]:

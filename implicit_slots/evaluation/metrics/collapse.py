@@ -10,6 +10,7 @@ from clu import metrics
 from jaxtyping import Array, Bool, Float, Int
 
 from implicit_slots.evaluation.metrics.segmentation import adjusted_rand_index
+from implicit_slots.models.outputs import attention_entropy
 
 Attention = Float[Array, "batch slots rows columns"]
 
@@ -73,9 +74,8 @@ class AttentionEntropy(_ImageMean):
     def _measure(
         cls, attention: Attention, counted: Bool[Array, " batch"]
     ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
-        entropy = jax.scipy.special.entr(attention.astype(jnp.float32)).sum(axis=1)
         largest = math.log(max(attention.shape[1], 2))
-        return entropy.mean(axis=(1, 2)) / largest, counted
+        return attention_entropy(attention) / largest, counted
 
 
 @flax.struct.dataclass
