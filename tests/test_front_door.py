@@ -25,7 +25,7 @@ def test_the_package_is_imported_alone():
         "dir(implicit_slots), implicit_slots.__version__",
         "heavy = {'jax', 'flax', 'numpy', 'optax', 'grain', 'clu', 'ml_collections'}",
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)",
-        "assert not [name for name in sys.modules if name.startswith('implicit_slots.')]",
+        "assert not [n for n in sys.modules if n.startswith('implicit_slots.')]",
         "implicit_slots.Picard",
         "assert 'jax' in sys.modules and 'flax' not in sys.modules",
     )

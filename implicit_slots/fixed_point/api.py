@@ -72,12 +72,12 @@ def fixed_point(
 ) -> Solution:
     """Solves z = f(params, x, z) from `z0`, differentiably.
 
-    By default the solution and its gradient are as exact as float32 allows for most f:
-    Anderson's method until the relative residual is below 1e-5, or 50 evaluations were
-    made, and the implicit function theorem's gradient, for which GMRES makes up to 20
-    products with the Jacobian. Whether that was enough for each example is in `stats`.
-    The paper's slot attention is cheaper and biased: `Picard(max_steps=7)` with
-    `Neumann(terms=1)`.
+    The defaults aim at an exact solution and an exact gradient, because a wrong one is
+    hard to see. Anderson's method goes on until the relative residual is below 1e-5 or
+    50 evaluations were made; `stats` say which, for each example. The gradient is that
+    of the implicit function theorem, for which GMRES makes 20 products with the
+    Jacobian. The paper's slot attention is cheaper and biased: `Picard(max_steps=7)`
+    with `Neumann(terms=1)`.
 
     With an implicit adjoint the solver's result z_T is a constant, f is applied to it
     once more and `value` is f(params, x, z_T): the paper's one extra line. The
