@@ -1,6 +1,7 @@
 """Every key, its meaning and its default: SLATE as published, trained implicitly.
 
-Other files set what they change. The values are those of the ShapeStacks set-up of
+Other files set what they change. What models and solvers default to stands in their
+constructors and is read from there. The values are those of the ShapeStacks set-up of
 Singh et al. 2022 (vocabulary, widths, rates: from memory) with the slots, iterations
 and resolution that Chang et al. 2022 state.
 """
