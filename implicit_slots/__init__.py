@@ -49,30 +49,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
-    from implicit_slots.fixed_point import (
-        GMRES,
-        Adaptive,
-        Adjoint,
-        Anderson,
-        BackwardStats,
-        BiCGSTAB,
-        Broyden,
-        Dense,
-        Implicit,
-        Neumann,
-        Phantom,
-        Picard,
-        Solution,
-        Solver,
-        Stats,
-        Truncated,
-        Unrolled,
-        backward_probe,
-        check_pair,
-        coupling_norm,
-        fixed_point,
-        jacobian_norm,
-    )
+    from implicit_slots.fixed_point import *
     from implicit_slots.models.autoencoder import Autoencoder
     from implicit_slots.models.set_prediction import SetPredictor
     from implicit_slots.models.slate import SLATE
