@@ -1,12 +1,17 @@
 """Every key, its meaning and its default: SLATE as published, trained implicitly.
 
-Other files set what they change. The values are those of the ShapeStacks set-up of
+Other files set what they change. What models and solvers default to stands in their
+constructors and is read from there. The values are those of the ShapeStacks set-up of
 Singh et al. 2022 (vocabulary, widths, rates: from memory) with the slots, iterations
 and resolution that Chang et al. 2022 state.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
+import implicit_slots.fixed_point as core
+from implicit_slots.models.build import defaults
 from implicit_slots.runtime.config import Config
 
 
@@ -30,32 +35,7 @@ def get_config(name: str, data: Config) -> Config:
     # Or "bfloat16": products alone; parameters, softmaxes and losses stay float32.
     config.precision = "float32"
 
-    config.model = ConfigDict()
-    config.model.name = "slate"
-    config.model.vocab_size = 4096
-    config.model.dvae_features = 64
-    config.model.width = 192
-    config.model.num_blocks = 8
-    config.model.num_heads = 8
-    config.model.dropout = 0.1
-    config.model.attention_dropout = 0.1  # on the decoder's attention weights
-    config.model.attention = (
-        "xla"  # or "cudnn": NVIDIA, bfloat16, no dropout on weights
-    )
-    config.model.remat = False  # recompute decoder blocks instead of storing them
-    config.model.hard = False  # straight-through one-hot dVAE tokens
-    config.model.num_slots = 12
-    config.model.slot_size = 192
-    config.model.slot_mlp_size = 192
-    config.model.slot_heads = 1
-    config.model.epsilon = 1e-8  # added to the attention before normalising over inputs
-    config.model.initial_slots = "gaussian"  # or "learned"
-    config.model.straight_through = False  # trains the initial slots' parameters
-    config.model.attention_gain = 1.0  # Xavier's, of the initial queries and keys
-    config.model.initial_positions = "normal"  # or "smooth": neighbours alike
-    config.model.position_scale = 1.0  # of the initial position embedding
-    config.model.solver = solver("picard", max_steps=7)
-    config.model.adjoint = adjoint()
+    config.model = model("slate")
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 3e-4  # peak, of everything but the dVAE
@@ -147,16 +127,9 @@ def autoencoder(name: str, data: Config) -> Config:
       name: the run's name.
       data: the data section.
     """
-    config = _of_locatello(name, data)
+    config = _of_locatello(name, data, "autoencoder")
     config.num_steps = 500_000
     config.batch_size = 64
-    config.model.name = "autoencoder"
-    config.model.encoder_strides = (1, 1, 1, 1)
-    config.model.decoder_features = 64
-    config.model.decoder_strides = (2, 2, 2, 2, 1)
-    # Of the grid that a slot is broadcast to; 0: what the strides leave.
-    config.model.broadcast_side = 0
-    config.model.num_slots = 7
     config.optimizer.warmup_steps = 10_000
     config.optimizer.half_life = 100_000.0
     return config
@@ -172,37 +145,18 @@ def set_prediction(name: str, data: Config) -> Config:
       name: the run's name.
       data: the data section.
     """
-    config = _of_locatello(name, data)
+    config = _of_locatello(name, data, "set_prediction")
     config.num_steps = 150_000
     config.batch_size = 512
-    config.model.name = "set_prediction"
-    config.model.encoder_strides = (1, 2, 2, 1)
-    config.model.head_size = 64  # hidden width of the MLP that reads a slot
-    config.model.num_slots = 10
     config.optimizer.warmup_steps = 1_000
     config.optimizer.half_life = 50_000.0
     return config
 
 
-def _of_locatello(name: str, data: Config) -> Config:
+def _of_locatello(name: str, data: Config, kind: str) -> Config:
     """What the two models of Locatello et al. 2020 share."""
     config = get_config(name, data)
-    slate = config.model
-    config.model = ConfigDict()
-    config.model.name = ""
-    config.model.features = 64  # channels of the encoder's 5x5 convolutions
-    config.model.slot_size = 64
-    config.model.slot_mlp_size = 128
-    for key in (
-        "slot_heads",
-        "epsilon",
-        "initial_slots",
-        "straight_through",
-        "attention_gain",
-    ):
-        config.model[key] = slate[key]
-    config.model.solver = solver("picard", max_steps=3)
-    config.model.adjoint = slate.adjoint
+    config.model = model(kind)
     config.optimizer.learning_rate = 4e-4
     config.optimizer.schedule = "half_life"
     config.optimizer.clip = "none"
@@ -212,8 +166,31 @@ def _of_locatello(name: str, data: Config) -> Config:
     return config
 
 
+def model(name: str) -> Config:
+    """Section of a model: the arguments of its constructor and of its slot attention.
+
+    Their docstrings say what they mean: `SLATE`, `Autoencoder` and `SetPredictor` in
+    implicit_slots/models, and `SlotAttention` (its `mlp_size` and `num_heads` are
+    `slot_mlp_size` and `slot_heads` here).
+
+    Args:
+      name: "slate", "autoencoder" or "set_prediction".
+    """
+    arguments = defaults(name)
+    iterations = arguments.pop("solver").max_steps
+    del arguments["adjoint"]
+    section: Config = ConfigDict({"name": name, **arguments})
+    section.solver = solver("picard", max_steps=iterations)
+    section.adjoint = adjoint()
+    return section
+
+
 def solver(
-    name: str, *, max_steps: int, rtol: float = 0.0, restart: bool = True
+    name: str,
+    *,
+    max_steps: int,
+    rtol: float = core.Solver.rtol,
+    restart: bool = core.Anderson.restart,
 ) -> Config:
     """Section of a solver: forward, or of the backward pass's linear system.
 
@@ -228,13 +205,14 @@ def solver(
     section.name = name
     section.max_steps = max_steps
     section.rtol = rtol
-    section.atol = 0.0
-    section.damping = 1.0  # picard, anderson, broyden: step length
-    section.patience = 20  # the same: steps without progress before an example stops
-    section.depth = 5  # anderson: how many differences are kept
-    section.ridge = 1e-6  # anderson: of its least-squares problem
+    section.atol = core.Solver.atol
+    section.damping = core.Solver.damping  # picard, anderson, broyden: step length
+    # The same: steps without progress before an example stops.
+    section.patience = core.Solver.patience
+    section.depth = core.Anderson.depth  # anderson: how many differences are kept
+    section.ridge = core.Anderson.ridge  # anderson: of its least-squares problem
     section.restart = restart  # anderson: forget them where the residual has grown
-    section.memory = 10  # broyden: how many updates are kept
+    section.memory = core.Broyden.memory  # broyden: how many updates are kept
     return section
 
 
@@ -243,16 +221,21 @@ def adjoint() -> Config:
     section: Config = ConfigDict()
     # Or "unrolled", "truncated", "phantom", "adaptive", "implicit".
     section.name = "neumann"
-    section.terms = 1  # neumann: how many powers of J
-    section.steps = 1  # truncated, phantom: applications or terms
-    section.damping = 1.0  # truncated, phantom: step length
-    section.max_terms = 20  # adaptive
-    section.rtol = 1e-2  # adaptive: wanted relative error of the cotangent
-    section.remat = False  # unrolled, truncated: recompute instead of storing
+    section.terms = core.Neumann.terms  # neumann: how many powers of J
+    section.steps = core.Truncated.steps  # truncated, phantom: applications or terms
+    section.damping = core.Truncated.damping  # truncated, phantom: step length
+    section.max_terms = core.Adaptive.max_terms  # adaptive
+    section.rtol = (
+        core.Adaptive.rtol
+    )  # adaptive: wanted relative error of the cotangent
+    section.remat = core.Unrolled.remat  # unrolled, truncated: recompute, do not store
     # Implicit: how uᵀ = uᵀJ + gᵀ is solved.
     # No tolerance: what does not meet one within the steps trains with one term, and
     # SLATE's slots rarely meet even 1e-2 within 60.
-    section.solver = solver("gmres", max_steps=20, rtol=0.0, restart=False)
+    linear: Any = core.Implicit.solver
+    section.solver = solver(
+        "gmres", max_steps=linear.max_steps, rtol=linear.rtol, restart=False
+    )
     return section
 
 
@@ -260,7 +243,7 @@ def data(name: str, *, resolution: int, max_objects: int, crop: str = "") -> Con
     """The keys that every data section has.
 
     Args:
-      name: a row of the table in implicit_slots/data/sources.py.
+      name: a row of the table in implicit_slots/data/registry.py.
       resolution: height and width of the images, in pixels.
       max_objects: length of the attributes' arrays and largest id in a mask.
       crop: what part of a frame is kept; the embedded scenes have none.
@@ -270,7 +253,7 @@ def data(name: str, *, resolution: int, max_objects: int, crop: str = "") -> Con
     section.resolution = resolution
     section.max_objects = max_objects
     if crop:
-        section.crop = crop  # see implicit_slots/data/images.py
+        section.crop = crop  # see data/readers/preprocessing.py
     section.keep_objects = 0  # leaves out images with more objects; 0: none
     section.flip = False  # mirrors half of the training images
     section.cache = "runs/cache"  # of prepared or rendered images; empty: none
@@ -307,7 +290,7 @@ def files(
     """Data section of a data set on disk.
 
     Args:
-      name: a row of the table in implicit_slots/data/sources.py.
+      name: a row of the table in implicit_slots/data/registry.py.
       resolution: height and width of the images, in pixels.
       max_objects: length of the attributes' arrays and largest id in a mask.
       crop: what part of a frame is kept.

@@ -98,10 +98,7 @@ MODEL = (
         (f"dvae.decoder.layers.{i}", f"dvae.decoder.{i}", block)
         for i, block in enumerate(
             # None: the pixel shuffles.
-            (
-                POINTWISE_BLOCK,
-                *2 * (SPATIAL_BLOCK, *3 * (POINTWISE_BLOCK,), None),
-            )
+            (POINTWISE_BLOCK, *2 * (SPATIAL_BLOCK, *3 * (POINTWISE_BLOCK,), None))
         )
         if block
     ),
@@ -167,9 +164,8 @@ def to_official(params: dict) -> dict[str, np.ndarray]:
     Raises:
       ValueError: if the official code has no such model.
     """
-    official = {
-        name: np.ascontiguousarray(value) for name, value in _turned(params).items()
-    }
+    turned = _turned(params)
+    official = {name: np.ascontiguousarray(value) for name, value in turned.items()}
     tokens = official["positional_encoder.pe"].shape[1] - 1
     for block in range(len(params["decoder"]["blocks"])):
         # The official code stores the causal mask as a parameter of each block.
@@ -191,7 +187,8 @@ def from_official(weights: Mapping[str, np.ndarray], params: dict) -> dict:
         a key explains it, and naming the tensors otherwise.
     """
     shapes = _shapes(params)
-    _check(_without_masks(weights), shapes)
+    unmasked = {n: w for n, w in weights.items() if not n.endswith(f".{MASK}")}
+    _check(unmasked, shapes)
     filled: dict = {}
     for pair in pairs(len(params["decoder"]["blocks"])):
         value = pair.layout.ours(np.asarray(weights[pair.official]))
@@ -223,12 +220,6 @@ def _turned(params: dict) -> dict[str, np.ndarray]:
     }
 
 
-def _without_masks(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {
-        name: value for name, value in weights.items() if not name.endswith(f".{MASK}")
-    }
-
-
 def _leaf(params: Any, path: tuple[str | int, ...]) -> Any:
     for key in path:
         params = params[key]
@@ -239,9 +230,8 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
     """The official shape of every tensor, masks left out."""
     import jax
 
-    hollow = jax.tree.map(
-        lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), params
-    )
+    zero = np.float32(0)
+    hollow = jax.tree.map(lambda leaf: np.broadcast_to(zero, leaf.shape), params)
     return {name: value.shape for name, value in _turned(hollow).items()}
 
 
@@ -259,14 +249,12 @@ def _check(
             )
             raise ValueError(f"the weights are of a model of another size: set {keys}")
     wrong = {
-        "lack": [name for name in shapes if name not in found],
-        "have no place in the model for": [
-            name for name in found if name not in shapes
-        ],
+        "lack": [n for n in shapes if n not in found],
+        "have no place in the model for": [n for n in found if n not in shapes],
         "have another shape of": [
-            f"{name} {found[name]} instead of {shapes[name]}"
-            for name in shapes
-            if name in found and found[name] != shapes[name]
+            f"{name} {found[name]} instead of {shape}"
+            for name, shape in shapes.items()
+            if found.get(name, shape) != shape
         ],
         "are not floating-point numbers in": [
             name
@@ -370,8 +358,8 @@ def _write_run(
     params = jax.tree.map(jnp.asarray, from_official(weights, shapes))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(workdir / CHECKPOINT_FOLDER, keep=1)
-        with contextlib.closing(checkpoints):
+        folder = workdir / CHECKPOINT_FOLDER
+        with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
             checkpoints.save(initial_state(params, optimizer, config.optimizer))
         # Last: a workdir without it is refused, not trained from the beginning.
         write_json(workdir / CONFIG_FILE, json.loads(config.to_json()))

@@ -71,10 +71,6 @@ def main(_: list[str]) -> None:
     Exits with 1 on what the user can put right, and with 75 ("try again") where the run
     was told to stop and the same command goes on.
     """
-    # Before the loop, which saves first, and after it, nothing can be lost. (C++ that
-    # calls Python may swallow an exception.)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os._exit(RESUME_ME))
     # Orbax and clu report every file they touch at INFO.
     logging.set_verbosity(logging.WARNING)
     keep_freed_memory()
@@ -176,6 +172,10 @@ def _end(stop: SystemExit) -> NoReturn:
 
 
 if __name__ == "__main__":
+    # Before the loop, which saves first, and after it, nothing can be lost. (C++ that
+    # calls Python may swallow an exception.)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(RESUME_ME))
     try:
         app.run(main, flags_parser=_parse)
     except SystemExit as stop:

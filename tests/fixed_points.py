@@ -10,7 +10,7 @@ from flax import nnx
 from reference import relative_error
 
 from implicit_slots.fixed_point import backward_probe, fixed_point
-from implicit_slots.models.slot_attention import SlotAttentionStep, StepFunction
+from implicit_slots.models.slot_attention import SlotAttention, StepFunction
 
 BATCH, DIM = 3, 6
 SPECTRA = ("real", "complex", "near-critical", "non-normal")
@@ -123,7 +123,8 @@ def slot_attention(batch=2, inputs=7, slots=3, size=4, strength=0.6, seed=7):
     With this seed the slots of both examples differ at the fixed point (with many, all
     slots become one) and the plain iteration contracts like 0.9.
     """
-    step = SlotAttentionStep(size, size, 2 * size, rngs=nnx.Rngs(seed))
+    model = SlotAttention(size, slot_size=size, mlp_size=2 * size, rngs=nnx.Rngs(seed))
+    step = model.step
     step.mlp.leave.kernel[...] *= strength
     graphdef, params = nnx.split(step)
     params = jax.tree.map(

@@ -25,7 +25,6 @@ from implicit_slots.evaluation.metrics.average_precision import (
     detect,
 )
 from implicit_slots.evaluation.metrics.collapse import (
-    attention_entropy,
     largest_slot,
     mask_similarity,
 )
@@ -35,7 +34,7 @@ from implicit_slots.evaluation.setup import Setup
 from implicit_slots.fixed_point import diagnostics, fixed_point
 from implicit_slots.models.build import model_class
 from implicit_slots.models.images import as_float, squared_error
-from implicit_slots.models.outputs import Output, Reconstruction
+from implicit_slots.models.outputs import Output, Reconstruction, attention_entropy
 from implicit_slots.models.schedules import annealed
 from implicit_slots.models.set_prediction import CLASSES, REACH, encode_objects
 from implicit_slots.runtime.compiling import Bound

@@ -3,6 +3,10 @@
 Knows nothing of slots: it stands on JAX alone.
 """
 
+import inspect
+import sys
+import types
+
 from implicit_slots.fixed_point.adjoints import (
     Adaptive,
     Adjoint,
@@ -19,8 +23,6 @@ from implicit_slots.fixed_point.iteration import Solver
 from implicit_slots.fixed_point.krylov import GMRES, BiCGSTAB
 from implicit_slots.fixed_point.linear import Dense
 from implicit_slots.fixed_point.regularisation import (
-    correction_loss,
-    corrections,
     coupling_norm,
     jacobian_norm,
 )
@@ -46,9 +48,22 @@ __all__ = [
     "Unrolled",
     "backward_probe",
     "check_pair",
-    "correction_loss",
-    "corrections",
     "coupling_norm",
     "fixed_point",
     "jacobian_norm",
 ]
+
+
+class _Callable(types.ModuleType):
+    """A module that is called like `fixed_point`.
+
+    The package has a function and a subpackage of this name. Importing the subpackage
+    sets the package's attribute, so in `from implicit_slots import fixed_point` the
+    module has to do for both.
+    """
+
+    __call__ = staticmethod(fixed_point)
+    __signature__ = inspect.signature(fixed_point)
+
+
+sys.modules[__name__].__class__ = _Callable

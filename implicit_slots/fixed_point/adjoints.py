@@ -86,7 +86,7 @@ class Truncated:
       remat: see `Unrolled`.
     """
 
-    steps: int
+    steps: int = 1
     damping: float = 1.0
     remat: bool = False
     measures: ClassVar[bool] = False
@@ -168,7 +168,7 @@ class Adaptive:
       rtol: wanted relative error of u.
     """
 
-    max_terms: int
+    max_terms: int = 20
     rtol: float = 1e-2
     measures: ClassVar[bool] = True
 
@@ -254,10 +254,11 @@ class Implicit:
     with its seven steps, and its result is taken if it is finite.
 
     Attributes:
-      solver: GMRES, BiCGSTAB, Dense (exact), Anderson, Broyden or Picard.
+      solver: GMRES, BiCGSTAB, Dense (exact), Anderson, Broyden or Picard. By default
+        GMRES takes what 20 products with J reach.
     """
 
-    solver: LinearSolver
+    solver: LinearSolver = GMRES(max_steps=20, rtol=0.0)
     measures: ClassVar[bool] = True
 
     def __post_init__(self):

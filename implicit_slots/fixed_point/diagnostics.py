@@ -18,35 +18,9 @@ from implicit_slots.fixed_point.api import fixed_point
 from implicit_slots.fixed_point.iteration import Solver
 from implicit_slots.fixed_point.krylov import orthogonalise
 from implicit_slots.fixed_point.linear import Dense, dense_matrix
-from implicit_slots.fixed_point.solvers import Picard
 
 Map = Callable[[PyTree, PyTree, PyTree], PyTree]
 _SQUARINGS = 24
-
-
-def residual_trace(
-    f: Map,
-    params: PyTree,
-    x: PyTree,
-    z0: PyTree,
-    *,
-    steps: int,
-) -> Float[Array, "batch steps"]:
-    """Returns ‖f(z) − z‖ / ‖f(z)‖ of the plain iteration at z0, z1, … z_{steps−1}.
-
-    Any other solver's stands in `solution.stats.trace` if it has `trace=True`.
-
-    Args:
-      f: (params, x, z) -> z.
-      params: pytree that is shared by the batch.
-      x: pytree of inputs.
-      z0: where the iteration starts.
-      steps: how many evaluations.
-    """
-    solver = Picard(max_steps=steps, trace=True)
-    trace = solver.solve(lambda z: f(params, x, z), z0).trace
-    assert trace is not None
-    return trace
 
 
 def spectral_radius(

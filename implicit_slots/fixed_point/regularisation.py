@@ -1,16 +1,13 @@
 """What a loss can add so that the fixed point stays easy to find."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from implicit_slots.fixed_point import vectors
-from implicit_slots.fixed_point.adjoints import Adjoint
-from implicit_slots.fixed_point.api import Solution, fixed_point
-from implicit_slots.fixed_point.iteration import Solver, check_count
+from implicit_slots.fixed_point.iteration import check_count
 
 
 def jacobian_norm(
@@ -99,66 +96,3 @@ def coupling_norm(
         return blocks * vectors.dot(others, others)
 
     return jnp.mean(jax.lax.map(square, jax.random.split(key, samples)), axis=0)
-
-
-def corrections(
-    f: Callable[[PyTree, PyTree, PyTree], Any],
-    params: PyTree,
-    x: PyTree,
-    z0: PyTree,
-    *,
-    solver: Solver,
-    adjoint: Adjoint,
-    count: int,
-    has_aux: bool = False,
-) -> list[Solution]:
-    """Solves in `count` stages, each from where the one before ended.
-
-    Every stage is a `fixed_point` of its own, with its own gradient and no gradient
-    between them. A loss on each value pulls the whole path towards the target, not its
-    end alone: the fixed-point correction of Bai et al. 2022 (arXiv 2204.08442), which
-    makes few steps suffice. `correction_loss` weighs them. The stages together take
-    `count` times the solver's steps; the last value is the best.
-
-    Args:
-      f: as in `fixed_point`.
-      params: as in `fixed_point`.
-      x: as in `fixed_point`.
-      z0: as in `fixed_point`.
-      solver: of each stage.
-      adjoint: of each stage.
-      count: how many stages.
-      has_aux: as in `fixed_point`.
-
-    Raises:
-      ValueError: if `count` is below one, and what `fixed_point` raises.
-    """
-    check_count("count", count)
-    solutions = []
-    for _ in range(count):
-        solution = fixed_point(
-            f, params, x, z0, solver=solver, adjoint=adjoint, has_aux=has_aux
-        )
-        solutions.append(solution)
-        z0 = jax.lax.stop_gradient(solution.value)
-    return solutions
-
-
-def correction_loss(losses: Sequence[jax.Array], *, decay: float = 0.8) -> jax.Array:
-    """Returns Σ decay^(n−1−i) · lossᵢ: the last stage counts whole, earlier ones less.
-
-    Args:
-      losses: one for each stage, of one shape.
-      decay: weight of a stage relative to the next, in [0, 1]; 0 counts the last alone.
-
-    Raises:
-      ValueError: if there is no loss, or the decay is out of range.
-    """
-    if len(losses) == 0:
-        raise ValueError("losses must hold at least one stage's loss")
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay must be in [0, 1], got {decay}")
-    total = losses[0]
-    for loss in losses[1:]:
-        total = decay * total + loss
-    return total

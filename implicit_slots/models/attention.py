@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from implicit_slots.models import layers
+from implicit_slots.runtime.errors import InvalidValue
 
 Heads = Float[Array, "batch _ heads head_dim"]
 CachedHeads = Float[Array, "batch heads length head_dim"]
@@ -52,22 +53,22 @@ class MultiHeadAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if num_heads < 1 or width % num_heads:
-            raise ValueError(
+            raise InvalidValue(
                 f"the transformer's width must be a multiple of its heads, got {width} "
                 f"and {num_heads}"
             )
         if implementation not in IMPLEMENTATIONS:
-            raise ValueError(
+            raise InvalidValue(
                 f"attention must be one of {', '.join(IMPLEMENTATIONS)}, got "
                 f"{implementation!r}"
             )
         if implementation == "cudnn" and attention_dropout > 0:
-            raise ValueError(
+            raise InvalidValue(
                 'attention="cudnn" has no dropout on its weights: set '
                 "attention_dropout=0 (the published model has 0.1)"
             )
         if implementation == "cudnn" and width // num_heads % 8:
-            raise ValueError(
+            raise InvalidValue(
                 'attention="cudnn" needs heads of a multiple of 8 features, got '
                 f"{width // num_heads}"
             )

@@ -6,29 +6,28 @@ softmax over the slots mixes the images.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
-from implicit_slots.fixed_point import Adjoint, BackwardStats, Solver
+from implicit_slots.fixed_point import BackwardStats
 from implicit_slots.models import layers
 from implicit_slots.models.image_encoder import (
     KERNEL,
-    ImageEncoder,
+    ImageSlots,
     PositionEmbedding,
 )
 from implicit_slots.models.outputs import (
-    Encoded,
     Mixture,
     Output,
     Reading,
     Reconstruction,
 )
-from implicit_slots.models.slot_attention import Problem, SlotAttention, SlotsOutput
+from implicit_slots.models.slot_attention import SlotAttention
+from implicit_slots.runtime.errors import InvalidValue
 
 
 class BroadcastDecoder(nnx.Module):
@@ -81,82 +80,55 @@ class BroadcastDecoder(nnx.Module):
         return x[..., :3], x[..., 3]
 
 
-class Autoencoder(nnx.Module):
+class Autoencoder(ImageSlots):
     """The whole model, for square images of one resolution.
 
+    The defaults are those of Locatello et al. 2020 for CLEVR6.
+
     Args:
-      resolution: image side in pixels.
+      resolution: image side in pixels, 128 as published.
       features: channels of the encoder's convolutions.
-      encoder_strides: of those; (1, 1, 1, 1) as published.
+      encoder_strides: of those.
       decoder_features: channels of the decoder's transposed convolutions.
       decoder_strides: of those; their product times `broadcast_side` is the resolution.
       broadcast_side: of the grid that a slot is broadcast to; 0: what the strides
         leave of the resolution.
-      num_slots: how many slots.
-      slot_size: width of a slot.
-      slot_mlp_size: hidden width of slot attention's MLP.
-      slot_heads: slot attention heads.
-      epsilon: of slot attention's normalisation over inputs.
-      initial_slots: see `SlotAttention`.
-      straight_through: see `SlotAttention`.
-      attention_gain: see `SlotAttention`.
-      solver: how to iterate slot attention.
-      adjoint: how to differentiate it.
+      slots: makes slot attention from (features, rngs=…); for other slots
+        `functools.partial(SlotAttention, num_slots=5, slot_size=32)`.
       rngs: source of the initial parameters.
     """
 
     # Its parameters' top-level names in the order in which a pass uses them.
     stages = ("encoder", "slot_attention", "decoder")
     losses = ("reconstruction",)
-    reads = ("image",)
-    annealed = ()
 
     def __init__(
         self,
-        *,
         resolution: int,
-        features: int,
-        encoder_strides: Sequence[int],
-        decoder_features: int,
-        decoder_strides: Sequence[int],
-        broadcast_side: int,
-        num_slots: int,
-        slot_size: int,
-        slot_mlp_size: int,
-        slot_heads: int,
-        epsilon: float,
-        initial_slots: str,
-        straight_through: bool,
-        attention_gain: float = 1.0,
-        solver: Solver,
-        adjoint: Adjoint,
+        *,
+        features: int = 64,
+        encoder_strides: Sequence[int] = (1, 1, 1, 1),
+        decoder_features: int = 64,
+        decoder_strides: Sequence[int] = (2, 2, 2, 2, 1),
+        broadcast_side: int = 0,
+        slots: Callable[..., SlotAttention] = SlotAttention,
         rngs: nnx.Rngs,
     ):
         growth = math.prod(decoder_strides)
         side = broadcast_side or resolution // growth
         if side * growth != resolution:
-            raise ValueError(
+            raise InvalidValue(
                 f"the decoder makes images of {side * growth} pixels from "
                 f"broadcast_side {side} and decoder_strides {tuple(decoder_strides)}; "
                 f"the data has {resolution}"
             )
-        self.encoder = ImageEncoder(resolution, features, encoder_strides, rngs=rngs)
-        self.slot_attention = SlotAttention(
-            features,
-            num_slots=num_slots,
-            slot_size=slot_size,
-            mlp_size=slot_mlp_size,
-            num_heads=slot_heads,
-            epsilon=epsilon,
-            initial_slots=initial_slots,
-            straight_through=straight_through,
-            attention_gain=attention_gain,
-            solver=solver,
-            adjoint=adjoint,
-            rngs=rngs,
-        )
+        super().__init__(resolution, features, encoder_strides, slots, rngs)
         self.decoder = BroadcastDecoder(
-            side, slot_size, decoder_features, decoder_strides, rngs=rngs
+            side,
+            self.slot_attention.slot_size,
+            decoder_features,
+            decoder_strides,
+            rngs=rngs,
         )
 
     def __call__(
@@ -182,13 +154,13 @@ class Autoencoder(nnx.Module):
         """
         del deterministic
         image = batch["image"]
-        slots = self._attend(image, key, probe, coupling_key)
+        slots = self.attend(image, key, probe=probe, coupling_key=coupling_key)
         mixture = self.mix(slots.slots)
         # Scaled to [−1, 1], differences are twice as large.
         error = jnp.mean((2 * (image - mixture.image)) ** 2, axis=(1, 2, 3))
         return Output(
             {"reconstruction": error},
-            self._on_grid(slots.attention),
+            self.on_grid(slots.attention),
             slots.stats,
             reconstruction=mixture.image,
             masks=mixture.masks,
@@ -213,25 +185,6 @@ class Autoencoder(nnx.Module):
         masks = nnx.softmax(logits, axis=1)
         images = (images + 1) / 2
         return Mixture(jnp.sum(masks[..., None] * images, axis=1), images, masks)
-
-    def backward_probe(self, batch: int) -> BackwardStats | None:
-        """See `SlotAttention`."""
-        return self.slot_attention.backward_probe(batch)
-
-    def slot_problem(
-        self, image: Float[Array, "batch height width 3"], key: Key[Array, ""]
-    ) -> Problem:
-        """Returns the fixed-point problem that images in [0, 1] pose slot attention."""
-        return self.slot_attention.problem(
-            self.encoder(image), self.slot_attention.initial(len(image), key)
-        )
-
-    def encode(
-        self, image: Float[Array, "batch height width 3"], *, key: Key[Array, ""]
-    ) -> Encoded:
-        """Takes images in [0, 1] apart; the key draws the initial slots."""
-        slots = self._attend(image, key)
-        return Encoded(None, slots.slots, self._on_grid(slots.attention), slots.stats)
 
     def reconstruct(
         self, image: Float[Array, "batch height width 3"], *, key: Key[Array, ""]
@@ -273,19 +226,3 @@ class Autoencoder(nnx.Module):
         """
         del tokens
         return Reading(None, self.mix(slots, present=present).masks)
-
-    def _attend(
-        self,
-        image: jax.Array,
-        key: Key[Array, ""],
-        probe: BackwardStats | None = None,
-        coupling_key: Key[Array, ""] | None = None,
-    ) -> SlotsOutput:
-        initial = self.slot_attention.initial(len(image), key)
-        return self.slot_attention(
-            self.encoder(image), initial, probe=probe, coupling_key=coupling_key
-        )
-
-    def _on_grid(self, attention: jax.Array) -> jax.Array:
-        side = self.encoder.side
-        return attention.reshape(*attention.shape[:2], side, side)

@@ -1,5 +1,8 @@
 """From a configuration's `model` section to a model: the one name → class table."""
 
+import dataclasses
+import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +31,9 @@ from implicit_slots.models.autoencoder import Autoencoder
 from implicit_slots.models.layers import set_precision
 from implicit_slots.models.set_prediction import SetPredictor
 from implicit_slots.models.slate import SLATE
+from implicit_slots.models.slot_attention import SlotAttention
 from implicit_slots.runtime.config import Config
+from implicit_slots.runtime.errors import InvalidValue
 
 MODELS: Mapping[str, type[SLATE | Autoencoder | SetPredictor]] = {
     "slate": SLATE,
@@ -36,26 +41,44 @@ MODELS: Mapping[str, type[SLATE | Autoencoder | SetPredictor]] = {
     "set_prediction": SetPredictor,
 }
 
-# Which keys of its section each solver and each backward pass reads.
-_EVERY_SOLVER = ("max_steps", "rtol", "atol", "damping", "patience")
-SOLVERS = {
-    "picard": (Picard, _EVERY_SOLVER),
-    "anderson": (Anderson, (*_EVERY_SOLVER, "depth", "ridge", "restart")),
-    "broyden": (Broyden, (*_EVERY_SOLVER, "memory")),
-}
-LINEAR_SOLVERS = SOLVERS | {
-    "gmres": (GMRES, ("max_steps", "rtol", "atol")),
-    "bicgstab": (BiCGSTAB, ("max_steps", "rtol", "atol")),
-    "dense": (Dense, ()),
-}
+SOLVERS = {"picard": Picard, "anderson": Anderson, "broyden": Broyden}
+LINEAR_SOLVERS = SOLVERS | {"gmres": GMRES, "bicgstab": BiCGSTAB, "dense": Dense}
 ADJOINTS = {
-    "unrolled": (Unrolled, ("remat",)),
-    "truncated": (Truncated, ("steps", "damping", "remat")),
-    "neumann": (Neumann, ("terms",)),
-    "phantom": (Phantom, ("steps", "damping")),
-    "adaptive": (Adaptive, ("max_terms", "rtol")),
-    "implicit": (Implicit, ("solver",)),
+    "unrolled": Unrolled,
+    "truncated": Truncated,
+    "neumann": Neumann,
+    "phantom": Phantom,
+    "adaptive": Adaptive,
+    "implicit": Implicit,
 }
+
+# What a section calls the arguments of `SlotAttention`, beside those of the model.
+_CALLED = {"mlp_size": "slot_mlp_size", "num_heads": "slot_heads"}
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """Returns a model's and its slot attention's arguments and their defaults.
+
+    By the keys of a `model` section, without resolution and random numbers. `solver`
+    and `adjoint` are objects.
+
+    Args:
+      name: of `MODELS`.
+    """
+    found = {}
+    for key, value in _arguments(model_class(name)).items():
+        if key == "slots":  # the class, or a partial application of it
+            changed = getattr(value, "keywords", {})
+            of_slots = _arguments(SlotAttention) | changed
+            found |= {_CALLED.get(key, key): value for key, value in of_slots.items()}
+        else:
+            found[key] = value
+    return found
+
+
+def _arguments(kind: type) -> dict[str, Any]:
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def build_model(
@@ -65,7 +88,8 @@ def build_model(
 
     Args:
       config: the section; its `solver` and `adjoint` become objects, `name` picks the
-        class, and everything else goes to the constructor as it stands.
+        class, and everything else goes as it stands to the constructor or, if it is
+        one of its arguments, to that of `SlotAttention`.
       resolution: image side in pixels.
       seed: of the initial parameters: an integer, which may be traced.
       precision: see `layers.set_precision`.
@@ -78,13 +102,14 @@ def build_model(
     """
     arguments: dict[str, Any] = config.to_dict()
     kind = model_class(arguments.pop("name"))
+    arguments["solver"] = build_solver(arguments["solver"])
+    arguments["adjoint"] = build_adjoint(arguments["adjoint"])
+    of_slots = {name: _CALLED.get(name, name) for name in _arguments(SlotAttention)}
+    slots = {n: arguments.pop(key) for n, key in of_slots.items() if key in arguments}
     model = kind(
-        **arguments
-        | {
-            "resolution": resolution,
-            "solver": build_solver(arguments["solver"]),
-            "adjoint": build_adjoint(arguments["adjoint"]),
-        },
+        resolution,
+        **arguments,
+        slots=functools.partial(SlotAttention, **slots),
         rngs=nnx.Rngs(params=jax.random.key(seed)),
     )
     set_precision(model, precision)
@@ -136,16 +161,17 @@ def build_adjoint(section: dict[str, Any]) -> Adjoint:
 
 
 def _build(table: Mapping[str, Any], where: str, section: dict[str, Any]) -> Any:
-    kind, keys = _pick(table, f"{where}.name", section["name"])
+    kind = _pick(table, f"{where}.name", section["name"])
+    keys = [field.name for field in dataclasses.fields(kind)]
     try:
-        return kind(**{key: section[key] for key in keys})
+        return kind(**{key: section[key] for key in keys if key in section})
     except ValueError as error:
-        raise ValueError(f"config.{where}: {error}") from error
+        raise InvalidValue(f"config.{where}: {error}") from error
 
 
 def _pick(table: Mapping[str, Any], what: str, name: str) -> Any:
     if name not in table:
-        raise ValueError(
+        raise InvalidValue(
             f"{what} must be one of {', '.join(sorted(table))}, got {name!r}"
         )
     return table[name]

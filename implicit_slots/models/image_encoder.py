@@ -1,16 +1,21 @@
-"""The convolutional encoder of Locatello et al. 2020 (arXiv 2006.15055), and its parts.
+"""Images to slots as in Locatello et al. 2020 (arXiv 2006.15055).
 
-Their two models, object discovery and set prediction, read images through it. Layers
-begin as in their code (Keras): Glorot-uniform kernels, zero biases.
+Their two models, object discovery and set prediction, read images through one encoder.
+Layers begin as in their code (Keras): Glorot-uniform kernels, zero biases.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
+from implicit_slots.fixed_point import BackwardStats
 from implicit_slots.models import layers
+from implicit_slots.models.outputs import Encoded
+from implicit_slots.models.slot_attention import Problem, SlotAttention, SlotsOutput
+from implicit_slots.runtime.errors import InvalidValue
 
 KERNEL = 5
 
@@ -65,7 +70,7 @@ class ImageEncoder(nnx.Module):
         channels = 3
         for stride in strides:
             if stride < 1 or self.side % stride:
-                raise ValueError(
+                raise InvalidValue(
                     f"the image size {resolution} must be divisible by the product of "
                     f"encoder_strides {tuple(strides)}"
                 )
@@ -97,3 +102,66 @@ class ImageEncoder(nnx.Module):
         x = self.positions(x.astype(image.dtype))
         x = self.norm(x.reshape(len(x), -1, x.shape[-1]))
         return self.leave(nnx.relu(self.enter(x))).astype(image.dtype)
+
+
+class ImageSlots(nnx.Module):
+    """What the two models share: the encoder, and slot attention on its grid.
+
+    Args:
+      resolution: image side in pixels.
+      features: channels of the encoder's convolutions.
+      encoder_strides: of those.
+      slots: makes slot attention from (input size, rngs=…).
+      rngs: source of the initial parameters.
+    """
+
+    reads: tuple[str, ...] = ("image",)
+    annealed = ()
+
+    def __init__(
+        self,
+        resolution: int,
+        features: int,
+        encoder_strides: Sequence[int],
+        slots: Callable[..., SlotAttention],
+        rngs: nnx.Rngs,
+    ):
+        self.encoder = ImageEncoder(resolution, features, encoder_strides, rngs=rngs)
+        self.slot_attention = slots(features, rngs=rngs)
+
+    def attend(
+        self,
+        image: Float[Array, "batch height width 3"],
+        key: Key[Array, ""],
+        *,
+        probe: BackwardStats | None = None,
+        coupling_key: Key[Array, ""] | None = None,
+    ) -> SlotsOutput:
+        """Returns the slots of images in [0, 1]; see `SlotAttention`."""
+        return self.slot_attention(
+            self.encoder(image), key=key, probe=probe, coupling_key=coupling_key
+        )
+
+    def backward_probe(self, batch: int) -> BackwardStats | None:
+        """See `SlotAttention`."""
+        return self.slot_attention.backward_probe(batch)
+
+    def slot_problem(
+        self, image: Float[Array, "batch height width 3"], key: Key[Array, ""]
+    ) -> Problem:
+        """Returns the fixed-point problem that images in [0, 1] pose slot attention."""
+        return self.slot_attention.problem(
+            self.encoder(image), self.slot_attention.initial(len(image), key)
+        )
+
+    def encode(
+        self, image: Float[Array, "batch height width 3"], *, key: Key[Array, ""]
+    ) -> Encoded:
+        """Takes images in [0, 1] apart; the key draws the initial slots."""
+        slots = self.attend(image, key)
+        return Encoded(None, slots.slots, self.on_grid(slots.attention), slots.stats)
+
+    def on_grid(self, attention: jax.Array) -> jax.Array:
+        """Lays attention to the encoder's cells, [batch, slots, cells], on its grid."""
+        side = self.encoder.side
+        return attention.reshape(*attention.shape[:2], side, side)

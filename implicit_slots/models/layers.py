@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from implicit_slots.models import noise
+from implicit_slots.runtime.errors import InvalidValue
 
 # PyTorch's default for LayerNorm and group_norm; Flax's is 1e-6.
 NORM_EPSILON = 1e-5
@@ -108,7 +109,7 @@ def set_precision(model: nnx.Module, precision: str) -> None:
       ValueError: if there is no such precision.
     """
     if precision not in PRECISIONS:
-        raise ValueError(
+        raise InvalidValue(
             f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}"
         )
     for _, module in nnx.iter_modules(model):
@@ -145,7 +146,7 @@ class TransposedConv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if stride < 1 or kernel % 2 == 0:
-            raise ValueError(
+            raise InvalidValue(
                 "a transposed convolution needs a stride of at least 1 and an odd "
                 f"kernel, got {stride} and {kernel}"
             )

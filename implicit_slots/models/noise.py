@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from implicit_slots.runtime.errors import InvalidValue
+
 # Uniform numbers have 23 bits and lie in the middle of their interval: never 0 or 1.
 _STEP = 2.0**-23
 # Positions are 32 bits wide.
@@ -26,7 +28,7 @@ def random_bits(key: Key[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, ".
     key.
     """
     if math.prod(shape) > MOST_WORDS:
-        raise ValueError(f"at most 2^32 random words at a time, got shape {shape}")
+        raise InvalidValue(f"at most 2^32 random words at a time, got shape {shape}")
     seeds = jax.random.bits(key, (2,), jnp.uint32)
     position = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     return _mix(_mix(position ^ seeds[0]) + seeds[1])

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from implicit_slots.fixed_point import Stats
@@ -90,3 +91,18 @@ class Reading(NamedTuple):
 
     cross_entropy: Float[Array, "batch rows columns"] | None
     attention: Float[Array, "batch slots rows columns"]
+
+
+def attention_entropy(
+    attention: Float[Array, "batch slots rows columns"],
+) -> Float[Array, " batch"]:
+    """Returns the entropy over the slots, mean over positions, in nats.
+
+    From 0, each position one slot's, to log(slots). Unlike `jax.scipy.special.entr` its
+    gradient is finite where a share is 0, as sharp masks have them: there entr's is
+    infinite, and the softmax multiplies it by 0.
+    """
+    attention = attention.astype(jnp.promote_types(attention.dtype, jnp.float32))
+    smallest = jnp.finfo(attention.dtype).tiny
+    nats = -attention * jnp.log(jnp.maximum(attention, smallest))
+    return nats.sum(axis=1).mean(axis=(1, 2))

@@ -4,7 +4,8 @@ Images are encoded by convolutions, taken apart by slot attention, and every slo
 what object it is: position, size, material, shape, colour, and whether it is one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,11 +14,12 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from implicit_slots.fixed_point import Adjoint, BackwardStats, Solver
+from implicit_slots.fixed_point import BackwardStats
 from implicit_slots.models import layers
-from implicit_slots.models.image_encoder import ImageEncoder
-from implicit_slots.models.outputs import Encoded, Output, Reconstruction
-from implicit_slots.models.slot_attention import Problem, SlotAttention, SlotsOutput
+from implicit_slots.models.image_encoder import ImageSlots
+from implicit_slots.models.outputs import Output, Reconstruction
+from implicit_slots.models.slot_attention import SlotAttention
+from implicit_slots.runtime.errors import InvalidValue
 
 # How a vector of an object's properties is laid out: CLEVR's attributes, one-hot, in
 # the order of tensorflow-datasets; positions are scaled from [−3, 3] to [0, 1].
@@ -28,24 +30,18 @@ NUM_PROPERTIES = 3 + sum(CLASSES.values()) + 1
 Properties = Float[Array, f"batch objects {NUM_PROPERTIES}"]
 
 
-class SetPredictor(nnx.Module):
+class SetPredictor(ImageSlots):
     """The whole model, for square images of one resolution.
 
+    The defaults are those of Locatello et al. 2020 for CLEVR.
+
     Args:
-      resolution: image side in pixels.
+      resolution: image side in pixels, 128 as published.
       features: channels of the encoder's convolutions.
-      encoder_strides: of those; (1, 2, 2, 1) as published.
-      num_slots: how many slots; no fewer than an image may have objects.
-      slot_size: width of a slot.
-      slot_mlp_size: hidden width of slot attention's MLP.
+      encoder_strides: of those.
       head_size: hidden width of the MLP that reads a slot.
-      slot_heads: slot attention heads.
-      epsilon: of slot attention's normalisation over inputs.
-      initial_slots: see `SlotAttention`.
-      straight_through: see `SlotAttention`.
-      attention_gain: see `SlotAttention`.
-      solver: how to iterate slot attention.
-      adjoint: how to differentiate it.
+      slots: makes slot attention from (features, rngs=…), with no fewer slots than
+        an image may have objects.
       rngs: source of the initial parameters.
     """
 
@@ -53,43 +49,19 @@ class SetPredictor(nnx.Module):
     stages = ("encoder", "slot_attention", "enter", "leave")
     losses = ("huber",)
     reads = ("image", "objects")
-    annealed = ()
 
     def __init__(
         self,
-        *,
         resolution: int,
-        features: int,
-        encoder_strides: Sequence[int],
-        num_slots: int,
-        slot_size: int,
-        slot_mlp_size: int,
-        head_size: int,
-        slot_heads: int,
-        epsilon: float,
-        initial_slots: str,
-        straight_through: bool,
-        attention_gain: float = 1.0,
-        solver: Solver,
-        adjoint: Adjoint,
+        *,
+        features: int = 64,
+        encoder_strides: Sequence[int] = (1, 2, 2, 1),
+        head_size: int = 64,
+        slots: Callable[..., SlotAttention] = partial(SlotAttention, num_slots=10),
         rngs: nnx.Rngs,
     ):
-        self.encoder = ImageEncoder(resolution, features, encoder_strides, rngs=rngs)
-        self.slot_attention = SlotAttention(
-            features,
-            num_slots=num_slots,
-            slot_size=slot_size,
-            mlp_size=slot_mlp_size,
-            num_heads=slot_heads,
-            epsilon=epsilon,
-            initial_slots=initial_slots,
-            straight_through=straight_through,
-            attention_gain=attention_gain,
-            solver=solver,
-            adjoint=adjoint,
-            rngs=rngs,
-        )
-        self.enter = layers.Linear(slot_size, head_size, rngs=rngs)
+        super().__init__(resolution, features, encoder_strides, slots, rngs)
+        self.enter = layers.Linear(self.slot_attention.slot_size, head_size, rngs=rngs)
         self.leave = layers.Linear(
             head_size, NUM_PROPERTIES, full_output=True, rngs=rngs
         )
@@ -117,12 +89,12 @@ class SetPredictor(nnx.Module):
           coupling_key: the same.
         """
         del deterministic
-        slots = self._attend(batch["image"], key, probe, coupling_key)
+        slots = self.attend(batch["image"], key, probe=probe, coupling_key=coupling_key)
         predicted = self.predict(slots.slots)
         target = encode_objects(batch["objects"], predicted.shape[1])
         return Output(
             {"huber": set_distance(predicted, target)},
-            self._on_grid(slots.attention),
+            self.on_grid(slots.attention),
             slots.stats,
             predicted=predicted,
             coupling=slots.coupling,
@@ -135,46 +107,11 @@ class SetPredictor(nnx.Module):
         hidden = nnx.relu(self.enter(slots))
         return nnx.sigmoid(self.leave(hidden)).astype(slots.dtype)
 
-    def backward_probe(self, batch: int) -> BackwardStats | None:
-        """See `SlotAttention`."""
-        return self.slot_attention.backward_probe(batch)
-
-    def slot_problem(
-        self, image: Float[Array, "batch height width 3"], key: Key[Array, ""]
-    ) -> Problem:
-        """Returns the fixed-point problem that images in [0, 1] pose slot attention."""
-        return self.slot_attention.problem(
-            self.encoder(image), self.slot_attention.initial(len(image), key)
-        )
-
-    def encode(
-        self, image: Float[Array, "batch height width 3"], *, key: Key[Array, ""]
-    ) -> Encoded:
-        """Takes images in [0, 1] apart; the key draws the initial slots."""
-        slots = self._attend(image, key)
-        return Encoded(None, slots.slots, self._on_grid(slots.attention), slots.stats)
-
     def reconstruct(
         self, image: Float[Array, "batch height width 3"], *, key: Key[Array, ""]
     ) -> Reconstruction:
         """Returns slot attention's shares alone: this model draws no images."""
         return Reconstruction(None, None, self.encode(image, key=key).attention)
-
-    def _attend(
-        self,
-        image: jax.Array,
-        key: Key[Array, ""],
-        probe: BackwardStats | None = None,
-        coupling_key: Key[Array, ""] | None = None,
-    ) -> SlotsOutput:
-        initial = self.slot_attention.initial(len(image), key)
-        return self.slot_attention(
-            self.encoder(image), initial, probe=probe, coupling_key=coupling_key
-        )
-
-    def _on_grid(self, attention: jax.Array) -> jax.Array:
-        side = self.encoder.side
-        return attention.reshape(*attention.shape[:2], side, side)
 
 
 def encode_objects(objects: Mapping[str, Any], count: int) -> Properties:
@@ -190,7 +127,7 @@ def encode_objects(objects: Mapping[str, Any], count: int) -> Properties:
     """
     most = objects["present"].shape[1]
     if most > count:
-        raise ValueError(
+        raise InvalidValue(
             f"the model has {count} slots for up to {most} objects: set "
             f"--config.model.num_slots={most}"
         )

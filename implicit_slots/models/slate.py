@@ -4,7 +4,8 @@ Singh, Deng, Ahn 2022 (arXiv 2110.11405), as in the official code. Its loss is a
 over pixels and tokens, not a mean: see `Output`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,18 +14,14 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from implicit_slots.fixed_point import Adjoint, BackwardStats, Solver
+from implicit_slots.fixed_point import BackwardStats, Picard
 from implicit_slots.models import layers, noise
-from implicit_slots.models.dvae import DVAE, STRIDE, gumbel_softmax
+from implicit_slots.models.dvae import DVAE, STRIDE, gumbel_softmax, most_probable
 from implicit_slots.models.images import squared_error
-from implicit_slots.models.outputs import (
-    Encoded,
-    Output,
-    Reading,
-    Reconstruction,
-)
+from implicit_slots.models.outputs import Encoded, Output, Reading, Reconstruction
 from implicit_slots.models.slot_attention import Problem, SlotAttention, SlotsOutput
 from implicit_slots.models.transformer import TransformerDecoder
+from implicit_slots.runtime.errors import InvalidValue
 
 # The token that begins every sequence; image tokens are shifted by one.
 BOS = 0
@@ -36,8 +33,11 @@ GENERATION_STAGES = 4
 class SLATE(nnx.Module):
     """The whole model, for square images of one resolution.
 
+    The defaults are those of Singh et al. 2022 for ShapeStacks (from memory), with the
+    slots and iterations of Chang et al. 2022.
+
     Args:
-      resolution: image side in pixels, divisible by four.
+      resolution: image side in pixels, divisible by four; 96 as published.
       vocab_size: number of dVAE tokens.
       dvae_features: channels of the dVAE's hidden layers.
       width: features of a token in slot encoder and decoder.
@@ -49,21 +49,13 @@ class SLATE(nnx.Module):
         `MultiHeadAttention`.
       remat: recompute decoder blocks in the backward pass; see `TransformerDecoder`.
       hard: reconstruct from straight-through one-hot instead of relaxed tokens.
-      num_slots: how many slots.
-      slot_size: width of a slot.
-      slot_mlp_size: hidden width of slot attention's MLP.
-      slot_heads: slot attention heads.
-      epsilon: of slot attention's normalisation over inputs.
-      initial_slots: see `SlotAttention`.
-      straight_through: see `SlotAttention`.
-      attention_gain: see `SlotAttention`.
+      slots: makes slot attention from (width, rngs=…); for other slots
+        `functools.partial(SlotAttention, num_slots=5, slot_size=64)`.
       initial_positions: how the learned position embedding begins. "normal" is the
         published truncated normal, independent at every position; "smooth" gives
         neighbours similar vectors, see `layers.smooth_positions`.
       position_scale: standard deviation of the initial position embedding (1 as
         published; of the normal before its truncation).
-      solver: how to iterate slot attention.
-      adjoint: how to differentiate it.
       rngs: source of the initial parameters.
     """
 
@@ -85,34 +77,31 @@ class SLATE(nnx.Module):
 
     def __init__(
         self,
-        *,
         resolution: int,
-        vocab_size: int,
-        dvae_features: int,
-        width: int,
-        num_blocks: int,
-        num_heads: int,
-        dropout: float,
-        attention_dropout: float,
-        attention: str,
-        remat: bool,
-        hard: bool,
-        num_slots: int,
-        slot_size: int,
-        slot_mlp_size: int,
-        slot_heads: int,
-        epsilon: float,
-        initial_slots: str,
-        straight_through: bool,
-        attention_gain: float = 1.0,
-        initial_positions: str,
-        position_scale: float,
-        solver: Solver,
-        adjoint: Adjoint,
+        *,
+        vocab_size: int = 4096,
+        dvae_features: int = 64,
+        width: int = 192,
+        num_blocks: int = 8,
+        num_heads: int = 8,
+        dropout: float = 0.1,
+        attention_dropout: float = 0.1,
+        attention: str = "xla",
+        remat: bool = False,
+        hard: bool = False,
+        slots: Callable[..., SlotAttention] = partial(
+            SlotAttention,
+            num_slots=12,
+            slot_size=192,
+            mlp_size=192,
+            solver=Picard(max_steps=7),
+        ),
+        initial_positions: str = "normal",
+        position_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
         if resolution < STRIDE or resolution % STRIDE:
-            raise ValueError(
+            raise InvalidValue(
                 f"the image size must be divisible by {STRIDE}, got {resolution}"
             )
         self.side = resolution // STRIDE
@@ -125,38 +114,24 @@ class SLATE(nnx.Module):
             embedding_init=nnx.initializers.normal(1.0),
             rngs=rngs,
         )
-        self.positions = nnx.Param(
-            nnx.initializers.truncated_normal(position_scale)(
-                rngs.params(), (1 + self.side**2, width)
-            )
-        )
+        draw = nnx.initializers.truncated_normal(position_scale)
+        self.positions = nnx.Param(draw(rngs.params(), (1 + self.side**2, width)))
         if initial_positions == "smooth":
             grid = position_scale * layers.smooth_positions(
                 rngs.params(), self.side, width
             )
             self.positions[...] = self.positions[...].at[1:].set(grid)
         elif initial_positions != "normal":
-            raise ValueError(
+            raise InvalidValue(
                 'initial_positions must be "normal" or "smooth", got '
                 f"{initial_positions!r}"
             )
         self.encoder_norm = layers.LayerNorm(width)
         self.encoder_mlp = layers.MLP(width, width, rngs=rngs)
-        self.slot_attention = SlotAttention(
-            width,
-            num_slots=num_slots,
-            slot_size=slot_size,
-            mlp_size=slot_mlp_size,
-            num_heads=slot_heads,
-            epsilon=epsilon,
-            initial_slots=initial_slots,
-            straight_through=straight_through,
-            attention_gain=attention_gain,
-            solver=solver,
-            adjoint=adjoint,
-            rngs=rngs,
+        self.slot_attention = slots(width, rngs=rngs)
+        self.slot_projection = layers.Linear(
+            self.slot_attention.slot_size, width, bias=False, rngs=rngs
         )
-        self.slot_projection = layers.Linear(slot_size, width, bias=False, rngs=rngs)
         self.decoder = TransformerDecoder(
             num_blocks,
             width,
@@ -242,8 +217,9 @@ class SLATE(nnx.Module):
         coupling_key: Key[Array, ""] | None = None,
     ) -> SlotsOutput:
         """Returns the slots of embedded image tokens (without BOS)."""
+        inputs = self.encoder_mlp(self.encoder_norm(embedded))
         return self.slot_attention(
-            *self._encode(embedded, key), probe=probe, coupling_key=coupling_key
+            inputs, key=key, probe=probe, coupling_key=coupling_key
         )
 
     def backward_probe(self, batch: int) -> BackwardStats | None:
@@ -257,14 +233,16 @@ class SLATE(nnx.Module):
 
         From their most probable tokens, without dropout; the key draws initial slots.
         """
-        ids = self.dvae.encode(image).argmax(axis=-1)
-        embedded = self.embed(with_bos(ids.reshape(len(image), -1)))[:, 1:]
-        return self.slot_attention.problem(*self._encode(embedded, key))
+        _, embedded = self._tokens(image)
+        return self.slot_attention.problem(
+            self.encoder_mlp(self.encoder_norm(embedded)),
+            self.slot_attention.initial(len(image), key),
+        )
 
-    def _encode(self, embedded: jax.Array, key: jax.Array):
-        """What slot attention reads, and the slots that it starts from."""
-        inputs = self.encoder_mlp(self.encoder_norm(embedded))
-        return inputs, self.slot_attention.initial(len(inputs), key)
+    def _tokens(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The most probable tokens of images, and their embeddings."""
+        ids = self.dvae.encode(image).argmax(axis=-1)
+        return ids, self.embed(with_bos(ids.reshape(len(image), -1)))[:, 1:]
 
     def decode(
         self,
@@ -306,12 +284,12 @@ class SLATE(nnx.Module):
         """
         vocab_size = self.dvae.vocab_size
         if top_k is not None and not 1 <= top_k <= vocab_size:
-            raise ValueError(f"top_k must be between 1 and {vocab_size}, got {top_k}")
+            raise InvalidValue(f"top_k must be between 1 and {vocab_size}, got {top_k}")
         if key is None and not (top_k is None and temperature is None):
-            raise ValueError("temperature and top_k are for drawing: give a key too")
+            raise InvalidValue("temperature and top_k are for drawing: give a key too")
         temperature = 1.0 if temperature is None else temperature
         if isinstance(temperature, int | float) and temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
+            raise InvalidValue(f"temperature must be above 0, got {temperature}")
 
         def choose(logits, position):
             if key is None:
@@ -355,9 +333,7 @@ class SLATE(nnx.Module):
         encoded = self.encode(image, key=key)
         assert encoded.tokens is not None
         return Reconstruction(
-            self.picture(encoded.tokens),
-            self.render(encoded.slots),
-            encoded.attention,
+            self.picture(encoded.tokens), self.render(encoded.slots), encoded.attention
         )
 
     def encode(
@@ -367,9 +343,8 @@ class SLATE(nnx.Module):
 
         The key draws the initial slots.
         """
-        ids = self.dvae.encode(image).argmax(axis=-1)
-        embedded = self.embed(with_bos(ids.reshape(len(image), -1)))
-        slots = self.attend(embedded[:, 1:], key)
+        ids, embedded = self._tokens(image)
+        slots = self.attend(embedded, key)
         return Encoded(ids, slots.slots, self._on_grid(slots.attention), slots.stats)
 
     def picture(
@@ -419,16 +394,6 @@ class SLATE(nnx.Module):
 
     def _on_grid(self, attention: jax.Array) -> jax.Array:
         return attention.reshape(*attention.shape[:2], self.side, self.side)
-
-
-def most_probable(logits: Float[Array, "*grid vocab"]) -> Int[Array, "*grid"]:
-    """Returns the index of the largest logit, the first of equals.
-
-    As `argmax`, which XLA's CPU compiler does not vectorise: three times faster there.
-    """
-    indices = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    largest = logits == logits.max(axis=-1, keepdims=True)
-    return jnp.where(largest, indices, logits.shape[-1] - 1).min(axis=-1)
 
 
 def with_bos(ids: Int[Array, "batch tokens"]) -> Int[Array, "batch longer"]:

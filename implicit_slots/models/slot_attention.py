@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Key, PyTree
 from implicit_slots.fixed_point import (
     Adjoint,
     BackwardStats,
+    Neumann,
+    Picard,
     Solver,
     Stats,
     Unrolled,
@@ -24,6 +26,7 @@ from implicit_slots.fixed_point import (
     fixed_point,
 )
 from implicit_slots.models import layers
+from implicit_slots.runtime.errors import InvalidValue
 
 
 class SlotAttentionStep(nnx.Module):
@@ -46,9 +49,9 @@ class SlotAttentionStep(nnx.Module):
         slot_size: int,
         mlp_size: int,
         *,
-        num_heads: int = 1,
-        epsilon: float = 1e-8,
-        attention_gain: float = 1.0,
+        num_heads: int,
+        epsilon: float,
+        attention_gain: float,
         rngs: nnx.Rngs,
     ):
         self.num_heads = num_heads
@@ -167,6 +170,14 @@ class SlotsOutput(NamedTuple):
 class SlotAttention(nnx.Module):
     """Initial slots, then the fixed point of `SlotAttentionStep`.
 
+    ```python
+    slots = SlotAttention(64, num_slots=7, slot_size=64, rngs=nnx.Rngs(0))
+    output = slots(features, key=key)  # features: [batch, inputs, 64]
+    output.slots, output.attention
+    ```
+
+    The defaults are Locatello et al. 2020's, with the gradient of Chang et al. 2022.
+
     Args:
       input_size: width of an input.
       num_slots: how many slots.
@@ -190,35 +201,36 @@ class SlotAttention(nnx.Module):
         self,
         input_size: int,
         *,
-        num_slots: int,
-        slot_size: int,
-        mlp_size: int,
-        num_heads: int,
-        epsilon: float,
-        initial_slots: str,
-        straight_through: bool,
+        num_slots: int = 7,
+        slot_size: int = 64,
+        mlp_size: int = 128,
+        num_heads: int = 1,
+        epsilon: float = 1e-8,
+        initial_slots: str = "gaussian",
+        straight_through: bool = False,
         attention_gain: float = 1.0,
-        solver: Solver,
-        adjoint: Adjoint,
+        solver: Solver = Picard(max_steps=3),
+        adjoint: Adjoint = Neumann(terms=1),
         rngs: nnx.Rngs,
     ):
         if num_slots < 1:
-            raise ValueError(f"num_slots must be at least 1, got {num_slots}")
+            raise InvalidValue(f"num_slots must be at least 1, got {num_slots}")
         if num_heads < 1 or slot_size % num_heads:
-            raise ValueError(
+            raise InvalidValue(
                 f"slot_size must be a multiple of the slot heads, got {slot_size} "
                 f"and {num_heads}"
             )
         if attention_gain <= 0:
-            raise ValueError(f"attention_gain must be positive, got {attention_gain}")
+            raise InvalidValue(f"attention_gain must be positive, got {attention_gain}")
         check_pair(solver, adjoint)
         implicit = not isinstance(adjoint, Unrolled)
         if initial_slots == "learned" and implicit and not straight_through:
-            raise ValueError(
+            raise InvalidValue(
                 "learned initial slots get no gradient from an implicit adjoint: set "
                 "straight_through=True"
             )
         self.num_slots = num_slots
+        self.slot_size = slot_size
         self.straight_through = straight_through
         self.solver = solver
         self.adjoint = adjoint
@@ -243,17 +255,29 @@ class SlotAttention(nnx.Module):
             vectors = layers.xavier_uniform()(rngs.params(), (num_slots, slot_size))
             self.slot_vectors = nnx.Param(vectors)
         else:
-            raise ValueError(
+            raise InvalidValue(
                 f'initial_slots must be "gaussian" or "learned", got {initial_slots!r}'
             )
 
     def initial(
-        self, batch: int, key: Key[Array, ""]
+        self, batch: int, key: Key[Array, ""] | None = None
     ) -> Float[Array, "batch slots dim"]:
-        """Returns z0; the key is read by Gaussian initial slots alone."""
+        """Returns z0.
+
+        Args:
+          batch: how many images.
+          key: draws Gaussian initial slots; learned ones need none.
+
+        Raises:
+          ValueError: if the slots are Gaussian and there is no key.
+        """
         if hasattr(self, "slot_vectors"):
             vectors = self.slot_vectors[...]
             return jnp.broadcast_to(vectors, (batch, *vectors.shape))
+        if key is None:
+            raise InvalidValue(
+                "the initial slots are drawn: pass a key, or the slots to start from"
+            )
         mean, log_scale = self.slot_mean[...], self.slot_log_scale[...]
         noise = jax.random.normal(key, (batch, self.num_slots, mean.shape[-1]))
         return mean + jnp.exp(log_scale) * noise
@@ -261,21 +285,28 @@ class SlotAttention(nnx.Module):
     def __call__(
         self,
         inputs: Float[Array, "batch inputs features"],
-        slots: Float[Array, "batch slots dim"],
+        slots: Float[Array, "batch slots dim"] | None = None,
         *,
+        key: Key[Array, ""] | None = None,
         probe: BackwardStats | None = None,
         coupling_key: Key[Array, ""] | None = None,
     ) -> SlotsOutput:
-        """Iterates from the given initial slots, usually `self.initial(...)`.
+        """Returns the slots of a batch of inputs.
 
         Args:
           inputs: what is attended to.
-          slots: where the iteration starts.
+          slots: where the iteration starts; `self.initial(batch, key)` if not given.
+          key: draws the initial slots; not read if they are given or learned.
           probe: from `self.backward_probe`; its gradient is what the backward solve
             did.
           coupling_key: draws the sample of `SlotsOutput.coupling`; none is measured
             without.
+
+        Raises:
+          ValueError: if initial slots are to be drawn without a key.
         """
+        if slots is None:
+            slots = self.initial(len(inputs), key)
         problem = self.problem(inputs, slots)
         solution = fixed_point(
             replace(problem.f, attention=True),

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from implicit_slots.models import layers
 from implicit_slots.models.attention import KeysValues, MultiHeadAttention
+from implicit_slots.runtime.errors import InvalidValue
 
 
 class BlockMemory(NamedTuple):
@@ -148,7 +149,7 @@ class TransformerDecoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if num_blocks < 1:
-            raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
+            raise InvalidValue(f"num_blocks must be at least 1, got {num_blocks}")
         self.remat = remat
         self.blocks = nnx.List(
             Block(

@@ -41,6 +41,8 @@ def parse(argv: list[str]) -> list[str]:
         # --config=FILE:variant is the configuration's fault, --config.key=value and the
         # rest are flags'.
         sys.exit(1 if FILE_FLAG.match(str(error)) else 2)
+    except KeyboardInterrupt:
+        sys.exit("stopped before anything was done")
     except ImportError as error:
         sys.exit(
             f"error: the configuration needs a module that is not there ({error}); "

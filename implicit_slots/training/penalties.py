@@ -6,8 +6,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from implicit_slots.evaluation.metrics.collapse import attention_entropy
-from implicit_slots.models.outputs import Output
+from implicit_slots.models.outputs import Output, attention_entropy
 from implicit_slots.runtime.config import Config
 
 SECTION = "penalty"

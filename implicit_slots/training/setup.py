@@ -16,7 +16,6 @@ from implicit_slots.models.build import (
 )
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import build_mesh
-from implicit_slots.runtime.errors import UserError
 from implicit_slots.training.checks import check_read
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.step import Steps, build_steps
@@ -51,10 +50,7 @@ def prepare(config: Config, mode: str) -> Parts:
     mesh = build_mesh(config.batch_size, parts=config.accumulate)
     # Shapes alone, which takes no time: a model that cannot be built is refused before
     # data is opened.
-    try:
-        graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
     optimizer = build_optimizer(config.optimizer, shapes, num_steps=config.num_steps)
     steps = build_steps(graphdef, optimizer, config, mesh)
     data = open_data(config, mode)

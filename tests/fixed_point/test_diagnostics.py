@@ -22,7 +22,6 @@ from implicit_slots.fixed_point import (
 from implicit_slots.fixed_point.diagnostics import (
     dense_jacobian,
     gradient_error,
-    residual_trace,
     spectral_norm,
     spectral_radius,
 )
@@ -106,7 +105,9 @@ def radius_and_trace():
     return jax.jit(
         lambda params, x: (
             spectral_radius(affine, params, x, z0, jax.random.key(KEY)),
-            residual_trace(affine, params, x, z0, steps=60),
+            Picard(max_steps=60, trace=True)
+            .solve(functools.partial(affine, params, x), z0)
+            .trace,
         )
     )
 
@@ -182,7 +183,7 @@ def test_trees_and_half_precision():
     assert dense.shape == (BATCH, DIM + 2, DIM + 2)
 
 
-def error_of(adjoint, solver=Picard(max_steps=200), **options):  # noqa: B008
+def error_of(adjoint, solver=Picard(max_steps=200), **options):
     params, x, g = problem("non-normal")
     z0 = jnp.zeros((BATCH, DIM))
 

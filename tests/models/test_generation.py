@@ -8,7 +8,8 @@ from scipy import stats
 from small_slate import RESOLUTION, VOCAB, Compiled, section
 
 from implicit_slots.models.build import build_model
-from implicit_slots.models.slate import BOS, most_probable
+from implicit_slots.models.dvae import most_probable
+from implicit_slots.models.slate import BOS
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 

@@ -27,9 +27,6 @@ def build(*, steps=3, adjoint=None, heads=1, seed=0, **changes):
             "slot_size": SIZE,
             "mlp_size": 12,
             "num_heads": heads,
-            "epsilon": 1e-8,
-            "initial_slots": "gaussian",
-            "straight_through": False,
             "solver": Picard(max_steps=steps),
             "adjoint": adjoint or Unrolled(),
             "rngs": nnx.Rngs(seed),
@@ -157,6 +154,17 @@ def test_initial_slots():
     assert np.array_equal(
         learned.initial(2, jax.random.key(1))[1], learned.slot_vectors[...]
     )
+
+
+def test_a_key_draws_the_initial_slots(arrays):
+    model, key = build(), jax.random.key(3)
+    drawn = jax.jit(lambda inputs: model(inputs, key=key).slots)(arrays[0])
+    given = run(model, arrays[0], model.initial(BATCH, key)).slots
+    assert relative_error(drawn, given) < FLOAT32
+    with pytest.raises(ValueError, match="pass a key, or the slots"):
+        model(arrays[0])
+    learned = build(initial_slots="learned")
+    assert learned(arrays[0]).slots.shape == (BATCH, SLOTS, SIZE)
 
 
 def test_attention_gain_enlarges_the_initial_queries_and_keys_alone():

@@ -9,21 +9,6 @@ from implicit_slots.evaluation.metrics.segmentation import adjusted_rand_index
 Attention = Float[Array, "batch slots rows columns"]
 
 
-def attention_entropy(attention: Attention) -> Float[Array, " batch"]:
-    """Returns the entropy over the slots, mean over positions, in nats.
-
-    From 0, each position one slot's, to log(slots): every slot attends to every
-    position alike, so that none stands for anything, as at the beginning of a run.
-
-    Unlike `jax.scipy.special.entr` its gradient is finite where a share is 0, as sharp
-    masks have them: there entr's is infinite, and the softmax multiplies it by 0.
-    """
-    attention = attention.astype(jnp.float32)
-    smallest = jnp.finfo(attention.dtype).tiny
-    nats = -attention * jnp.log(jnp.maximum(attention, smallest))
-    return nats.sum(axis=1).mean(axis=(1, 2))
-
-
 def largest_slot(attention: Attention) -> Float[Array, " batch"]:
     """Returns the share of an image that its largest slot takes, without a unit.
 

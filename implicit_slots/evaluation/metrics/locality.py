@@ -3,7 +3,6 @@
 To put numbers on Fig. 10 of Chang et al. (2022), whose maps look smeared.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -15,6 +14,7 @@ from implicit_slots.evaluation.metrics.overlap import (
     scorable,
 )
 from implicit_slots.evaluation.metrics.segmentation import upsample
+from implicit_slots.models.outputs import attention_entropy
 
 
 def locality(
@@ -54,7 +54,6 @@ def locality(
         mean over the other ground; NaN also without visible shadows.
     """
     height, width = segmentation.shape[1:]
-    entropy = jax.scipy.special.entr(attention.astype(jnp.float32)).sum(axis=1)
     objects = one_hot_objects(segmentation, max_true)
     weights = upsample(attention, height, width)
     weights = weights.reshape(*weights.shape[:2], -1)
@@ -102,7 +101,7 @@ def locality(
     values = {name: mean_over(value, matched) for name, value in found.items()}
     if contrast is not None:
         values["shadow_contrast"] = contrast
-    values["token_entropy"] = entropy.mean(axis=(1, 2))
+    values["token_entropy"] = attention_entropy(attention)
     valid = scorable(attention, segmentation, max_true)
     if shadow is not None:
         valid &= jnp.all((shadow >= 0) & (shadow <= max_true), axis=(1, 2))

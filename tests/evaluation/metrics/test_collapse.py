@@ -9,10 +9,10 @@ import pytest
 from sklearn.metrics import adjusted_rand_score
 
 from implicit_slots.evaluation.metrics.collapse import (
-    attention_entropy,
     largest_slot,
     mask_similarity,
 )
+from implicit_slots.models.outputs import attention_entropy
 
 ATOL = 1e-6  # a few float32 roundings of a number of size one
 

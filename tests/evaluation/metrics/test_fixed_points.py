@@ -22,7 +22,7 @@ from implicit_slots.evaluation.metrics.fixed_points import (
     mask_agreement,
     settle,
 )
-from implicit_slots.fixed_point.diagnostics import residual_trace
+from implicit_slots.fixed_point import Picard
 from implicit_slots.models.build import build_model
 from implicit_slots.models.slot_attention import Problem
 
@@ -318,7 +318,9 @@ def slate():
         return (
             model.encode(image, key=key),
             iterate(both, steps=STEPS, trained=trained),
-            residual_trace(*problem, steps=STEPS),
+            Picard(max_steps=STEPS, trace=True)
+            .solve(functools.partial(problem.f, problem.params, x), z0)
+            .trace,
         )
 
     results = compiled(everything, jnp.asarray(image), jax.random.key(0))

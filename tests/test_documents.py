@@ -1,0 +1,54 @@
+"""The documents name every file, and their links lead somewhere."""
+
+import pathlib
+import re
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+# pytest collects the tests of these folders; their README is that of tests/.
+TESTS = ROOT / "tests"
+
+
+def tracked(pattern):
+    """Files that git knows, or would add; none outside a checkout."""
+    command = ["git", "ls-files", "-co", "--exclude-standard", pattern]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip("this is no checkout of git")
+    return [path for name in found.stdout.split() if (path := ROOT / name).exists()]
+
+
+def test_every_folders_readme_names_all_its_files():
+    folders = {file.parent for file in tracked("*.py")} - {ROOT}
+    for folder in sorted(f for f in folders if f == TESTS or TESTS not in f.parents):
+        text = (folder / "README.md").read_text()
+        for file in folder.glob("*.py"):
+            if file.name != "__init__.py":
+                assert f"`{file.name}`" in text, f"{folder}/README.md: {file.name}"
+        for named in re.findall(r"^\| \[?`([\w.]+\.py)`", text, re.M):
+            assert (folder / named).exists(), f"{folder}/README.md names {named}"
+
+
+def test_links_lead_to_files_and_headings():
+    for file in tracked("*.md"):
+        text = re.sub(r"```.*?```", "", file.read_text(), flags=re.S)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if re.match(r"[a-z]+:", link):
+                continue
+            path, _, heading = link.partition("#")
+            target = (file.parent / path).resolve() if path else file
+            assert target.exists(), f"{file}: {link}"
+            if heading:
+                titles = re.findall(r"^#+ (.+)$", target.read_text(), re.M)
+                slugs = {
+                    re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles
+                }
+                assert heading in slugs, f"{file}: {link}"
+
+
+def test_no_file_is_over_400_lines():
+    for file in tracked("*.py"):
+        if TESTS not in file.parents:
+            assert len(file.read_text().splitlines()) <= 400, file
