@@ -6,8 +6,8 @@ r"""Official SLATE's weights in our model, and back.
     python -m implicit_slots.interop --source=checkpoint.pt.tar --target=model.npz
 
 Reads and writes the state dictionary of the PyTorch code that Singh, Deng, Ahn 2022
-published (singhgautam/slate on GitHub), as `.pt` or as NumPy's `.npz`. Only writing a
-`.pt` needs PyTorch; reading one never executes what is in it, see torch_files.py.
+published (singhgautam/slate on GitHub), as `.pt`, for which PyTorch is needed (pip
+install 'implicit_slots[torch]'), as `.safetensors` or as NumPy's `.npz`.
 
 Weights do not say everything: the numbers of slots, of heads (the decoder's and the
 slots') and of iterations leave no trace in them, and have to be set in the
@@ -309,9 +309,9 @@ def convert(
 
     Args:
       source: a run's workdir, whose newest checkpoint is taken, or a file that
-        `torch_files.read_weights` reads.
-      target: a `.pt` or `.npz` file of official weights; with a configuration, a
-        workdir with a checkpoint at step 0 and a fresh optimiser.
+        `runtime.weights.read_weights` reads.
+      target: a file of official weights that ends in one of `SUFFIXES`; with a
+        configuration, a workdir with a checkpoint at step 0 and a fresh optimiser.
       config: of the workdir.
 
     Raises:
@@ -395,10 +395,14 @@ def main(_: list[str]) -> None:
 
 def _define_flags() -> None:
     flags.DEFINE_string(
-        "source", None, "A run's workdir, or a .pt or .npz file of official weights."
+        "source",
+        None,
+        "A run's workdir, or a .pt, .safetensors or .npz file of official weights.",
     )
     flags.DEFINE_string(
-        "target", None, "A .pt or .npz file, or with --config a workdir, to write."
+        "target",
+        None,
+        "A .pt, .safetensors or .npz file, or with --config a workdir, to write.",
     )
     config_flags.DEFINE_config_file(
         "config", None, "Configuration of the workdir to write.", lock_config=True

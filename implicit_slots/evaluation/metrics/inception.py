@@ -46,8 +46,7 @@ def load(path: pathlib.Path) -> dict[str, Convolution]:
 
     Args:
       path: `pt_inception-2015-12-05-6726825d.pth` of PyTorch, or its state dictionary
-        saved again, as `.pt` or as `.npz`. A file in the format of PyTorch before 1.6
-        has to be saved again; the error says so.
+        saved again as `.safetensors` or `.npz`, which are read without PyTorch.
 
     Returns:
       The parameters that `features` takes, by the name of the layer.

@@ -251,9 +251,9 @@ WANTED = "pt_inception-2015-12-05-6726825d.pth"
 def test_a_file_that_is_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"nowhere.pt cannot be read.*{WANTED}"):
         inception.load(tmp_path / "nowhere.pt")
-    (tmp_path / "text.pt").write_text("<html>")
-    with pytest.raises(ValueError, match=f"text.pt is not a whole file.*{WANTED}"):
-        inception.load(tmp_path / "text.pt")
+    (tmp_path / "text.npz").write_text("<html>")
+    with pytest.raises(ValueError, match=f"text.npz is damaged.*{WANTED}"):
+        inception.load(tmp_path / "text.npz")
 
 
 @pytest.mark.parametrize(
