@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int, UInt8
 Example = dict[str, Any]
 Batch = dict[str, Any]
 
+SPLITS = ("train", "validation", "test")
 # Integer codes, in the order of tensorflow-datasets' CLEVR.
 CLEVR_CODES: Mapping[str, tuple[str, ...]] = {
     "color": ("gray", "blue", "brown", "yellow", "red", "green", "purple", "cyan"),

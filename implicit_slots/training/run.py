@@ -21,7 +21,7 @@ from flax import nnx
 
 from implicit_slots.data import registry
 from implicit_slots.data.batches import TrainBatches
-from implicit_slots.data.readers.frames import FrameSource
+from implicit_slots.data.readers.frame_source import FrameSource
 from implicit_slots.data.source import CLEVR_CODES
 from implicit_slots.evaluation.pictures import draw as draw_pictures
 from implicit_slots.evaluation.run import (

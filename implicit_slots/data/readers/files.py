@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int, Integer
 from PIL import Image, UnidentifiedImageError
 
-from implicit_slots.data.readers.frames import MOST_OBJECTS, Progress
+from implicit_slots.data.readers.frame_source import MOST_OBJECTS, Progress
 from implicit_slots.data.readers.preprocessing import crop_box
 from implicit_slots.data.source import DataError
 from implicit_slots.runtime.files import expand

@@ -16,7 +16,7 @@ from implicit_slots.data.readers.files import (
     read_objects,
     refuse_unreadable,
 )
-from implicit_slots.data.readers.frames import Frame, FrameSource, Progress
+from implicit_slots.data.readers.frame_source import Frame, FrameSource, Progress
 from implicit_slots.data.source import DataError, pack_objects
 
 # Where each split begins and ends, in hundredths of the sorted images.

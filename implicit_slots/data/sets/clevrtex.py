@@ -19,7 +19,7 @@ from implicit_slots.data.readers.files import (
     refuse_unreadable,
     walk_folder,
 )
-from implicit_slots.data.readers.frames import Frame, FrameSource, Progress
+from implicit_slots.data.readers.frame_source import Frame, FrameSource, Progress
 from implicit_slots.data.source import DataError, mark_present
 
 VARIANTS = ("full", "pbg", "vbg", "grassbg", "camo", "outd")

@@ -20,7 +20,7 @@ from implicit_slots.data.readers.files import (
     read_mask,
     refuse_unreadable,
 )
-from implicit_slots.data.readers.frames import Frame, FrameSource, Progress
+from implicit_slots.data.readers.frame_source import Frame, FrameSource, Progress
 from implicit_slots.data.sets.coco_shapes import (
     decode_runs,
     draw_polygons,

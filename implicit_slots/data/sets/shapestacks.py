@@ -18,7 +18,7 @@ from implicit_slots.data.readers.files import (
     read_mask,
     refuse_unreadable,
 )
-from implicit_slots.data.readers.frames import Frame, FrameSource, Progress
+from implicit_slots.data.readers.frame_source import Frame, FrameSource, Progress
 from implicit_slots.data.source import DataError, mark_present
 
 LISTS = {"train": "train", "validation": "eval", "test": "test"}

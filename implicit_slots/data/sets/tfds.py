@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from implicit_slots.data.readers.frames import Frame, FrameSource, Progress
+from implicit_slots.data.readers.frame_source import Frame, FrameSource, Progress
 from implicit_slots.data.readers.records import parse_example
 from implicit_slots.data.readers.tfds import (
     Records,
