@@ -227,7 +227,7 @@ def find_unreadable(
       root: the files' folder.
       images: pictures, relative to it.
       masks: the mask of each; empty where there are none.
-      crop: what part of a frame is to be kept, see `images.crop_box`.
+      crop: what part of a frame is to be kept, see `preprocessing.crop_box`.
       progress: wraps an iterable to show how far it is, as `tqdm` does.
       colour: whether masks hold colours, as in `read_mask`.
 

@@ -65,7 +65,7 @@ class FrameSource(Source):
 
         Args:
           resolution: height and width of the examples, in pixels.
-          crop: what part of a frame is kept, see `images.crop_box`.
+          crop: what part of a frame is kept, see `preprocessing.crop_box`.
           max_objects: length of the arrays of attributes, and largest id in a mask.
           keys: what `batch` returns; None for all there is.
 

@@ -65,11 +65,11 @@ class MultiObject(FrameSource):
           dataset: a key of `multi_object_files.LAYOUTS`.
           path: the published file, or a folder with it or with the bucket's folders.
           split: "train", "validation" or "test".
-          resolution: as in `FrameSource`, like `crop`, `max_objects` and `keys`.
-          crop: see there.
-          max_objects: see there.
+          resolution: height and width of the examples, in pixels.
+          crop: what part of a frame is kept, see `crop_box`.
+          max_objects: length of the arrays of attributes, and largest id in a mask.
           splits: record numbers by split, as "start:stop", in place of the defaults.
-          keys: see there.
+          keys: what `batch` returns; None for all there is.
           test_set: which of Objects Room's test files is the test split.
 
         Raises:
