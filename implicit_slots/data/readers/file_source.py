@@ -1,11 +1,23 @@
 """Sources whose frames are picture files in a folder, with masks beside them."""
 
+import functools
+import os
 from collections.abc import Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-from implicit_slots.data.readers.files import digest, refuse_unreadable
+from implicit_slots.data.readers.files import (
+    BROKEN,
+    check_mask,
+    digest,
+    name_some,
+    reason,
+    verify,
+)
 from implicit_slots.data.readers.frame_source import FrameSource, Progress
+from implicit_slots.data.readers.preprocessing import crop_box
+from implicit_slots.data.source import DataError
 
 
 class FileSource(FrameSource):
@@ -41,15 +53,48 @@ class FileSource(FrameSource):
           DataError: some cannot be read, or do not fit each other or the crop.
         """
         masks = self.masks if self.wants("segmentation") else ()
-        refuse_unreadable(
-            self.root,
-            self.images,
-            masks,
-            self.crop,
-            progress,
-            self.remedy,
-            self.colour,
-        )
+        broken = self._find_broken(self.images, masks, progress)
+        if broken:
+            files = name_some([self.images[i] for i in broken], len(self))
+            or_masks = ", or their masks," if masks else ""
+            why = reason(next(iter(broken.values())))
+            raise DataError(
+                f"{files} in {self.root}{or_masks} cannot be read ({why}); "
+                f"{self.remedy}"
+            )
+
+    def _find_broken(
+        self, images: Sequence[str], masks: Sequence[str], progress: Progress
+    ) -> dict[int, Exception]:
+        """Why pictures, or their masks, are not whole, by index; looks in threads.
+
+        Raises:
+          DataError: a mask of another size or kind, or a crop that does not fit a
+            frame.
+        """
+        fit = functools.cache(lambda width, height: crop_box(self.crop, width, height))
+
+        def look(index: int) -> Exception | None:
+            try:
+                image = verify(self.root / images[index])
+                mask = verify(self.root / masks[index]) if masks else None
+            except BROKEN as error:
+                return error
+            fit(*image.size)
+            if mask is not None:
+                if mask.size != image.size:
+                    raise DataError(
+                        f"mask {self.root / masks[index]} has {mask.width} x "
+                        f"{mask.height} pixels and its image {images[index]} "
+                        f"{image.width} x {image.height}; they must be of one size"
+                    )
+                check_mask(self.root / masks[index], mask, self.colour)
+            return None
+
+        with ThreadPool(os.cpu_count()) as pool:
+            found = pool.imap(look, range(len(images)), chunksize=16)
+            found = progress(found, total=len(images), desc="checking files")
+            return {index: error for index, error in enumerate(found) if error}
 
     def fingerprint(self) -> dict[str, Any]:
         """A digest of the names and sizes of all these files."""

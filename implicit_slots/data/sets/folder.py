@@ -12,7 +12,6 @@ from implicit_slots.data.readers.file_source import FileSource
 from implicit_slots.data.readers.files import (
     count_ids,
     data_folder,
-    find_unreadable,
     name_some,
     read_image,
     read_json,
@@ -99,9 +98,7 @@ class ImageFolder(FileSource):
         self.masks = self._find_masks()
         if skip_unreadable:
             images = [self._folder + file for file in self.files]
-            broken = find_unreadable(
-                self.root, images, self.masks, crop, lambda files, **_: files
-            )
+            broken = self._find_broken(images, self.masks, lambda files, **_: files)
             whole = sorted(set(range(len(self.files))) - set(broken))
             self.files = [self.files[i] for i in whole]
             self.masks = [self.masks[i] for i in whole] if self.masks else []
