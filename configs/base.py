@@ -260,7 +260,7 @@ def data(name: str, *, resolution: int, max_objects: int, crop: str = "") -> Con
     """The keys that every data section has.
 
     Args:
-      name: a row of the table in implicit_slots/data/sources.py.
+      name: a row of the table in implicit_slots/data/registry.py.
       resolution: height and width of the images, in pixels.
       max_objects: length of the attributes' arrays and largest id in a mask.
       crop: what part of a frame is kept; the embedded scenes have none.
@@ -270,10 +270,10 @@ def data(name: str, *, resolution: int, max_objects: int, crop: str = "") -> Con
     section.resolution = resolution
     section.max_objects = max_objects
     if crop:
-        section.crop = crop  # see implicit_slots/data/images.py
+        section.crop = crop  # see implicit_slots/data/readers/preprocessing.py
     section.keep_objects = 0  # leaves out images with more objects; 0: none
     section.flip = False  # mirrors half of the training images
-    section.cache = "runs/cache"  # of prepared or rendered images; empty: none
+    section.cache = "runs/cache"  # of prepared images; empty: none
     section.placement = "host"  # or "device": the training set in its memory
     section.workers = 2  # threads that read batches ahead
     return section
@@ -307,7 +307,7 @@ def files(
     """Data section of a data set on disk.
 
     Args:
-      name: a row of the table in implicit_slots/data/sources.py.
+      name: a row of the table in implicit_slots/data/registry.py.
       resolution: height and width of the images, in pixels.
       max_objects: length of the attributes' arrays and largest id in a mask.
       crop: what part of a frame is kept.
