@@ -161,7 +161,7 @@ class MultiObject(FrameSource):
             raise DataError(
                 f"{self.file} is compressed and can only be read from its start; "
                 "prepare it once by `python -m implicit_slots.data prepare` with the "
-                "same --config and with --config.data.cache=FOLDER, or unpack it"
+                "same --config, which has to name a cache, or unpack it"
             )
         return RecordFile(self.file)
 
