@@ -256,7 +256,7 @@ def data(name: str, *, resolution: int, max_objects: int, crop: str = "") -> Con
         section.crop = crop  # see data/readers/preprocessing.py
     section.keep_objects = 0  # leaves out images with more objects; 0: none
     section.flip = False  # mirrors half of the training images
-    section.cache = "runs/cache"  # of prepared or rendered images; empty: none
+    section.cache = "runs/cache"  # of prepared images; empty: none
     section.placement = "host"  # or "device": the training set in its memory
     section.workers = 2  # threads that read batches ahead
     return section

@@ -6,8 +6,8 @@ r"""Official SLATE's weights in our model, and back.
     python -m implicit_slots.interop --source=checkpoint.pt.tar --target=model.npz
 
 Reads and writes the state dictionary of the PyTorch code that Singh, Deng, Ahn 2022
-published (singhgautam/slate on GitHub), as `.pt` or as NumPy's `.npz`. Only writing a
-`.pt` needs PyTorch; reading one never executes what is in it, see torch_files.py.
+published (singhgautam/slate on GitHub), as `.pt`, for which PyTorch is needed (pip
+install 'implicit_slots[torch]'), as `.safetensors` or as NumPy's `.npz`.
 
 Weights do not say everything: the numbers of slots, of heads (the decoder's and the
 slots') and of iterations leave no trace in them, and have to be set in the
@@ -28,6 +28,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from implicit_slots.runtime.config import Config
+from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.flags import parse
 from implicit_slots.runtime.weights import SUFFIXES, read_weights, write_weights
 
@@ -162,7 +163,7 @@ def to_official(params: dict) -> dict[str, np.ndarray]:
       params: nested dictionary of arrays, as `training.state.split_model` gives it.
 
     Raises:
-      ValueError: if the official code has no such model.
+      UserError: if the official code has no such model.
     """
     turned = _turned(params)
     official = {name: np.ascontiguousarray(value) for name, value in turned.items()}
@@ -183,7 +184,7 @@ def from_official(weights: Mapping[str, np.ndarray], params: dict) -> dict:
         structure is to be filled.
 
     Raises:
-      ValueError: if the weights are of another model, saying which key to set where
+      UserError: if the weights are of another model, saying which key to set where
         a key explains it, and naming the tensors otherwise.
     """
     shapes = _shapes(params)
@@ -204,13 +205,13 @@ def from_official(weights: Mapping[str, np.ndarray], params: dict) -> dict:
 def _turned(params: dict) -> dict[str, np.ndarray]:
     """Every tensor in its official layout, without the masks."""
     if "slot_vectors" in params["slot_attention"]:
-        raise ValueError(
+        raise UserError(
             "official SLATE draws its initial slots from a Gaussian: it has no place "
             'for learned ones (config.model.initial_slots must be "gaussian")'
         )
     features = params["dvae"]["encoder"]["layers"][0]["norm"]["scale"].shape[0]
     if features != DVAE_FEATURES:
-        raise ValueError(
+        raise UserError(
             f"official SLATE's dVAE has {DVAE_FEATURES} features, this model's has "
             f"{features}: set config.model.dvae_features={DVAE_FEATURES}"
         )
@@ -247,7 +248,7 @@ def _check(
             keys = ", ".join(
                 f"config.{key}={theirs[key]} (it is {ours[key]})" for key in differ
             )
-            raise ValueError(f"the weights are of a model of another size: set {keys}")
+            raise UserError(f"the weights are of a model of another size: set {keys}")
     wrong = {
         "lack": [n for n in shapes if n not in found],
         "have no place in the model for": [n for n in found if n not in shapes],
@@ -265,7 +266,7 @@ def _check(
     for what, names in wrong.items():
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"the weights {what} {', '.join(names[:3])}{more}")
+            raise UserError(f"the weights {what} {', '.join(names[:3])}{more}")
 
 
 def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -297,9 +298,9 @@ def convert(
 
     Args:
       source: a run's workdir, whose newest checkpoint is taken, or a file that
-        `torch_files.read_weights` reads.
-      target: a `.pt` or `.npz` file of official weights; with a configuration, a
-        workdir with a checkpoint at step 0 and a fresh optimiser.
+        `runtime.weights.read_weights` reads.
+      target: a file of official weights that ends in one of `SUFFIXES`; with a
+        configuration, a workdir with a checkpoint at step 0 and a fresh optimiser.
       config: of the workdir.
 
     Raises:
@@ -307,7 +308,6 @@ def convert(
     """
     # A command line's --help needs no JAX.
     from implicit_slots.models.build import split_model
-    from implicit_slots.runtime.errors import UserError
     from implicit_slots.training import checkpoint
 
     if target.exists():
@@ -329,7 +329,7 @@ def convert(
             write_weights(target, weights)
         else:
             _write_run(target, weights, config)
-    except (ValueError, OSError) as error:
+    except OSError as error:
         raise UserError(str(error)) from error
 
 
@@ -344,10 +344,7 @@ def _write_run(
     from implicit_slots.models.build import build, split_model
     from implicit_slots.runtime.files import write_json
     from implicit_slots.runtime.workdir import CONFIG_FILE
-    from implicit_slots.training.checkpoint import (
-        CHECKPOINT_FOLDER,
-        Checkpoints,
-    )
+    from implicit_slots.training.checkpoint import CHECKPOINT_FOLDER, Checkpoints
     from implicit_slots.training.checks import check
     from implicit_slots.training.optimizer import build_optimizer
     from implicit_slots.training.state import initial_state
@@ -371,7 +368,6 @@ def _write_run(
 def main(_: list[str]) -> None:
     """Converts what the flags say; exits with 1 on what the user can put right."""
     logging.set_verbosity(logging.WARNING)
-    from implicit_slots.runtime.errors import UserError
 
     source, target = flags.FLAGS.source, flags.FLAGS.target
     try:
@@ -383,10 +379,14 @@ def main(_: list[str]) -> None:
 
 def _define_flags() -> None:
     flags.DEFINE_string(
-        "source", None, "A run's workdir, or a .pt or .npz file of official weights."
+        "source",
+        None,
+        "A run's workdir, or a .pt, .safetensors or .npz file of official weights.",
     )
     flags.DEFINE_string(
-        "target", None, "A .pt or .npz file, or with --config a workdir, to write."
+        "target",
+        None,
+        "A .pt, .safetensors or .npz file, or with --config a workdir, to write.",
     )
     config_flags.DEFINE_config_file(
         "config", None, "Configuration of the workdir to write.", lock_config=True

@@ -143,10 +143,14 @@ def _compare(workdirs: list[str]) -> str | int:
         # A run that cannot be evaluated is listed in the page.
         subprocess.run([*command, f"--workdir={workdir}"], check=False)
     from implicit_slots.report.comparison import write_comparison
+    from implicit_slots.runtime.errors import UserError
 
     paths = [pathlib.Path(workdir) for workdir in workdirs]
     common = pathlib.Path(os.path.commonpath([path.resolve() for path in paths]))
-    print(f"report: {write_comparison(paths, common / 'report.html')}")
+    try:
+        print(f"report: {write_comparison(paths, common / 'report.html')}")
+    except UserError as error:
+        return f"error: {error}"
     return 0
 
 

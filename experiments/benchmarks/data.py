@@ -35,7 +35,8 @@ from experiments.benchmarks import harness
 from implicit_slots.data import registry
 from implicit_slots.data.batches import TrainBatches, read_ahead
 from implicit_slots.data.prepared import prepare
-from implicit_slots.data.prepared.cache import BlockCache, Prepared
+from implicit_slots.data.prepared.cache import Prepared, Writer
+from implicit_slots.data.readers import frame_source
 from implicit_slots.data.scenes import rendering
 from implicit_slots.data.source import Source
 from implicit_slots.models.build import build, split_model
@@ -108,7 +109,7 @@ class Fresh(Source):
 
     def batch(self, indices: np.ndarray) -> dict[str, Any]:
         """Decoded one by one, stacked."""
-        return prepare.stack([self._source.decode(int(i)) for i in indices])
+        return frame_source.stack([self._source.decode(int(i)) for i in indices])
 
 
 def section(folder: Path, **changes: Any) -> Config:
@@ -134,16 +135,15 @@ def time_cache(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
             "position": np.zeros((10, 3), np.float32),
         },
     }
+    writer = Writer(folder, {}, count=flags.cached, block=500)
+    while rest := min(500, flags.cached - writer.count):
 
-    def make(_: int) -> dict[str, Any]:
-        return jax.tree.map(
-            lambda leaf: generator.integers(0, 2, (500, *leaf.shape), np.uint8), example
-        )
+        def draw(leaf: np.ndarray, size: int = rest) -> np.ndarray:
+            drawn = generator.integers(0, 2, (size, *leaf.shape), np.uint8)
+            return drawn.astype(leaf.dtype)
 
-    cache = BlockCache(make, example, count=flags.cached, block=500, folder=folder)
-    for block in range(cache.num_blocks):
-        cache.fill(block)
-    cache.finish()
+        writer.append(jax.tree.map(draw, example))
+    writer.finish()
     everything = Prepared(folder)
     images = Prepared(folder, keys=("image",))
     contestants = {

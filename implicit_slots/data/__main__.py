@@ -9,7 +9,6 @@ Commands:
 import pathlib
 import sys
 
-import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -43,14 +42,9 @@ def main(argv: list[str]) -> None:
     run = {"prepare": prepare, "inspect": inspect, "verify": verify}[argv[1]]
     try:
         # After the flags are parsed: --help needs no JAX.
-        import jax
-
         from implicit_slots.data.source import DataError
     except KeyboardInterrupt:
         sys.exit("stopped before anything was done")
-    # A run of this configuration renders as it is set there, and finds only that.
-    if not _CONFIG.value.get("optimize_programs", True):
-        jax.config.update("jax_disable_most_optimizations", True)
     try:
         for split in _SPLITS.value:
             run(split)
@@ -70,16 +64,14 @@ def prepare(split: str) -> None:
 def verify(split: str) -> None:
     """Compares a split in the cache with its checksums."""
     from implicit_slots.data import registry
-    from implicit_slots.data.prepared.cache import Prepared
-    from implicit_slots.data.scenes.source import Scenes
     from implicit_slots.data.source import DataError
     from implicit_slots.runtime.progress import bar
 
-    source = registry.build(_CONFIG.value.data, split)
-    if not isinstance(source, Prepared | Scenes):
+    source = registry.open_prepared(registry.request(_CONFIG.value.data, split))
+    if source is None:
         raise DataError(
             f"split '{split}' is not prepared; python -m implicit_slots.data prepare "
-            "does that"
+            "does that, for all data sets but scenes"
         )
     source.verify(bar)
     print(f"{split}: {len(source):,} examples, every block as it was written")
@@ -87,23 +79,13 @@ def verify(split: str) -> None:
 
 def inspect(split: str) -> None:
     """Prints what a split holds and draws its first examples."""
-    from implicit_slots.data import registry
     from implicit_slots.data.prepared import inspect
-    from implicit_slots.data.prepared.cache import Prepared
-    from implicit_slots.data.scenes.source import Scenes
     from implicit_slots.data.source import DataError
     from implicit_slots.drawing import grids
 
     config = _CONFIG.value
-    source = registry.build(config.data, split)
-    batch = source.batch(np.arange(min(_COUNT.value, len(source))))
-    origin = "decoded on the fly"
-    if isinstance(source, Prepared):
-        origin = "prepared"
-    elif isinstance(source, Scenes):
-        origin = "rendered"
-    print(f"{config.name}, {split} ({origin}): ", end="")
-    print("\n".join(inspect.describe(source, batch)))
+    lines, batch = inspect.look(config.data, split, _COUNT.value)
+    print(f"{config.name}, {split} {lines}")
     folder = pathlib.Path(_OUTPUT.value or "runs/inspect")
     path = folder / f"{config.name}_{split}.png"
     try:

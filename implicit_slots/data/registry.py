@@ -15,21 +15,20 @@ from jaxtyping import Int
 
 from implicit_slots.data.prepared.cache import Prepared
 from implicit_slots.data.prepared.cache_folder import cache_folder, is_finished
-from implicit_slots.data.readers.frames import FrameSource, Progress
+from implicit_slots.data.readers.frame_source import FrameSource, Progress
 from implicit_slots.data.scenes.source import Scenes
 from implicit_slots.data.sets.clevr_mirror import ClevrMirror
 from implicit_slots.data.sets.clevrtex import ClevrTex
 from implicit_slots.data.sets.coco import Coco
 from implicit_slots.data.sets.folder import ImageFolder
-from implicit_slots.data.sets.multi_object import LAYOUTS, MultiObject, split_sizes
+from implicit_slots.data.sets.multi_object import MultiObject
+from implicit_slots.data.sets.multi_object_files import LAYOUTS, split_sizes
 from implicit_slots.data.sets.shapestacks import ShapeStacks
 from implicit_slots.data.sets.tfds import Tfds
-from implicit_slots.data.source import Batch, DataError, Example, Source
+from implicit_slots.data.source import SPLITS, Batch, DataError, Example, Source
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.files import expand
 from implicit_slots.runtime.progress import bar
-
-SPLITS = ("train", "validation", "test")
 
 # Keys of config.data that are not the reader's: how its examples are used.
 USAGE = MappingProxyType(
@@ -38,8 +37,6 @@ USAGE = MappingProxyType(
 # A look into every file before a run costs a second per few thousand files: larger sets
 # are looked through when they are prepared, or else frame by frame as they are read.
 CHECKED = 20_000
-# Arguments of readers that say where something lies, not what it is.
-WHERE = ("path", "cache")
 # Arguments that the test split alone depends on.
 OF_TEST = ("test_set",)
 # What the readers make of files: raised when a change of the code changes examples, so
@@ -151,7 +148,7 @@ def build(
     """The source that a configuration's section describes.
 
     A finished cache is read where `config.data.cache` has one; else frames are decoded
-    when they are asked for.
+    when they are asked for. A compressed record file needs the cache.
 
     Args:
       config: `name`, a key of `SOURCES`, arguments of its reader, and keys of `USAGE`.
@@ -162,15 +159,21 @@ def build(
       DataError: an unknown name, split or option, or data that cannot be used.
     """
     asked = request(config, split)
-    prepared = open_prepared(asked, keys)
-    if prepared is not None:
-        return prepared
-    source = open_files(asked, keys)
+    source = open_prepared(asked, keys) or open_files(asked, keys)
+    check_cheaply(source)
+    return source
+
+
+def check_cheaply(source: Source) -> None:
+    """Looks into a data set's own files if that takes seconds.
+
+    Raises:
+      DataError: they cannot be used, or need a prepared cache.
+    """
     if isinstance(source, MultiObject) or (
         isinstance(source, FrameSource | Subset) and len(source) <= CHECKED
     ):
         source.check(bar)
-    return source
 
 
 def open_prepared(
@@ -240,7 +243,8 @@ def request(
             f"keep_objects must not be negative, got {usage['keep_objects']}; 0 keeps "
             "all examples"
         )
-    leave = {*WHERE, *(OF_TEST if split != "test" else ())}
+    # Where something lies is not what it is.
+    leave = {"path", *(OF_TEST if split != "test" else ())}
     identity = {
         "name": name,
         **{key: value for key, value in arguments.items() if key not in leave},
@@ -259,6 +263,9 @@ def open_files(
 ) -> "Source | Subset":
     """Opens the data set's own files; neither decodes nor checks them.
 
+    Of a compressed file the examples of at most `keep_objects` objects are unknown
+    until it is read: there is no `Subset` of it, its `stream` leaves them out.
+
     Raises:
       DataError: they are not there or cannot be used.
     """
@@ -270,7 +277,7 @@ def open_files(
             raise DataError(f"{error}; it reads {files}") from error
         raise
     most = asked.usage["keep_objects"]
-    if most == 0:
+    if most == 0 or (isinstance(source, MultiObject) and source.is_packed):
         return source
     if not isinstance(source, FrameSource):
         raise DataError(
@@ -279,11 +286,17 @@ def open_files(
         )
     kept = np.flatnonzero(source.count_objects(bar) <= most)
     if not len(kept):
-        raise DataError(
-            f"no example of split '{asked.arguments['split']}' has at most {most} "
-            "objects; set --config.data.keep_objects higher, or 0 to keep all"
-        )
+        raise nothing_kept(asked)
     return Subset(source, kept)
+
+
+def nothing_kept(asked: Request) -> DataError:
+    """The sentence for `keep_objects` that leaves out all, to be raised."""
+    return DataError(
+        f"no example of split '{asked.arguments['split']}' has at most "
+        f"{asked.usage['keep_objects']} objects; set --config.data.keep_objects "
+        "higher, or 0 to keep all"
+    )
 
 
 def check_files(asked: Request, source: Prepared) -> None:

@@ -13,6 +13,7 @@ from implicit_slots.runtime.errors import UserError
 Example = dict[str, Any]
 Batch = dict[str, Any]
 
+SPLITS = ("train", "validation", "test")
 # Integer codes, in the order of tensorflow-datasets' CLEVR.
 CLEVR_CODES: Mapping[str, tuple[str, ...]] = {
     "color": ("gray", "blue", "brown", "yellow", "red", "green", "purple", "cyan"),

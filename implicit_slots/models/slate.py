@@ -25,9 +25,7 @@ from implicit_slots.runtime.errors import InvalidValue
 
 # The token that begins every sequence; image tokens are shifted by one.
 BOS = 0
-
-# See `SLATE.generate`.
-GENERATION_STAGES = 4
+GENERATION_STAGES = 4  # see `SLATE.generate`
 
 
 class SLATE(nnx.Module):

@@ -13,6 +13,7 @@ from implicit_slots.report.evaluation import read, tables
 from implicit_slots.report.plots import SERIES, Line, Panel, plot
 from implicit_slots.report.render import render
 from implicit_slots.runtime.config import flat
+from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import write_whole
 from implicit_slots.runtime.workdir import (
     CONFIG_FILE,
@@ -65,13 +66,13 @@ def write_comparison(
       The path.
 
     Raises:
-      ValueError: if none of them was evaluated.
+      UserError: if none of them was evaluated.
     """
     workdirs = list({workdir.resolve(): workdir for workdir in workdirs}.values())
     pattern = f"{EVALUATION_FOLDER}/*/{EVALUATION_FILE}"
     files = [file for workdir in workdirs for file in workdir.glob(pattern)]
     if not files:
-        raise ValueError("none of these runs has an evaluation")
+        raise UserError("none of these runs has an evaluation")
     # The data that was evaluated last
     label = max(files, key=lambda file: file.stat().st_mtime).parent.name
     folders = [workdir.resolve().name for workdir in workdirs]
@@ -126,7 +127,7 @@ def _read(workdir: pathlib.Path, name: str, label: str) -> _Run:
         problem = "it holds no run"
     try:
         record = read(folder)
-    except ValueError as error:
+    except UserError as error:
         there = (folder / EVALUATION_FILE).exists()
         missing = f"it has no evaluation on {label}"
         problem = problem or (str(error) if there else missing)

@@ -15,6 +15,7 @@ from implicit_slots.evaluation.catalogue import (
     split,
 )
 from implicit_slots.report.plots import Line, Panel, plot
+from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.workdir import EVALUATION_FILE, EVALUATION_FOLDER
 
 
@@ -22,7 +23,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     """Returns what an evaluation's metrics.json holds, its `folder`, and its `lines`.
 
     Raises:
-      ValueError: if it cannot be read, in one sentence.
+      UserError: if it cannot be read, in one sentence.
     """
     path = folder / EVALUATION_FILE
     told = ("title", "step", "command", "checkpoint", "images", "seconds", "date")
@@ -38,9 +39,9 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
         lines = [(curve, _line(curve)) for curve in found["curves"].values()]
         return found | {"folder": folder, "lines": lines}
     except FileNotFoundError as error:
-        raise ValueError(f"there is no {path}; evaluate the run") from error
+        raise UserError(f"there is no {path}; evaluate the run") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read; evaluate again") from error
+        raise UserError(f"{path} cannot be read; evaluate again") from error
 
 
 def _line(curve: Mapping[str, Any]) -> Line:
@@ -66,7 +67,7 @@ def evaluations(workdir: pathlib.Path) -> list[dict[str, Any]]:
 def _evaluation(folder: pathlib.Path) -> dict[str, Any]:
     try:
         record = read(folder)
-    except ValueError as error:
+    except UserError as error:
         return {"folder": folder, "problem": str(error)}
     plots = [
         Panel(curve["title"], f"{curve['y_label']} by {curve['x_label']}", plot([line]))

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from implicit_slots.data import registry
-from implicit_slots.data.readers.frames import FrameSource
+from implicit_slots.data.readers.frame_source import FrameSource
 from implicit_slots.evaluation import pictures
 from implicit_slots.evaluation import run as evaluation
 from implicit_slots.evaluation.steps import build_evaluation_steps

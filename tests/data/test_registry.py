@@ -4,6 +4,8 @@ import collections
 import importlib
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image
 
 from implicit_slots.data import registry
-from implicit_slots.data.scenes import rendering, sampling
+from implicit_slots.data.scenes import rendering
 from implicit_slots.data.scenes import source as scenes_source
 from implicit_slots.data.source import DataError
 
@@ -58,7 +60,7 @@ def rendered(monkeypatch):
         indices = np.asarray(indices)
         asked.append((split, seed, indices.tolist()))
         batch = len(indices)
-        code = indices + 50 * sampling.SPLITS.index(split) + seed
+        code = indices + 50 * registry.SPLITS.index(split) + seed
         image = np.broadcast_to(
             code[:, None, None, None], (batch, resolution, resolution, 3)
         )
@@ -130,39 +132,25 @@ def test_training_scenes_carry_masks_only_where_asked(rendered):
         assert build(split).batch(np.arange(2)).keys() == everything
 
 
-def test_scenes_on_disk_serve_the_next_run(rendered, tmp_path):
-    """The cache is read only by a run of the same scenes."""
-    everything = np.arange(20)
-    expected = build(cache=str(tmp_path)).batch(everything)["image"]
-    again = build(cache=str(tmp_path))
+def test_scenes_are_rendered_by_one_thread_while_others_wait(rendered):
+    source = build(train_size=80)
     rendered.clear()
-    np.testing.assert_array_equal(again.batch(everything)["image"], expected)
-    assert rendered == []
-    others: tuple[dict, ...] = (
-        {"seed": 1},
-        {"resolution": 8},
-        {"zoom": 2.0},
-        {"with_masks": True},
-    )
-    for other in others:
-        source = build(cache=str(tmp_path), **other)
-        rendered.clear()
-        source.batch(everything)
-        assert len(rendered) == 3, other
+    start = threading.Barrier(4)
+
+    def read(_):
+        start.wait()
+        return source.batch(np.arange(80))["image"][:, 0, 0, 0].tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(read, range(4))) == [list(range(80))] * 4
+    assert sorted(first for _, _, (first, *_) in rendered) == list(range(0, 80, 8))
 
 
-def test_prepared_scenes_can_be_verified(rendered, tmp_path):
+def test_configurations_that_name_a_cache_of_scenes_are_still_read(rendered, tmp_path):
+    """Runs used to keep scenes there; nothing is written any more."""
     source = build(cache=str(tmp_path))
-    assert isinstance(source, registry.Scenes) and source.folder is not None
-    silent = lambda iterable, **_: iterable  # noqa: E731
-    with pytest.raises(DataError, match="is not finished; prepare it first"):
-        source.verify(silent)
-    source.render_all(silent)
-    assert [first for _, _, (first, *_) in rendered[1:]] == [0, 8, 16]
-    source.verify(silent)
-    np.testing.assert_array_equal(
-        np.load(source.folder / "image.npy"), source.batch(np.arange(20))["image"]
-    )
+    assert source.batch(np.arange(20))["image"][:, 0, 0, 0].tolist() == [*range(20)]
+    assert not list(tmp_path.iterdir())
 
 
 def test_options_of_other_splits_do_not_touch_a_splits_cache():
@@ -190,16 +178,6 @@ def test_options_of_other_splits_do_not_touch_a_splits_cache():
         for split in registry.SPLITS
     }
     assert same == {"train": 1, "validation": 2, "test": 2}
-
-
-def test_scenes_of_another_renderer_are_drawn_again(rendered, tmp_path, monkeypatch):
-    """The cache knows the renderer by its source code."""
-    build(cache=str(tmp_path)).batch(np.arange(20))
-    monkeypatch.setattr(scenes_source, "RENDERER", "another")
-    source = build(cache=str(tmp_path))
-    rendered.clear()
-    source.batch(np.arange(20))
-    assert len(rendered) == 3
 
 
 def test_a_frozen_section_builds_any_source(tmp_path):

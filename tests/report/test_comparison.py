@@ -9,6 +9,7 @@ from pages import Page, paths
 
 from implicit_slots.report.comparison import write_comparison
 from implicit_slots.report.page import write_report
+from implicit_slots.runtime.errors import UserError
 
 VALUES = {"a": 0.5, "b": 0.75, "c": 0.6, "d": None}
 
@@ -64,7 +65,7 @@ def test_seeds_are_one_configuration_with_their_spread(runs, tmp_path):
 
 
 def test_runs_without_any_evaluation_are_a_sentence(runs, tmp_path):
-    with pytest.raises(ValueError, match="none of these runs has an evaluation"):
+    with pytest.raises(UserError, match="none of these runs has an evaluation"):
         write_comparison(runs[3:], tmp_path / "report.html")
 
 

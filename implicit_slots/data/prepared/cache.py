@@ -1,9 +1,10 @@
-"""Arrays of examples, made block by block, in memory or memory-mapped on disk."""
+"""Examples at the training resolution on disk: written once, in order, then mapped."""
 
 import errno
 import json
+import math
 import os
-import threading
+import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,191 +15,134 @@ from jaxtyping import Int
 from implicit_slots.data.prepared import cache_folder
 from implicit_slots.data.prepared.cache_folder import BLOCKS, MANIFEST, PRESENT
 from implicit_slots.data.source import Batch, DataError, Source
-from implicit_slots.runtime.files import lock
-
-# Makes the examples `first` … `first + block - 1`, stacked.
-Make = Callable[[int], Batch]
 
 # Blocks whose bytes are compared with their checksums whenever a cache is opened.
 SAMPLED_BLOCKS = 8
 
 
-class BlockCache:
-    """Examples of fixed shapes, made on first use in blocks of neighbours.
+class Writer:
+    """A folder of the cache that is being filled, a block of neighbours at a time.
 
-    With a folder, blocks outlive the process. A block counts as there only when its
-    marker is set, and the marker is set only when the block's bytes are on the disk:
-    what a killed process leaves half written is made again. Processes of one host may
-    share a folder, since whoever makes a block writes the same bytes.
+    A block counts as there only when its marker is set, and the marker is set only when
+    the block's bytes are on the disk: what a killed process leaves half written is
+    written again. One process at a time writes to a folder.
 
     Attributes:
-      num_blocks: how many blocks there are.
+      count: number of examples that are there, from the first on.
     """
 
     def __init__(
         self,
-        make: Make,
-        example: Mapping[str, Any],
+        folder: Path,
+        manifest: Mapping[str, Any],
         *,
         count: int,
         block: int,
-        folder: Path | None = None,
-        manifest: Mapping[str, Any] | None = None,
+        is_exact: bool = True,
     ):
-        """Prepares the arrays; makes no example.
+        """Goes on with what lies in the folder, if it is of the same manifest.
 
         Args:
-          make: returns the block of examples that starts at an index, all `block` of
-            them, even where `count` ends within.
-          example: shapes and data types by name, nested, for one example.
-          count: number of examples.
-          block: examples to a block.
-          folder: where to keep the blocks; None keeps them in memory. What lies there
-            of another manifest is thrown away.
+          folder: of the cache; its parent exists.
           manifest: what the bytes depend on, as JSON.
-
-        Raises:
-          DataError: the folder cannot be written.
+          count: most examples that there can be.
+          block: examples to a block.
+          is_exact: whether there will be `count`, so that they must have room.
         """
-        self._make = make
-        self._block = block
-        self._count = count
+        self._is_exact = is_exact
         self._folder = folder
-        self.num_blocks = -(-count // block)
-        self._locks = [threading.Lock() for _ in range(self.num_blocks)]
-        types = {name: cache_folder.field_type(leaf) for name, leaf in example.items()}
-        if folder is None:
-            self._fields = {
-                name: np.zeros((count, *shape), dtype)
-                for name, (dtype, shape) in types.items()
-            }
-            self._blocks = np.zeros(self.num_blocks, np.uint64)
-            return
-        empty = {name: np.empty((0, *s), d) for name, (d, s) in types.items()}
+        self._block = block
         self._manifest = {
-            **json.loads(json.dumps(manifest or {})),
+            **json.loads(json.dumps(manifest)),
             "count": count,
             "block": block,
-            "fields": cache_folder.describe_fields(empty, 0),
         }
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with lock(folder):
-                if not cache_folder.is_whole(folder, self._manifest):
-                    cache_folder.lay_out(folder, self._manifest, types)
-                self._fields = cache_folder.open_fields(folder, types)
-                self._blocks: Any = np.load(folder / BLOCKS, mmap_mode="r+")
-                self._inodes = {
-                    n: cache_folder.inode(folder / f"{n}.npy") for n in self._fields
-                }
-        except OSError as error:
-            raise DataError(_unwritable(folder, error)) from error
-        present = np.flatnonzero(self._blocks)
-        for place in _sample(present):  # Bytes that have changed are made again.
-            if not self._is_intact(place):
-                self._blocks[place] = 0
+        self._fields: Mapping[str, np.ndarray] = {}
+        self.count = 0
+        fields = cache_folder.fields_of_unfinished(folder, self._manifest)
+        if fields is None:
+            return
+        self._open(fields)
+        blocks = int(np.argmin(np.append(self._blocks != 0, False)))
+        for place in _sample(np.arange(blocks)):
+            if not cache_folder.is_intact(self._fields, self._blocks, place, block):
+                blocks = min(blocks, place)
+        self.count = min(blocks * block, count)
 
-    def read(
-        self, indices: Int[np.ndarray, " batch"], keys: Collection[str] | None = None
-    ) -> Batch:
-        """The examples of these indices, stacked; makes the blocks that are missing.
+    def append(self, examples: Batch) -> None:
+        """Writes the next block; the last one may be shorter.
 
         Args:
-          indices: each below `count`; may repeat.
-          keys: which fields; None for all.
-        """
-        blocks = np.unique(indices // self._block)
-        for block in blocks[self._blocks[blocks] == 0]:
-            self.fill(int(block))
-        return gather(self._fields, indices, keys)
-
-    def has(self, block: int) -> bool:
-        """Whether a block is there."""
-        return bool(self._blocks[block])
-
-    def fill(self, block: int) -> None:
-        """Makes a block unless it is there; a second thread waits and finds it made.
+          examples: as `Source.batch` describes them; ids are stored as bytes.
 
         Raises:
-          DataError: the disk is full, or the folder can no longer be written.
+          DataError: the disk is full, or the folder cannot be written.
         """
-        with self._locks[block]:
-            if not self._blocks[block]:
-                self._fill(block)
-
-    def finish(self) -> None:
-        """Seals a folder whose blocks are all there: its manifest gets their hash.
-
-        Raises:
-          DataError: another process has put another cache there, or the disk is full.
-        """
-        if self._folder is None:
-            return
-        assert all(self._blocks)
-        sealed = {**self._manifest, "hash": cache_folder.hash_blocks(self._blocks)}
         try:
-            with lock(self._folder):
-                self._check_inodes()
-                cache_folder.write_manifest(self._folder / MANIFEST, sealed)
-        except OSError as error:
-            raise DataError(_unwritable(self._folder, error)) from error
-
-    def verify(self, progress: Callable[..., Any]) -> None:
-        """Compares every block with its checksum.
-
-        Args:
-          progress: wraps an iterable to show how far it is, as `tqdm` does.
-
-        Raises:
-          DataError: a block is missing, or has other bytes than when it was written.
-        """
-        for block in progress(range(self.num_blocks), desc="verifying"):
-            if not self._blocks[block]:
-                raise DataError(
-                    f"the cache {self._folder} is not finished; prepare it first"
-                )
-            if self._folder is not None and not self._is_intact(block):
-                raise DataError(
-                    cache_folder.mismatch(self._folder, _other_bytes(block))
-                )
-
-    def _fill(self, block: int) -> None:
-        made = self._make(first := block * self._block)
-        stop = min(first + self._block, self._count)
-        records = {}
-        for name, field in self._fields.items():
-            records[name] = np.zeros((stop - first, *field.shape[1:]), field.dtype)
-            _scatter(records[name], made[name])
-        if self._folder is None:
-            for name, field in self._fields.items():
-                field[first:stop] = records[name]
-            self._blocks[block] = PRESENT
-            return
-        try:
+            if not self._fields:
+                self._lay_out(examples)
+            records = {
+                name: _pack(examples[name], field.dtype)
+                for name, field in self._fields.items()
+            }
             # Written through files and not through maps: a full disk is then an
             # error, where a map would kill the process.
             for name, values in records.items():
                 field: Any = self._fields[name]
                 with (self._folder / f"{name}.npy").open("r+b") as file:
-                    if os.fstat(file.fileno()).st_ino != self._inodes[name]:
-                        raise DataError(_replaced(self._folder))
-                    file.seek(field.offset + first * field.strides[0])
+                    file.seek(field.offset + self.count * field.strides[0])
                     file.write(values.tobytes())
                     file.flush()
                     os.fsync(file.fileno())
+            checksum = PRESENT + cache_folder.checksum(records)
+            self._blocks[self.count // self._block] = checksum
+            self._blocks.flush()
         except OSError as error:
-            raise DataError(_unwritable(self._folder, error)) from error
-        self._blocks[block] = PRESENT + cache_folder.checksum(records)
-        self._blocks.flush()
+            raise unwritable(self._folder, error) from error
+        self.count += len(examples["image"])
 
-    def _is_intact(self, block: int) -> bool:
-        return cache_folder.is_intact(self._fields, self._blocks, block, self._block)
+    def finish(self) -> None:
+        """Seals the folder, with as many examples as were written.
 
-    def _check_inodes(self) -> None:
-        assert self._folder is not None
-        for name, inode in self._inodes.items():
-            if cache_folder.inode(self._folder / f"{name}.npy") != inode:
-                raise DataError(_replaced(self._folder))
+        Raises:
+          DataError: the disk is full, or the folder cannot be written.
+        """
+        blocks = np.array(self._blocks[: -(-self.count // self._block)])
+        sealed = {
+            **self._manifest,
+            "count": self.count,
+            "hash": cache_folder.hash_blocks(blocks),
+        }
+        try:
+            if self.count < self._manifest["count"]:
+                cache_folder.shorten(self._folder, self._fields, self.count)
+                np.save(self._folder / BLOCKS, blocks)
+            cache_folder.write_manifest(self._folder / MANIFEST, sealed)
+        except OSError as error:
+            raise unwritable(self._folder, error) from error
+
+    def _lay_out(self, examples: Batch) -> None:
+        """Makes the files, empty, for examples like these."""
+        types = {name: _stored_type(name, leaf) for name, leaf in examples.items()}
+        empty = {name: np.empty((0, *s), d) for name, (d, s) in types.items()}
+        self._manifest["fields"] = cache_folder.describe_fields(empty, 0)
+        need = self._manifest["count"] * sum(
+            dtype.itemsize * math.prod(shape) for dtype, shape in types.values()
+        )
+        free = shutil.disk_usage(self._folder.parent).free
+        if self._is_exact and free < need:
+            raise DataError(
+                f"{self._folder.parent} has {free / 1e6:,.1f} MB free and the examples "
+                f"need {need / 1e6:,.1f} MB; make room, or name another folder with "
+                "--config.data.cache=FOLDER"
+            )
+        cache_folder.lay_out(self._folder, self._manifest, types)
+        self._open(self._manifest["fields"])
+
+    def _open(self, fields: Mapping[str, Any]) -> None:
+        self._manifest["fields"] = fields
+        self._fields = cache_folder.open_fields(self._folder, fields)
+        self._blocks: Any = np.load(self._folder / BLOCKS, mmap_mode="r+")
 
 
 class Prepared(Source):
@@ -273,9 +217,8 @@ class Prepared(Source):
             if not cache_folder.is_intact(
                 self._fields, self._blocks, block, self._block
             ):
-                raise DataError(
-                    cache_folder.mismatch(self._folder, _other_bytes(block))
-                )
+                why = f"block {block} has another checksum"
+                raise DataError(cache_folder.mismatch(self._folder, why))
 
 
 def gather(
@@ -302,13 +245,26 @@ def gather(
     return batch
 
 
-def _scatter(records: np.ndarray, examples: Any) -> None:
-    """Writes stacked examples into records, as many as there is room for."""
-    if records.dtype.names:
-        for name in records.dtype.names:
-            records[name] = np.asarray(examples[name])[: len(records)]
-    else:
-        records[:] = np.asarray(examples)[: len(records)]
+def _stored_type(name: str, leaf: Any) -> tuple[np.dtype, tuple[int, ...]]:
+    """NumPy's type and shape of one example of a stacked field, as it is stored.
+
+    Dictionaries become structured, and ids fit into a byte.
+    """
+    if isinstance(leaf, Mapping):
+        columns = [(n, v.dtype, v.shape[1:]) for n, v in sorted(leaf.items())]
+        return np.dtype(columns), ()
+    dtype = np.uint8 if name in ("segmentation", "shadow") else leaf.dtype
+    return np.dtype(dtype), leaf.shape[1:]
+
+
+def _pack(examples: Any, dtype: np.dtype) -> np.ndarray:
+    """Stacked examples of a field as they are stored."""
+    if dtype.names is None:
+        return np.asarray(examples).astype(dtype)
+    records = np.zeros(len(examples[dtype.names[0]]), dtype)
+    for name in dtype.names:
+        records[name] = examples[name]
+    return records
 
 
 def _sample(blocks: np.ndarray) -> list[int]:
@@ -317,21 +273,11 @@ def _sample(blocks: np.ndarray) -> list[int]:
     return blocks[np.unique(places.round().astype(int))].tolist()
 
 
-def _unwritable(folder: Path, error: OSError) -> str:
+def unwritable(folder: Path, error: OSError) -> DataError:
+    """The sentence for a folder that cannot be written, to be raised."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return (
+    return DataError(
         f"the cache {folder} cannot be written: {error.strerror or error}; "
-        f"{'make room, ' if full else ''}name another folder with "
-        "--config.data.cache=FOLDER, or none to keep the examples in memory"
-    )
-
-
-def _other_bytes(block: int) -> str:
-    return f"block {block} has another checksum"
-
-
-def _replaced(folder: Path) -> str:
-    return (
-        f"the cache {folder} was replaced by another process while this one filled it; "
-        "let one finish, then start the other"
+        f"{'make room, or ' if full else ''}name another folder with "
+        "--config.data.cache=FOLDER"
     )

@@ -71,16 +71,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def field_type(leaf: Any) -> tuple[np.dtype, tuple[int, ...]]:
-    """NumPy's type, structured for a dictionary, and shape of one example's field."""
-    if isinstance(leaf, Mapping):
-        columns = [
-            (name, value.dtype, value.shape) for name, value in sorted(leaf.items())
-        ]
-        return np.dtype(columns), ()
-    return leaf.dtype, leaf.shape
-
-
 def describe_fields(fields: Mapping[str, Any], count: int) -> dict[str, Any]:
     """Types and shapes of arrays of `count` examples, as the manifest has them."""
     described = {}
@@ -92,22 +82,33 @@ def describe_fields(fields: Mapping[str, Any], count: int) -> dict[str, Any]:
     return json.loads(json.dumps(described))
 
 
-def is_whole(folder: Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether a folder belongs to this manifest and all its files have their size."""
+def fields_of_unfinished(
+    folder: Path, manifest: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The manifest's `fields` of a folder that was begun and can be gone on with.
+
+    Args:
+      folder: which may not exist.
+      manifest: without `fields`; what is there must be of the same.
+
+    Returns:
+      None if there is nothing, something else, or files of another size.
+    """
     try:
         found = json.loads((folder / MANIFEST).read_text())
-        found = {k: v for k, v in found.items() if k not in APART}
-        manifest = {k: v for k, v in manifest.items() if k not in APART}
-        fields = open_fields(folder, manifest["fields"])
+        described = found.pop("fields")
+        fields = open_fields(folder, described)
         blocks = np.load(folder / BLOCKS)
-        return (
-            found == manifest
-            and describe_fields(fields, manifest["count"]) == manifest["fields"]
+        usable = (
+            {k: v for k, v in found.items() if k not in APART}
+            == {k: v for k, v in manifest.items() if k not in APART}
+            and describe_fields(fields, manifest["count"]) == described
             and blocks.shape == (-(-manifest["count"] // manifest["block"]),)
             and blocks.dtype == np.uint64
         )
-    except (OSError, ValueError, EOFError, AttributeError, TypeError):
-        return False
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, KeyError):
+        return None
+    return described if usable else None
 
 
 def lay_out(
@@ -146,9 +147,17 @@ def write_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
     write_whole(file, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
 
 
-def inode(file: Path) -> int:
-    """Tells a file from another of the same name."""
-    return file.stat().st_ino
+def shorten(folder: Path, fields: Mapping[str, np.ndarray], count: int) -> None:
+    """Leaves the first `count` examples; NumPy keeps room in headers for lengths."""
+    for name, field in fields.items():
+        header = {
+            "descr": np.lib.format.dtype_to_descr(field.dtype),
+            "fortran_order": False,
+            "shape": (count, *field.shape[1:]),
+        }
+        with (folder / f"{name}.npy").open("r+b") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.truncate(file.tell() + count * field.strides[0])
 
 
 def hash_blocks(blocks: np.ndarray) -> str:

@@ -1,19 +1,61 @@
-"""What a source holds, as text and as a picture: the first look at any data."""
+"""What a split holds, as text and as a picture: the first look at any data."""
 
+import itertools
+
+import ml_collections
 import numpy as np
 
-from implicit_slots.data.source import Batch, Source
+from implicit_slots.data import registry
+from implicit_slots.data.prepared import prepare
+from implicit_slots.data.prepared.cache import Prepared
+from implicit_slots.data.readers.frame_source import stack
+from implicit_slots.data.scenes.source import Scenes
+from implicit_slots.data.sets.multi_object import MultiObject
+from implicit_slots.data.source import Batch
 from implicit_slots.drawing import grids
 
 
-def describe(source: Source, batch: Batch) -> list[str]:
-    """Lines on a source: number of examples, keys with shapes and types, objects.
+def look(
+    config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict,
+    split: str,
+    count: int,
+) -> tuple[str, Batch]:
+    """A description of a split, in lines, and its first examples.
 
     Args:
-      source: any.
-      batch: some of its examples, that are counted and measured.
+      config: the section `config.data`.
+      split: "train", "validation" or "test".
+      count: most examples.
+
+    Raises:
+      DataError: the data cannot be used, or there is no example.
     """
-    lines = [f"{len(source):,} examples"]
+    asked = registry.request(config, split)
+    source = registry.open_prepared(asked) or registry.open_files(asked)
+    if isinstance(source, MultiObject) and source.is_packed:
+        found = itertools.islice(prepare.decoders(asked, source), count)
+        examples = [decode() for decode in found]
+        if not examples:
+            raise registry.nothing_kept(asked)
+        batch = stack(examples)
+        most = asked.usage["keep_objects"]
+        rest = f", less those of more than {most} objects" if most else ""
+        head = f"(read from the start): {len(source):,} examples{rest}"
+    else:
+        registry.check_cheaply(source)
+        batch = source.batch(np.arange(min(count, len(source))))
+        origin = "decoded on the fly"
+        if isinstance(source, Prepared):
+            origin = "prepared"
+        elif isinstance(source, Scenes):
+            origin = "rendered"
+        head = f"({origin}): {len(source):,} examples"
+    return "\n".join([head, *describe(batch)]), batch
+
+
+def describe(batch: Batch) -> list[str]:
+    """Lines on some examples: keys with shapes and types, colours, objects."""
+    lines = []
     for name, leaf in sorted(batch.items()):
         fields = leaf if isinstance(leaf, dict) else {"": leaf}
         for field, values in sorted(fields.items()):

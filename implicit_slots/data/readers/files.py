@@ -1,6 +1,5 @@
 """Files of data sets: folders listed, pictures and JSON read, errors as sentences."""
 
-import functools
 import hashlib
 import json
 import os
@@ -13,8 +12,7 @@ import numpy as np
 from jaxtyping import Int, Integer
 from PIL import Image, UnidentifiedImageError
 
-from implicit_slots.data.readers.frames import MOST_OBJECTS, Progress
-from implicit_slots.data.readers.preprocessing import crop_box
+from implicit_slots.data.readers.frame_source import MOST_OBJECTS, Progress
 from implicit_slots.data.source import DataError
 from implicit_slots.runtime.files import expand
 
@@ -62,7 +60,7 @@ def list_folder(folder: Path) -> list[str]:
         ) from error
     except OSError as error:
         raise DataError(
-            f"folder {folder} cannot be listed ({_reason(error)}); it belongs to the "
+            f"folder {folder} cannot be listed ({reason(error)}); it belongs to the "
             "data set at --config.data.path"
         ) from error
 
@@ -80,7 +78,7 @@ def walk_folder(root: Path, without: str = "") -> Iterator[str]:
 
     def refuse(error: OSError):
         raise DataError(
-            f"folder {error.filename} cannot be listed ({_reason(error)}); change its "
+            f"folder {error.filename} cannot be listed ({reason(error)}); change its "
             "permissions or take it out of the data set"
         ) from error
 
@@ -115,7 +113,7 @@ def digest(root: Path, names: Sequence[str]) -> dict[str, Any]:
 def unreadable(file: Path, error: Exception) -> DataError:
     """The sentence for a file that cannot be read, to be raised."""
     return DataError(
-        f"file {file} cannot be read ({_reason(error)}); put a whole, readable copy in "
+        f"file {file} cannot be read ({reason(error)}); put a whole, readable copy in "
         "its place"
     )
 
@@ -178,7 +176,7 @@ def read_mask(
       DataError: it cannot be read, or holds something else.
     """
     image = read_image(file)
-    _check_mask(file, image, colour)
+    check_mask(file, image, colour)
     mask = np.asarray(image)
     if mask.dtype == np.bool_:
         return mask.astype(np.uint8)
@@ -213,103 +211,13 @@ def count_ids(
         return np.array(list(counts), np.int64)
 
 
-def find_unreadable(
-    root: Path,
-    images: Sequence[str],
-    masks: Sequence[str],
-    crop: str,
-    progress: Progress,
-    colour: bool = False,
-) -> list[int]:
-    """Looks into all files, in threads and without decoding pixels.
-
-    Args:
-      root: the files' folder.
-      images: pictures, relative to it.
-      masks: the mask of each; empty where there are none.
-      crop: what part of a frame is to be kept, see `images.crop_box`.
-      progress: wraps an iterable to show how far it is, as `tqdm` does.
-      colour: whether masks hold colours, as in `read_mask`.
-
-    Returns:
-      Indices of the pictures that are not whole, or whose masks are not.
-
-    Raises:
-      DataError: a mask of another size or kind, or a crop that does not fit a frame.
-    """
-
-    @functools.cache
-    def fit(width: int, height: int) -> None:
-        crop_box(crop, width, height)
-
-    def is_whole(index: int) -> bool:
-        try:
-            width, height = _verify(root / images[index]).size
-            mask = _verify(root / masks[index]) if masks else None
-        except BROKEN:
-            return False
-        fit(width, height)
-        if mask is None:
-            return True
-        if mask.size != (width, height):
-            raise DataError(
-                f"mask {root / masks[index]} has {mask.width} x {mask.height} pixels "
-                f"and its image {images[index]} {width} x {height}; they must be of "
-                "one size"
-            )
-        _check_mask(root / masks[index], mask, colour)
-        return True
-
-    with ThreadPool(os.cpu_count()) as pool:
-        whole = pool.imap(is_whole, range(len(images)), chunksize=16)
-        whole = progress(whole, total=len(images), desc="checking files")
-        return [index for index, good in enumerate(whole) if not good]
-
-
-def refuse_unreadable(
-    root: Path,
-    images: Sequence[str],
-    masks: Sequence[str],
-    crop: str,
-    progress: Progress,
-    remedy: str = "download them again",
-    colour: bool = False,
-) -> None:
-    """Raises what `find_unreadable` finds.
-
-    Args:
-      root: as there, like the others.
-      images: pictures.
-      masks: their masks.
-      crop: what part of a frame is to be kept.
-      progress: shows how far it is.
-      remedy: what to do, for the sentence.
-      colour: whether masks hold colours.
-
-    Raises:
-      DataError: there are unreadable files, or what `find_unreadable` raises.
-    """
-    broken = find_unreadable(root, images, masks, crop, progress, colour)
-    if broken:
-        files = name_some([images[index] for index in broken], len(images))
-        or_masks = ", or their masks," if masks else ""
-        why = ""
-        for file in (images[broken[0]], *(masks[broken[0] :][:1])):
-            try:
-                _verify(root / file)
-            except BROKEN as error:
-                why = f" ({_reason(error)})"
-                break
-        raise DataError(f"{files} in {root}{or_masks} cannot be read{why}; {remedy}")
-
-
 def name_some(names: Sequence[str], total: int) -> str:
     """The first few of some images and their number, for a sentence."""
     few = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     return f"{len(names)} of {total} images ({few})"
 
 
-def _verify(file: Path) -> Image.Image:
+def verify(file: Path) -> Image.Image:
     """A picture without its pixels, after a look at whether they are all there.
 
     Raises:
@@ -330,7 +238,7 @@ def _ends_as_jpeg(file: Path) -> bool:
         return stream.read() == b"\xff\xd9"
 
 
-def _check_mask(file: Path, image: Image.Image, colour: bool) -> None:
+def check_mask(file: Path, image: Image.Image, colour: bool) -> None:
     """Refuses masks whose pixels are not what they should be."""
     if image.format == "JPEG":
         raise DataError(
@@ -347,7 +255,7 @@ def _check_mask(file: Path, image: Image.Image, colour: bool) -> None:
         )
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Why a file cannot be read, in a few words that do not name it again."""
     if isinstance(error, UnidentifiedImageError):
         return "not a picture"

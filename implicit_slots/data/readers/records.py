@@ -1,27 +1,23 @@
-"""TFRecord files, plain or gzip, read at random without TensorFlow.
+"""TFRecord files, plain or gzip, and the examples in them, without TensorFlow.
 
 Formats: TensorFlow's `record_writer.h` for the file, and its `example.proto` and
 `feature.proto` for what is in most records.
 """
 
-import dataclasses
-import itertools
+import functools
+import gzip
 import os
 import struct
-import threading
 import weakref
-import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import google_crc32c
 import numpy as np
 from jaxtyping import Int
 
-from implicit_slots.data.readers.frames import Progress
-from implicit_slots.data.readers.unpacking import Plain, Point, PointsMaker, Unpacked
 from implicit_slots.data.source import DataError
 
 # A record is a length (8 bytes), its checksum, the data, and their checksum.
@@ -30,89 +26,56 @@ CHECKSUM = struct.Struct("<I")
 GZIP_MAGIC = b"\x1f\x8b"
 
 
-@dataclasses.dataclass(frozen=True)
-class Index:
-    """What a pass over a file found.
+def is_gzip(path: Path) -> bool:
+    """Whether a record file is compressed by gzip; looks at its first header alone.
 
-    Attributes:
-      offsets: of each record in the unpacked bytes, and where the last one ends.
-      values: of each record, what `inspect` said.
-      points: in ascending order; none in a file that is not compressed.
-      whole: whether the pass got to the file's end.
+    Raises:
+      DataError: the file is missing or does not hold records.
     """
-
-    offsets: Int[np.ndarray, " records_and_end"]
-    values: Int[np.ndarray, " records"]
-    points: list[Point]
-    whole: bool
+    try:
+        with path.open("rb") as file:
+            packed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+        with gzip.open(path) if packed else path.open("rb") as file:
+            header = file.read(HEADER.size)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"there is no file {path}; put it there, or set --config.data.path to "
+            "where it is"
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}); make it readable, or download it again"
+        ) from error
+    if not header:
+        raise DataError(f"{path} holds no record; download it again")
+    if not _is_header(header):
+        raise DataError(
+            f"{path} is neither a TFRecord file nor a gzip-compressed one; unpack "
+            "it if it is packed otherwise, or download it again"
+        )
+    return packed
 
 
 class RecordFile:
-    """A file of records, by number.
+    """A file of records that is not compressed, by number; thread-safe."""
 
-    The offsets are found in one pass over the file, on the first access or by `build`,
-    and can be kept in a file beside it. Reading is thread-safe, and threads unpack side
-    by side: each has its own stream, which goes on where it is as long as the numbers
-    ascend.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        *,
-        stop: int | None = None,
-        index: Path | None = None,
-        inspect: Callable[[bytes], int] | None = None,
-    ):
-        """Looks at the first record's length; finds no others.
-
-        Args:
-          path: the file.
-          stop: how many records are wanted at most, so that the pass can end there.
-          index: file which keeps what the pass found for later runs; None keeps it in
-            memory. It is made anew if the record file was changed, or if more records
-            are wanted.
-          inspect: a number for each record, found in the pass; see `values`. Raises
-            `ValueError` if it does not understand the record.
+    def __init__(self, path: Path):
+        """Opens the file; finds its records on the first access.
 
         Raises:
-          DataError: the file is missing or does not hold records.
+          DataError: the file is missing, compressed or does not hold records.
         """
-        self.path = path
-        self._stop = stop
-        self._index_file = index
-        self._inspect = inspect
-        self._index: Index | None = None
-        self._lock = threading.Lock()
-        self._threads = threading.local()
-        try:
-            with path.open("rb") as file:
-                self._packed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
-                header = self._open(file).read(HEADER.size)
-            state = path.stat()
-        except FileNotFoundError as error:
+        if is_gzip(path):
             raise DataError(
-                f"there is no file {path}; put it there, or set --config.data.path to "
-                "where it is"
-            ) from error
-        except (OSError, zlib.error) as error:
-            raise DataError(
-                f"{path} cannot be read ({error}); make it readable, or download it "
-                "again"
-            ) from error
-        self._identity = np.array([state.st_size, state.st_mtime_ns], np.int64)
-        if not header:
-            raise DataError(f"{path} holds no record; download it again")
-        if len(header) < HEADER.size or not _is_header(header):
-            raise DataError(
-                f"{path} is neither a TFRecord file nor a gzip-compressed one; unpack "
-                "it if it is packed otherwise, or download it again"
+                f"{path} is compressed and its records are read at random; unpack it"
             )
+        self.path = path
+        file = path.open("rb")
+        weakref.finalize(self, file.close)
+        self._number = file.fileno()
 
     def __len__(self) -> int:
-        """Number of records, or `stop` if there are more."""
-        found = len(self._built().offsets) - 1
-        return found if self._stop is None else min(found, self._stop)
+        return len(self._offsets) - 1
 
     def __getitem__(self, number: int) -> bytes:
         """One record's data, after a comparison with its checksum.
@@ -122,172 +85,108 @@ class RecordFile:
         """
         if not 0 <= number < len(self):
             raise IndexError(f"record {number} of {len(self)} in {self.path}")
-        index = self._built()
-        offset, end = (int(i) for i in index.offsets[number : number + 2])
+        start, end = (int(i) for i in self._offsets[number : number + 2])
         try:
-            if not hasattr(self._threads, "reader"):
-                file = self.path.open("rb")
-                self._threads.reader = self._open(file)
-                weakref.finalize(self._threads.reader, file.close)
-            reader = self._threads.reader
-            reader.go(offset + HEADER.size, index.points)
-            data = reader.read(end - offset - HEADER.size - CHECKSUM.size)
-            checksum = reader.read(CHECKSUM.size)
-        except (OSError, zlib.error) as error:
-            # Whatever state the stream is in, the next read starts afresh.
-            self._threads.__dict__.clear()
-            raise self._damaged(number) from error
+            record = os.pread(self._number, end - start, start)[HEADER.size :]
+        except OSError as error:
+            raise _damaged(self.path, number) from error
+        data, checksum = record[: -CHECKSUM.size], record[-CHECKSUM.size :]
         if checksum != CHECKSUM.pack(_checksum(data)):
-            self._threads.__dict__.clear()
-            raise self._damaged(number)
+            raise _damaged(self.path, number)
         return data
 
-    def build(self, progress: Progress | None = None) -> None:
-        """Finds the records unless that was done before; `progress` as tqdm's.
+    @functools.cached_property
+    def _offsets(self) -> Int[np.ndarray, " records_and_end"]:
+        """Where each record begins, and where the last one ends; reads the headers.
 
         Raises:
-          DataError: the file is cut off or damaged before `stop`, or the index cannot
-            be written.
+          DataError: the file is cut off or damaged.
         """
-        self._built(progress)
+        offsets = [0]
+        size = os.fstat(self._number).st_size
+        while offsets[-1] < size:
+            number = len(offsets) - 1
+            header = os.pread(self._number, HEADER.size, offsets[-1])
+            if len(header) < HEADER.size:
+                raise _cut(self.path, number)
+            end = offsets[-1] + HEADER.size + _length(header, self.path, number)
+            offsets.append(end + CHECKSUM.size)
+            if offsets[-1] > size:
+                raise _cut(self.path, number)
+        return np.array(offsets, np.int64)
 
-    @property
-    def values(self) -> Int[np.ndarray, " records"]:
-        """What `inspect` said of each record; zeros if there is no such function."""
-        return self._built().values[: len(self)]
 
-    def _open(self, file: BinaryIO) -> Plain | Unpacked:
-        return Unpacked(file) if self._packed else Plain(file)
+class GzipRecords:
+    """A compressed file of records, which is read forward.
 
-    def _built(self, progress: Progress | None = None) -> Index:
-        if self._index is None:
-            with self._lock:
-                if self._index is None:
-                    self._index = self._load() or self._pass(progress)
-        return self._index
+    A stretch that begins behind the one read last goes on from there; any other starts
+    at the file's beginning.
 
-    def _pass(self, progress: Progress | None) -> Index:
-        """Finds the offsets, and the access points alongside in another thread."""
-        offsets, values, whole = [0], [], False
-        numbers = itertools.count() if self._stop is None else range(self._stop)
-        if progress is not None:
-            numbers = progress(numbers, desc=f"indexing {self.path.name}")
-        with (
-            self.path.open("rb") as file,
-            PointsMaker(self.path if self._packed else None) as points,
-        ):
-            reader = self._open(file)
-            for number in numbers:
-                try:
-                    length = self._read_header(reader, number)
-                    if length is None:
-                        whole = True
-                        break
-                    if self._inspect is None:
-                        got = reader.skip(length + CHECKSUM.size)
-                    else:
-                        data = reader.read(length)
-                        got = len(data) + reader.skip(CHECKSUM.size)
-                        if got == length + CHECKSUM.size:
-                            values.append(self._inspect(data))
-                    if got < length + CHECKSUM.size:
-                        raise self._cut(number)
-                    offsets.append(offsets[-1] + HEADER.size + got)
-                    points.follow(offsets[-1])
-                except DataError:
-                    raise
-                except (OSError, zlib.error, ValueError) as error:
-                    raise self._damaged(number) from error
+    Attributes:
+      place: number of the record that comes next.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._rest = self._from_start()
+        self.place = 0
+
+    def read(self, start: int, stop: int) -> Iterator[bytes]:
+        """The records of these numbers, as far as there are any; for one thread.
+
+        Raises:
+          DataError: the file is cut off or damaged before `stop`.
+        """
+        if start < self.place:
+            self._rest, self.place = self._from_start(), 0
+        while self.place < stop:
             try:
-                found = points.finish(offsets[-1])
-            except (OSError, ValueError) as error:
-                raise self._damaged(len(offsets) - 1) from error
-        filled = np.zeros(len(offsets) - 1, np.int64)
-        filled[: len(values)] = values
-        index = Index(np.array(offsets, np.int64), filled, found, whole)
-        self._save(index)
-        return index
+                record = next(self._rest)
+            except StopIteration:
+                return
+            except DataError:
+                self._rest, self.place = self._from_start(), 0
+                raise
+            self.place += 1
+            if self.place > start:
+                yield record
 
-    def _read_header(self, reader: Plain | Unpacked, number: int) -> int | None:
-        """Length of the next record; None at the end of the file."""
-        header = reader.read(HEADER.size)
-        if not header and not reader.cut:
-            return None
-        if len(header) < HEADER.size:
-            raise self._cut(number)
-        if not _is_header(header):
-            raise self._damaged(number)
-        return HEADER.unpack(header)[0]
-
-    def _cut(self, number: int) -> DataError:
-        return DataError(
-            f"{self.path} is cut off after {number} whole records; download it again"
-        )
-
-    def _damaged(self, number: int) -> DataError:
-        return DataError(
-            f"record {number} of {self.path} is damaged; download the file again"
-        )
-
-    def _save(self, index: Index) -> None:
-        if self._index_file is None:
-            return
-        windows = [point.window for point in index.points]
-        temporary = self._index_file.with_name(
-            f"{self._index_file.name}.{os.getpid()}.partial"
-        )
+    def _from_start(self) -> Iterator[bytes]:
+        number = 0
         try:
-            self._index_file.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                np.savez(
-                    file,
-                    identity=self._identity,
-                    offsets=index.offsets,
-                    values=index.values,
-                    inspected=self._inspect is not None,
-                    whole=index.whole,
-                    points=np.array(
-                        [(p.unpacked, p.packed, p.bits) for p in index.points], np.int64
-                    ).reshape(-1, 3),
-                    window_sizes=np.array([len(w) for w in windows], np.int64),
-                    windows=np.frombuffer(b"".join(windows), np.uint8),
-                )
-            temporary.replace(self._index_file)
-        except OSError as error:
-            raise DataError(
-                f"the index of {self.path} cannot be written to {self._index_file} "
-                f"({error}); set --config.data.cache to a folder that can be written"
-            ) from error
+            with gzip.open(self.path) as file:
+                while header := file.read(HEADER.size):
+                    if len(header) < HEADER.size:
+                        raise EOFError
+                    data = file.read(_length(header, self.path, number))
+                    checksum = file.read(CHECKSUM.size)
+                    if len(checksum) < CHECKSUM.size:
+                        raise EOFError
+                    if checksum != CHECKSUM.pack(_checksum(data)):
+                        raise _damaged(self.path, number)
+                    yield data
+                    number += 1
+        except EOFError as error:
+            raise _cut(self.path, number) from error
+        except (OSError, zlib.error) as error:
+            raise _damaged(self.path, number) from error
 
-    def _load(self) -> Index | None:
-        """The index file's content, if it is of this record file and long enough."""
-        if self._index_file is None:
-            return None
-        try:
-            with np.load(self._index_file) as saved:
-                content = {name: saved[name] for name in saved.files}
-            ends = np.cumsum(content["window_sizes"])
-            windows = content["windows"].tobytes()
-            points = [
-                Point(*place, window=windows[end - size : end])
-                for place, size, end in zip(
-                    content["points"].tolist(),
-                    content["window_sizes"].tolist(),
-                    ends.tolist(),
-                    strict=True,
-                )
-            ]
-            index = Index(
-                content["offsets"], content["values"], points, bool(content["whole"])
-            )
-            usable = np.array_equal(content["identity"], self._identity) and (
-                self._inspect is None or bool(content["inspected"])
-            )
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return None  # Missing, or of some other program: made anew.
-        records = len(index.offsets) - 1
-        enough = index.whole or (self._stop is not None and records >= self._stop)
-        return index if usable and enough else None
+
+def _length(header: bytes, path: Path, number: int) -> int:
+    """Length of a record's data."""
+    if not _is_header(header):
+        raise _damaged(path, number)
+    return HEADER.unpack(header)[0]
+
+
+def _cut(path: Path, whole: int) -> DataError:
+    return DataError(
+        f"{path} is cut off after {whole} whole records; download it again"
+    )
+
+
+def _damaged(path: Path, number: int) -> DataError:
+    return DataError(f"record {number} of {path} is damaged; download the file again")
 
 
 def _checksum(data: bytes) -> int:
@@ -297,7 +196,10 @@ def _checksum(data: bytes) -> int:
 
 
 def _is_header(header: bytes) -> bool:
-    return HEADER.unpack(header)[1] == _checksum(header[:8])
+    """Whether these bytes are a record's length and its checksum."""
+    return len(header) == HEADER.size and (
+        HEADER.unpack(header)[1] == _checksum(header[:8])
+    )
 
 
 def parse_example(

@@ -1,12 +1,13 @@
 """The ray caster: a scene's picture and masks, in JAX.
 
 Lamps and colours are those of CLEVR's generator (``base_scene.blend``); the picture
-is the standard crop (``scenes``), rendered at the asked resolution instead of resized.
+is the standard crop (``sampling``), rendered at the asked resolution instead of
+resized.
 
 One ray per pixel is enough: every silhouette (of objects against the camera, of
 shadows against a lamp) is an exact signed distance, so its edge is a ramp one pixel
 (one penumbra) wide. Objects stand on disjoint discs of the ground, so painting them
-from far to near is exact. A "vector" is a tuple of three arrays, as in ``scenes``.
+from far to near is exact. A "vector" is a tuple of three arrays, as in ``sampling``.
 """
 
 from functools import partial
@@ -31,6 +32,7 @@ from implicit_slots.data.scenes.sampling import (
     scene_key,
     split_code,
 )
+from implicit_slots.data.scenes.shapes import OUTLINES, SURFACES, along, unit
 
 # CLEVR hands these sRGB bytes to Blender as linear values, which is why its objects
 # look paler than the numbers; so do we.
@@ -66,111 +68,6 @@ _AMBIENT = 0.05
 _FLOOR = 0.13  # what the ground sends up
 _GROUND_ALBEDO = 0.74
 _SHADOW_SHARE = 0.1
-
-
-def _along(origin, direction, t):
-    return tuple(o + t * d for o, d in zip(origin, direction, strict=True))
-
-
-def _unit(v):
-    scale = lax.rsqrt(jnp.maximum(dot(v, v), 1e-12))
-    return tuple(c * scale for c in v)
-
-
-# Signed distance, positive inside, from a line to the outline of a shape seen along
-# that line. `o`, `d`: a point of the line and its unit direction in the shape's frame
-# (centre at 0, axis z), d pointing downwards; `r`: radius or half side.
-
-
-def _cube_outline(o, d, r):
-    # The outline is a hexagon whose sides are normal to d x e_i (separating axes).
-    def side(i, j):
-        length = jnp.sqrt(jnp.maximum(d[i] * d[i] + d[j] * d[j], 1e-12))
-        reach = r * (jnp.abs(d[i]) + jnp.abs(d[j]))
-        return (reach - jnp.abs(o[i] * d[j] - o[j] * d[i])) / length
-
-    return jnp.minimum(jnp.minimum(side(0, 1), side(1, 2)), side(2, 0))
-
-
-def _sphere_outline(o, d, r):
-    b = dot(o, d)
-    return r - jnp.sqrt(jnp.maximum(dot(o, o) - b * b, 0.0))
-
-
-def _cylinder_outline(o, d, r):
-    # The hull of the two caps' ellipses: either ellipse, or the band between them.
-    # (u, v) are ground coordinates along and across the line, seen foreshortened.
-    flat2 = jnp.maximum(d[0] * d[0] + d[1] * d[1], 1e-12)
-    flat = jnp.sqrt(flat2)
-    v = (o[0] * d[1] - o[1] * d[0]) / flat
-    u = (o[0] * d[0] + o[1] * d[1]) / flat
-    slope = flat / d[2]
-    top, bottom = u + (r - o[2]) * slope, u + (-r - o[2]) * slope
-
-    def cap(w):
-        steep = w / d[2]
-        return (r * r - w * w - v * v) / (
-            2 * jnp.sqrt(jnp.maximum(steep * steep + v * v, 1e-12))
-        )
-
-    band = jnp.minimum(-top, bottom) * -d[2]
-    return jnp.maximum(
-        jnp.maximum(cap(top), cap(bottom)), jnp.minimum(r - jnp.abs(v), band)
-    )
-
-
-_OUTLINES = (_cube_outline, _sphere_outline, _cylinder_outline)
-
-
-# What the camera sees of a shape: the outline's signed distance; how far along the
-# line the surface is met (or nearly so, outside the outline); the normal there, not
-# of unit length; and how far into an edge that is, 0..1. Edges are rounded by `bevel`,
-# a share of r, in their normals only: CLEVR's are, and it anti-aliases them.
-
-
-def _round(x, bevel):
-    return jnp.sign(x) * jnp.maximum(jnp.abs(x) - (1 - bevel), 0.0) / bevel
-
-
-def _cube(o, d, r, bevel):
-    t = None
-    for o_i, d_i in zip(o, d, strict=True):
-        d_i = jnp.where(jnp.abs(d_i) < 1e-6, 1e-6, d_i)
-        t_i = (-jnp.sign(d_i) * r - o_i) / d_i
-        t = t_i if t is None else jnp.maximum(t, t_i)
-    point = _along(o, d, t)
-    lean = tuple(_round(jnp.clip(c / r, -1.0, 1.0), bevel) for c in point)
-    edge = jnp.clip(1.6 * (sum(jnp.abs(c) for c in lean) - 1), 0.0, 1.0)
-    return _cube_outline(o, d, r), t, lean, edge
-
-
-def _sphere(o, d, r, bevel):
-    del bevel
-    b = dot(o, d)
-    t = -b - jnp.sqrt(jnp.maximum(b * b - dot(o, o) + r * r, 0.0))
-    return _sphere_outline(o, d, r), t, _along(o, d, t), jnp.zeros_like(b)
-
-
-def _cylinder(o, d, r, bevel):
-    flat2 = jnp.maximum(d[0] * d[0] + d[1] * d[1], 1e-12)
-    b = (o[0] * d[0] + o[1] * d[1]) / flat2
-    c = (o[0] * o[0] + o[1] * o[1] - r * r) / flat2
-    side = -b - jnp.sqrt(jnp.maximum(b * b - c, 0.0))
-    t = jnp.maximum(side, (r - o[2]) / d[2])
-    x, y, z = _along(o, d, t)
-    radial = jnp.sqrt(jnp.maximum(x * x + y * y, 1e-12))
-    out = _round(jnp.minimum(radial / r, 1.0), bevel)
-    up = _round(jnp.clip(z / r, -1.0, 1.0), bevel)
-    edge = jnp.clip(1.6 * (out + jnp.abs(up) - 1), 0.0, 1.0)
-    return (
-        _cylinder_outline(o, d, r),
-        t,
-        (x * out / radial, y * out / radial, up),
-        edge,
-    )
-
-
-_SURFACES = (_cube, _sphere, _cylinder)
 
 
 class _Stage(NamedTuple):
@@ -231,7 +128,7 @@ def _set_stage(scene, resolution, present, zoom):
         power=jnp.asarray(_POWER)[:, :, None, None],
         eye=tuple(scene.camera),
         forward=tuple(forward),
-        view=_unit(tuple(forward[i] + a * right[i] + b * up[i] for i in range(3))),
+        view=unit(tuple(forward[i] + a * right[i] + b * up[i] for i in range(3))),
         pixel=1 / (focal * resolution),
     )
 
@@ -242,7 +139,7 @@ def _irradiance(lamp, point, normal):
     inverse2 = 1 / dot(to_lamp, to_lamp)
     facing = jnp.maximum(dot(to_lamp, normal), 0.0)
     # An area lamp shines by Lambert's cosine about its axis, towards the origin.
-    emitted = jnp.maximum(dot(to_lamp, _unit(lamp)), 0.0)
+    emitted = jnp.maximum(dot(to_lamp, unit(lamp)), 0.0)
     return facing * emitted * inverse2 * inverse2
 
 
@@ -262,7 +159,7 @@ def _to_srgb(x):
 
 def _light_ground(stage):
     """The ground's colour, lit and shaded, and whose shadow falls where."""
-    ground = _along(stage.eye, stage.view, -stage.eye[2] / stage.view[2])
+    ground = along(stage.eye, stage.view, -stage.eye[2] / stage.view[2])
     green = jnp.asarray(_POWER[:, 1])
     lamp_radius = jnp.asarray(_LAMP_RADIUS)
     zeros = jnp.zeros_like(ground[0])
@@ -273,14 +170,14 @@ def _light_ground(stage):
         light = _irradiance(lamp, ground, (0.0, 0.0, 1.0))
         fall = minus(ground, lamp)
         spread = lamp_radius[i] * lax.rsqrt(dot(fall, fall))
-        fall = _unit(fall)
+        fall = unit(fall)
 
         def cast(k, state):
             passing, most, shadow = state
             o = minus(ground, tuple(stage.scene.position[k]))
             outline = lax.switch(
                 stage.scene.shape[k],
-                _OUTLINES,
+                OUTLINES,
                 stage.turn(k, o),
                 stage.turn(k, fall),
                 stage.radius[k],
@@ -319,17 +216,17 @@ def _paint(stage, k, state):
     pixels = stage.radius[k] / (stage.pixel * distance)  # the radius, on the image
     bevel = jnp.clip(1.5 / pixels, 0.13, 0.5)
     outline, t, lean, edge = lax.switch(
-        scene.shape[k], _SURFACES, o, d, stage.radius[k], bevel
+        scene.shape[k], SURFACES, o, d, stage.radius[k], bevel
     )
-    point = _along(stage.eye, view, t)
-    normal = stage.turn_back(k, _unit(lean))
-    mirror = _along(view, normal, -2 * dot(view, normal))
+    point = along(stage.eye, view, t)
+    normal = stage.turn_back(k, unit(lean))
+    mirror = along(view, normal, -2 * dot(view, normal))
     metal = scene.material[k] == 1
 
     # Light is gathered where it leaves for the camera: on the object if it is rubber,
     # on the ground that it mirrors if it is metal.
     reach = jnp.minimum(point[2] / jnp.maximum(-mirror[2], 0.01), 20.0)
-    spot = (*_along(point, mirror, reach)[:2], 0.0)
+    spot = (*along(point, mirror, reach)[:2], 0.0)
     up = (0.0, 0.0, 1.0)
     source = [jnp.where(metal, p, q) for p, q in zip(spot, point, strict=True)]
     facing = [jnp.where(metal, p, q) for p, q in zip(up, normal, strict=True)]
@@ -342,7 +239,7 @@ def _paint(stage, k, state):
         light, shine = state
         lamp = tuple(stage.lamps[i])
         # (1 + n (1 - cos))^-2 peaks like a power of the cosine, without pow.
-        lobe = 1 / (1 + sharp * (1 - dot(mirror, _unit(minus(lamp, point)))))
+        lobe = 1 / (1 + sharp * (1 - dot(mirror, unit(minus(lamp, point)))))
         light += stage.power[i] * _irradiance(lamp, source, facing)
         return light, shine + gleam[i] * lobe * lobe
 

@@ -15,14 +15,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
-# tensorflow-datasets' integer order.
-SHAPES = ("cube", "sphere", "cylinder")
-SIZES = ("small", "large")
-MATERIALS = ("rubber", "metal")
-COLORS = ("gray", "blue", "brown", "yellow", "red", "green", "purple", "cyan")
-SPLITS = ("train", "validation", "test")
+from implicit_slots.data.source import CLEVR_CODES, SPLITS
 
-_CUBE, _SPHERE, _CYLINDER = range(3)
+_CUBE = CLEVR_CODES["shape"].index("cube")
 # Of the disc that an object of each size stands in, in world units.
 RADIUS = np.array([0.35, 0.7], np.float32)
 
@@ -54,10 +49,10 @@ class Scene(NamedTuple):
     """A scene of at most K objects, in CLEVR's world frame (z up, ground z = 0).
 
     Attributes:
-        shape: Index into ``SHAPES``.
-        size: Index into ``SIZES``.
-        material: Index into ``MATERIALS``.
-        color: Index into ``COLORS``.
+        shape: Code, as in ``CLEVR_CODES``; so are ``size``, ``material`` and ``color``.
+        size: See there.
+        material: See there.
+        color: See there.
         position: Centre of each object.
         rotation: About the vertical, radians in [0, 2 pi).
         present: Which of the K entries are objects; the others hold drawn values
@@ -213,10 +208,10 @@ def sample_scene(
     lamps = jnp.asarray(_LAMPS) + _LAMP_JITTER * jitter[1:]
     count = min_objects + _choice(draws[0], max_objects - min_objects + 1)
     draws = draws[13:].reshape(max_objects, per_object).T
-    shape = _choice(draws[0], len(SHAPES))
-    size = _choice(draws[1], len(SIZES))
-    material = _choice(draws[2], len(MATERIALS))
-    color = _choice(draws[3], len(COLORS))
+    shape, size, material, color = (
+        _choice(draws[place], len(CLEVR_CODES[name]))
+        for place, name in enumerate(("shape", "size", "material", "color"))
+    )
     rotation = 2 * math.pi * draws[4]
     height = radii(shape, size)
     x, y = 6 * draws[5:].reshape(2, _CANDIDATES, max_objects) - 3

@@ -1,28 +1,21 @@
-"""The embedded scenes as a source: rendered on first use, and kept."""
+"""The embedded scenes as a source: rendered on first use, and kept in memory."""
 
-import hashlib
-import inspect
-import os
-from collections.abc import Callable, Collection
+import threading
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
-from implicit_slots.data.prepared.cache import BlockCache
-from implicit_slots.data.prepared.cache_folder import cache_folder
-from implicit_slots.data.scenes import rendering, sampling
+from implicit_slots.data.scenes import rendering
 from implicit_slots.data.source import Batch, DataError, Example, Source
 
 # Scenes rendered at once. No more than a usual batch, so that neighbouring batches,
 # which different threads read, are different blocks and are rendered side by side.
 SCENES_BLOCK = 32
-# Bytes of another renderer must not pass for this one's. Read beside the import,
-# because the files may be edited while a process runs.
-RENDERER = hashlib.sha256(
-    "".join(inspect.getsource(module) for module in (sampling, rendering)).encode()
-).hexdigest()
+# Ids fit into a byte; `batch` hands them out as the contract's int32.
+IDS = ("segmentation", "shadow")
 
 
 class Scenes(Source):
@@ -30,10 +23,8 @@ class Scenes(Source):
 
     The three splits are disjoint because a scene's key is folded from its split. Scenes
     are independent draws, so that the first epoch reads them in order: rendering then
-    proceeds block by block while the model already trains.
-
-    Attributes:
-      folder: where the scenes are kept; None without a cache.
+    proceeds block by block while the model already trains. An image takes 3 bytes a
+    pixel of memory, with masks 5.
     """
 
     shuffle_first_epoch = False
@@ -51,10 +42,9 @@ class Scenes(Source):
         max_objects: int = 6,
         zoom: float = 1.0,
         with_masks: bool = False,
-        cache: str = "",
         keys: Collection[str] | None = None,
     ):
-        """Prepares the arrays; renders nothing.
+        """Makes room; renders nothing.
 
         Args:
           split: "train", "validation" or "test".
@@ -69,12 +59,10 @@ class Scenes(Source):
             scenes are placed for that; at least 1.
           with_masks: whether the training split, too, has `segmentation`, `shadow` and
             `objects`; validation and test always have them.
-          cache: folder that keeps what was rendered for later runs; empty for none.
           keys: what `batch` returns; None for all there is.
 
         Raises:
-          DataError: an empty split, impossible numbers of objects, a zoom below 1, or
-            a cache that cannot be written.
+          DataError: an empty split, impossible numbers of objects, or a zoom below 1.
         """
         sizes = {"train": train_size, "validation": validation_size, "test": test_size}
         self._size = sizes[split]
@@ -90,9 +78,7 @@ class Scenes(Source):
             )
         if not zoom >= 1:
             raise DataError(f"scenes need zoom >= 1, got {zoom}")
-        # The same for all splits, however small: they then share a program.
-        block = SCENES_BLOCK
-        arguments: dict[str, Any] = {
+        self._arguments: dict[str, Any] = {
             "seed": seed,
             "split": split,
             "resolution": resolution,
@@ -100,50 +86,27 @@ class Scenes(Source):
             "max_objects": max_objects,
             "zoom": zoom,
         }
-
-        def make(first: int) -> Batch:
-            indices = np.arange(first, first + block, dtype=np.int32)
-            return rendering.render_batch(indices=indices, **arguments)
-
-        shapes = jax.eval_shape(lambda: make(0))
-        example = jax.tree.map(
-            lambda leaf: np.empty(leaf.shape[1:], leaf.dtype), shapes
+        shapes = jax.eval_shape(lambda: self._render(np.arange(SCENES_BLOCK)))
+        has_masks = split != "train" or with_masks
+        names = shapes.keys() if has_masks else {"image"}
+        names = [name for name in names if keys is None or name in keys]
+        self._example = jax.tree.map(
+            lambda leaf: np.empty(leaf.shape[1:], leaf.dtype),
+            {name: shapes[name] for name in names},
         )
-        if split == "train" and not with_masks:
-            example = {"image": example["image"]}
-        self._example = {n: v for n, v in example.items() if keys is None or n in keys}
-        # Ids fit into a byte; `batch` hands them out as the contract's int32.
-        example |= {
-            name: example[name].astype(np.uint8)
-            for name in ("segmentation", "shadow")
-            if name in example
+        # The system gives out memory as it is written.
+        self._kept: Batch = {
+            name: jax.tree.map(
+                lambda leaf, name=name: np.empty(
+                    (self._size, *leaf.shape), np.uint8 if name in IDS else leaf.dtype
+                ),
+                field,
+            )
+            for name, field in self._example.items()
         }
-        manifest = {
-            "name": "scenes",
-            **arguments,
-            "with_masks": "segmentation" in example,
-            "renderer": RENDERER,
-            # The same source rounds some pixels differently with these.
-            "jax": jax.__version__,
-            "optimised": not jax.config.read("jax_disable_most_optimizations"),
-            "backend": jax.default_backend(),
-            "count": self._size,
-        }
-        self._keys = keys
-        self._block = block
-        self._arguments = arguments
-        # Hosts that share a file system must not share memory-mapped files.
-        if cache and jax.process_count() > 1:
-            cache = os.path.join(cache, f"process-{jax.process_index()}")
-        self.folder = cache_folder(cache, manifest) if cache else None
-        self._blocks = BlockCache(
-            make,
-            example,
-            count=self._size,
-            block=block,
-            folder=self.folder,
-            manifest=manifest,
-        )
+        blocks = -(-self._size // SCENES_BLOCK)
+        self._is_kept = np.zeros(blocks, bool)
+        self._locks = [threading.Lock() for _ in range(blocks)]
 
     def __len__(self) -> int:
         return self._size
@@ -154,7 +117,13 @@ class Scenes(Source):
 
     def batch(self, indices: Int[np.ndarray, " batch"]) -> Batch:
         """Gathers scenes, after rendering the blocks that are missing."""
-        return self._blocks.read(indices, self._keys)
+        blocks = np.unique(indices // SCENES_BLOCK)
+        for block in blocks[~self._is_kept[blocks]].tolist():
+            with self._locks[block]:  # A second thread waits and finds it rendered.
+                if not self._is_kept[block]:
+                    self._fill(block)
+        batch = jax.tree.map(lambda leaf: leaf[indices], self._kept)
+        return batch | {k: batch[k].astype(np.int32) for k in IDS if k in batch}
 
     def without(
         self,
@@ -169,34 +138,28 @@ class Scenes(Source):
         """
         # By whole blocks, as `batch` renders: the same program gives the same bytes.
         blocks = []
-        for start in range(0, len(indices), self._block):
-            chunk = slice(start, start + self._block)
-            pad = self._block - len(indices[chunk])
-            batch = rendering.render_batch(
-                indices=np.pad(indices[chunk], (0, pad), "edge").astype(np.int32),
+        for start in range(0, len(indices), SCENES_BLOCK):
+            chunk = slice(start, start + SCENES_BLOCK)
+            pad = SCENES_BLOCK - len(indices[chunk])
+            batch = self._render(
+                np.pad(indices[chunk], (0, pad), "edge"),
                 keep=~np.pad(removed[chunk], ((0, pad), (0, 0)), "edge"),
-                **self._arguments,
             )
-            blocks.append(np.asarray(batch["image"])[: self._block - pad])
+            blocks.append(np.asarray(batch["image"])[: SCENES_BLOCK - pad])
         return np.concatenate(blocks)
 
-    def render_all(self, progress: Callable[..., Any]) -> None:
-        """Renders every block that is missing.
+    def _render(self, indices: Int[np.ndarray, " batch"], **keep: Any) -> Batch:
+        return rendering.render_batch(
+            indices=indices.astype(np.int32), **keep, **self._arguments
+        )
 
-        Args:
-          progress: wraps an iterable to show how far it is, as `tqdm` does.
-        """
-        for block in progress(range(self._blocks.num_blocks), desc="rendering"):
-            self._blocks.fill(block)
-        self._blocks.finish()
-
-    def verify(self, progress: Callable[..., Any]) -> None:
-        """Compares every block in the cache with its checksum.
-
-        Args:
-          progress: wraps an iterable to show how far it is, as `tqdm` does.
-
-        Raises:
-          DataError: a block is missing, or has other bytes than when it was rendered.
-        """
-        self._blocks.verify(progress)
+    def _fill(self, block: int) -> None:
+        first = block * SCENES_BLOCK
+        rendered = self._render(np.arange(first, first + SCENES_BLOCK))
+        rendered = {name: rendered[name] for name in self._kept}
+        for room, leaf in zip(
+            jax.tree.leaves(self._kept), jax.tree.leaves(rendered), strict=True
+        ):
+            rows = room[first : first + SCENES_BLOCK]  # Fewer in the last block.
+            rows[:] = np.asarray(leaf)[: len(rows)]
+        self._is_kept[block] = True

@@ -10,17 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from implicit_slots.data.readers.file_source import FileSource
 from implicit_slots.data.readers.files import (
     data_folder,
-    digest,
     list_folder,
     name_some,
     read_image,
     read_json,
     read_mask,
-    refuse_unreadable,
 )
-from implicit_slots.data.readers.frames import Frame, FrameSource, Progress
+from implicit_slots.data.readers.frame_source import Frame, Progress
 from implicit_slots.data.sets.coco_shapes import (
     decode_runs,
     draw_polygons,
@@ -62,7 +61,7 @@ class Scene(NamedTuple):
     crowds: frozenset[int] = frozenset()
 
 
-class Coco(FrameSource):
+class Coco(FileSource):
     """COCO 2017 (Lin et al. 2014; panoptic: Kirillov et al. 2019), unpacked.
 
     Layout: `train2017/*.jpg`, `val2017/*.jpg` and, for masks, in `annotations/`
@@ -79,6 +78,8 @@ class Coco(FrameSource):
     are background. `objects` has `present` bool [max_objects] and `label` int32
     [max_objects], COCO's `category_id`, 0 where there is no object.
     """
+
+    colour = True
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class Coco(FrameSource):
           path: the folder that holds `train2017`, `val2017` and `annotations`.
           split: "train", "validation" or "test".
           resolution: height and width of the examples, in pixels.
-          crop: what part of a frame is kept, see `images.crop_box`.
+          crop: what part of a frame is kept, see `crop_box`.
           max_objects: length of the arrays of attributes, and most objects.
           masks: "instances", "panoptic" or "none".
           keys: what `batch` returns; None for all there is.
@@ -116,35 +117,34 @@ class Coco(FrameSource):
                 f"COCO has no masks '{masks}'; set --config.data.masks to one of "
                 f"{', '.join(KINDS)}"
             )
-        if split not in YEARS:
-            raise DataError(f"unknown split '{split}'; choose from {', '.join(YEARS)}")
-        self._root = data_folder(path, "COCO")
+        self.root = data_folder(path, "COCO")
         self._year = YEARS[split]
         self._kind = masks
-        names = map(PHOTOGRAPH.fullmatch, list_folder(self._root / self._year))
+        names = map(PHOTOGRAPH.fullmatch, list_folder(self.root / self._year))
         self._ids = [int(name[1]) for name in names if name]
         if not self._ids:
             raise DataError(
-                f"folder {self._root / self._year} has no photographs "
+                f"folder {self.root / self._year} has no photographs "
                 "NNNNNNNNNNNN.jpg; unpack COCO's images there"
             )
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def where(self, index: int) -> str:
-        """The photograph's file."""
-        return str(self._root / self._image(index))
+        self.images = [f"{self._year}/{number:012}.jpg" for number in self._ids]
+        if masks == "panoptic" and self.wants("segmentation"):
+            self.masks = [
+                f"annotations/panoptic_{self._year}/{number:012}.png"
+                for number in self._ids
+            ]
+        if masks != "none" and (self.wants("segmentation") or self.wants("objects")):
+            self.annotations = [f"annotations/{masks}_{self._year}.json"]
 
     def read(self, index: int) -> Frame:
         """Reads one photograph, and draws or reads its mask."""
-        scene = self._scenes[self._ids[index]] if self._is_annotated else None
-        image = read_image(self._root / self._image(index))
+        scene = self._scenes[self._ids[index]] if self.annotations else None
+        image = read_image(self.root / self.images[index])
         if scene is None:
             return Frame(image)
         segmentation = None
-        if self.wants("segmentation") and self._kind == "panoptic":
-            segmentation = _read_segments(self._root / self._mask(index), scene)
+        if self.masks:
+            segmentation = _read_segments(self.root / self.masks[index], scene)
         elif self.wants("segmentation"):
             segmentation = self._draw(scene, image.size, index)
         count = len(scene.regions)
@@ -159,24 +159,17 @@ class Coco(FrameSource):
         Raises:
           DataError: some cannot be read, or do not fit each other or the crop.
         """
-        if self._is_annotated:
+        if self.annotations:
             _ = self._scenes
             if self._kind == "instances" and self.wants("segmentation"):
                 _ = self._tools
-        images, masks = self._files()
-        folder = self._root / f"annotations/panoptic_{self._year}"
-        if masks and not os.path.isdir(folder):
+        folder = self.root / f"annotations/panoptic_{self._year}"
+        if self.masks and not os.path.isdir(folder):
             raise DataError(
                 f"there is no folder {folder}; unpack {folder.name}.zip there, which "
                 "is in COCO's archive of panoptic annotations"
             )
-        refuse_unreadable(self._root, images, masks, self.crop, progress, colour=True)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """A digest of the names and sizes of the files in use."""
-        images, masks = self._files()
-        annotations = [self._annotations] if self._is_annotated else []
-        return digest(self._root, [*images, *masks, *annotations])
+        super().check(progress)
 
     def count_objects(self, progress: Progress) -> Int[np.ndarray, " examples"]:
         """Number of annotated objects of each photograph, crowds left out."""
@@ -184,33 +177,14 @@ class Coco(FrameSource):
             return super().count_objects(progress)
         return np.array([len(self._scenes[i].regions) for i in self._ids], np.int64)
 
-    @property
-    def _is_annotated(self) -> bool:
-        """Whether annotations are there and wanted."""
-        wanted = self.wants("segmentation") or self.wants("objects")
-        return self._kind != "none" and wanted
-
     @functools.cached_property
     def _tools(self) -> Any:
         return import_pycocotools()
 
     @property
-    def _annotations(self) -> str:
-        """The file of annotations, relative to the data set's folder."""
-        return f"annotations/{self._kind}_{self._year}.json"
-
-    def _image(self, index: int) -> str:
-        return f"{self._year}/{self._ids[index]:012}.jpg"
-
-    def _mask(self, index: int) -> str:
-        return f"annotations/panoptic_{self._year}/{self._ids[index]:012}.png"
-
-    def _files(self) -> tuple[list[str], list[str]]:
-        """Photographs and, where they are wanted, panoptic masks."""
-        indices = range(len(self))
-        panoptic = self._kind == "panoptic" and self.wants("segmentation")
-        masks = [self._mask(index) for index in indices] if panoptic else []
-        return [self._image(index) for index in indices], masks
+    def _file(self) -> Path:
+        """The annotations."""
+        return self.root / f"annotations/{self._kind}_{self._year}.json"
 
     @functools.cached_property
     def _scenes(self) -> dict[int, Scene]:
@@ -220,7 +194,7 @@ class Coco(FrameSource):
           DataError: they are not there, not COCO's, without some of the photographs,
             or of more objects than fit.
         """
-        file = self._root / self._annotations
+        file = self._file
         if not os.path.isfile(file):
             raise DataError(
                 f"there is no file {file}; unpack COCO's annotations there, or do "
@@ -237,10 +211,10 @@ class Coco(FrameSource):
                 f"{file} is not in COCO's {self._kind} format ({error!r}); unpack it "
                 "again"
             ) from error
-        lacking = [self._image(i) for i, d in enumerate(self._ids) if d not in scenes]
+        lacking = [self.images[i] for i, d in enumerate(self._ids) if d not in scenes]
         if lacking:
             raise DataError(
-                f"{name_some(lacking, len(self))} in {self._root} are not described in "
+                f"{name_some(lacking, len(self))} in {self.root} are not described in "
                 f"{file}; unpack images and annotations of the same year"
             )
         for index, identity in enumerate(self._ids):
@@ -252,7 +226,7 @@ class Coco(FrameSource):
         self, scene: Scene, size: tuple[int, int], index: int
     ) -> UInt8[np.ndarray, "height width"]:
         """Paints instances over each other, the last on top."""
-        where = f"{self.where(index)} and {self._root / self._annotations}"
+        where = f"{self.where(index)} and {self._file}"
         if scene.size != size:
             raise DataError(
                 f"{where} do not agree on the size, {size} and {scene.size}; unpack "

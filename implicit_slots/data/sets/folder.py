@@ -4,24 +4,21 @@ import functools
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
+from implicit_slots.data.readers.file_source import FileSource
 from implicit_slots.data.readers.files import (
     count_ids,
     data_folder,
-    digest,
-    find_unreadable,
     name_some,
     read_image,
     read_json,
     read_mask,
-    refuse_unreadable,
     walk_folder,
 )
-from implicit_slots.data.readers.frames import Frame, FrameSource, Progress
+from implicit_slots.data.readers.frame_source import Frame, Progress
 from implicit_slots.data.source import DataError, pack_objects
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -34,7 +31,7 @@ SPLIT_FOLDERS = {
 CARVING_KEY = 20240229
 
 
-class ImageFolder(FrameSource):
+class ImageFolder(FileSource):
     """PNG and JPEG images below a folder, in any depth.
 
     Layout: `images/…` (or the images directly), optional `masks/…` with the same
@@ -44,6 +41,11 @@ class ImageFolder(FrameSource):
     Attributes:
       files: the images of this split, relative to `images/`, in order.
     """
+
+    remedy = (
+        "repair or remove them, or leave them out with "
+        "--config.data.skip_unreadable=True"
+    )
 
     def __init__(
         self,
@@ -64,7 +66,7 @@ class ImageFolder(FrameSource):
           path: the folder.
           split: "train", "validation" or "test".
           resolution: height and width of the examples, in pixels.
-          crop: what part of a frame is kept, see `images.crop_box`.
+          crop: what part of a frame is kept, see `crop_box`.
           validation_fraction: share of the images to carve out for validation where
             there is no such folder.
           test_fraction: the same for the test split.
@@ -79,9 +81,9 @@ class ImageFolder(FrameSource):
         super().__init__(
             resolution=resolution, crop=crop, max_objects=max_objects, keys=keys
         )
-        self._root = data_folder(path, "images")
-        self._folder = "images/" if os.path.isdir(self._root / "images") else ""
-        images = self._root / self._folder
+        self.root = data_folder(path, "images")
+        self._folder = "images/" if os.path.isdir(self.root / "images") else ""
+        images = self.root / self._folder
         listed = sorted(
             name
             for name in walk_folder(images, without="masks")
@@ -93,36 +95,29 @@ class ImageFolder(FrameSource):
                 "--config.data.path to one that has"
             )
         self.files = _split(listed, split, validation_fraction, test_fraction)
-        self._masks = self._find_masks()
+        self.masks = self._find_masks()
         if skip_unreadable:
-            broken = find_unreadable(
-                self._root, self._images, self._masks, crop, lambda files, **_: files
-            )
+            images = [self._folder + file for file in self.files]
+            broken = self._find_broken(images, self.masks, lambda files, **_: files)
             whole = sorted(set(range(len(self.files))) - set(broken))
             self.files = [self.files[i] for i in whole]
-            self._masks = [self._masks[i] for i in whole] if self._masks else []
+            self.masks = [self.masks[i] for i in whole] if self.masks else []
         if not self.files:
             raise DataError(
-                f"split '{split}' of folder {self._root} is empty, out of "
+                f"split '{split}' of folder {self.root} is empty, out of "
                 f"{len(listed)} images; add images or change "
                 "--config.data.validation_fraction and --config.data.test_fraction"
             )
-        file = self._root / "scenes.json"
-        self._scenes_file = file if os.path.isfile(file) else None
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def where(self, index: int) -> str:
-        """The image's file."""
-        return str(self._root / (self._folder + self.files[index]))
+        self.images = [self._folder + file for file in self.files]
+        if os.path.isfile(self.root / "scenes.json"):
+            self.annotations = ["scenes.json"]
 
     def read(self, index: int) -> Frame:
         """Reads one image and what belongs to it."""
-        image = read_image(Path(self.where(index)))
+        image = read_image(self.root / self.images[index])
         mask = None
-        if self._masks and self.wants("segmentation"):
-            mask = read_mask(self._root / self._masks[index])
+        if self.masks and self.wants("segmentation"):
+            mask = read_mask(self.root / self.masks[index])
         objects = None
         if self.wants("objects") and self._objects:
             objects = self._objects[index]
@@ -136,44 +131,27 @@ class ImageFolder(FrameSource):
         """
         if self.wants("objects"):
             _ = self._objects
-        refuse_unreadable(
-            self._root,
-            self._images,
-            self._masks if self.wants("segmentation") else [],
-            self.crop,
-            progress,
-            "repair or remove them, or leave them out with "
-            "--config.data.skip_unreadable=True",
-        )
-
-    def fingerprint(self) -> dict[str, Any]:
-        """A digest of the names and sizes of images, masks and `scenes.json`."""
-        scenes = [] if self._scenes_file is None else ["scenes.json"]
-        return digest(self._root, [*self._images, *self._masks, *scenes])
+        super().check(progress)
 
     def count_objects(self, progress: Progress) -> Int[np.ndarray, " examples"]:
         """Number of objects of each scene, or of ids in its mask."""
         if self._objects:
             return np.array([o["present"].sum() for o in self._objects], np.int64)
-        if self._masks:
-            return count_ids(self._root, self._masks, progress)
+        if self.masks:
+            return count_ids(self.root, self.masks, progress)
         return super().count_objects(progress)
 
     @functools.cached_property
     def _objects(self) -> list[dict[str, np.ndarray]]:
         """Attributes of each image's objects; empty without `scenes.json`."""
-        if self._scenes_file is None:
+        if not self.annotations:
             return []
-        return _read_scenes(self._scenes_file, self.files, self.max_objects)
-
-    @property
-    def _images(self) -> list[str]:
-        """The images relative to the data set's folder."""
-        return [self._folder + file for file in self.files]
+        file = self.root / self.annotations[0]
+        return _read_scenes(file, self.files, self.max_objects)
 
     def _find_masks(self) -> list[str]:
         """The mask of each image: of the same name, or of the same stem as PNG."""
-        folder = self._root / "masks"
+        folder = self.root / "masks"
         if not os.path.isdir(folder):
             return []
         there = set(walk_folder(folder))
@@ -186,7 +164,7 @@ class ImageFolder(FrameSource):
         if lacking:
             raise DataError(
                 f"{name_some(lacking, len(self.files))} in "
-                f"{self._root / self._folder} have no mask of the same name in "
+                f"{self.root / self._folder} have no mask of the same name in "
                 f"{folder}; add the masks or move that folder away"
             )
         return masks
@@ -200,10 +178,6 @@ def _split(
         name: [f for f in files if f.split("/")[0] in folders and "/" in f]
         for name, folders in SPLIT_FOLDERS.items()
     }
-    if split not in own:
-        raise DataError(
-            f"unknown split '{split}'; choose from 'train', 'validation', 'test'"
-        )
     if split != "train" and own[split]:
         return own[split]
     with_folder = {f for files_of_split in own.values() for f in files_of_split}

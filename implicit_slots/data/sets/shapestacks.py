@@ -4,21 +4,19 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Integer
 
+from implicit_slots.data.readers.file_source import FileSource
 from implicit_slots.data.readers.files import (
     data_folder,
-    digest,
     list_folder,
     name_some,
     read_image,
     read_mask,
-    refuse_unreadable,
 )
-from implicit_slots.data.readers.frames import Frame, FrameSource, Progress
+from implicit_slots.data.readers.frame_source import Frame, Progress
 from implicit_slots.data.source import DataError, mark_present
 
 LISTS = {"train": "train", "validation": "eval", "test": "test"}
@@ -31,7 +29,7 @@ INSTANCES = re.compile(r"iseg-.*cam_(\d+)-mono-0\.map")
 LABEL_STEP = 32
 
 
-class ShapeStacks(FrameSource):
+class ShapeStacks(FileSource):
     """ShapeStacks (Groth et al. 2018) in its published folders.
 
     Layout: `recordings/env_<scenario>/rgb-…-cam_K-mono-0.png` (224 x 224),
@@ -44,6 +42,8 @@ class ShapeStacks(FrameSource):
     count a stack's objects from the bottom. Their number is `h` in a scenario's name,
     and `objects` holds `present` alone. Without any map there is no segmentation.
     """
+
+    colour = True
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class ShapeStacks(FrameSource):
           path: the folder that holds `recordings` and `splits`.
           split: "train", "validation" or "test".
           resolution: height and width of the examples, in pixels.
-          crop: what part of a frame is kept, see `images.crop_box`.
+          crop: what part of a frame is kept, see `crop_box`.
           max_objects: length of the arrays of attributes, and largest label.
           split_set: folder in `splits`: "default", "blocks_all" or "ccs_all".
           variant: which scenarios of these: "all", or those whose name starts like
@@ -76,55 +76,32 @@ class ShapeStacks(FrameSource):
         super().__init__(
             resolution=resolution, crop=crop, max_objects=max_objects, keys=keys
         )
-        self._root = data_folder(path, "ShapeStacks")
-        self._images: list[str] = []
-        self._maps: list[str] = []
+        self.root = data_folder(path, "ShapeStacks")
+        self.images, self.masks = [], []
         self._heights: list[int] = []
         lacking = []
-        for scenario in _read_list(self._root, split_set, split, variant):
+        for scenario in _read_list(self.root, split_set, split, variant):
             images, maps = self._list(scenario)
-            self._images += [image for image, _ in images]
+            self.images += [image for image, _ in images]
             self._heights += [self._height(scenario)] * len(images)
-            self._maps += [maps[camera] for _, camera in images if camera in maps]
+            self.masks += [maps[camera] for _, camera in images if camera in maps]
             lacking += [image for image, camera in images if camera not in maps]
-        if self._maps and lacking:
+        if self.masks and lacking:
             raise DataError(
-                f"{name_some(lacking, len(self._images))} in {self._root} have no "
+                f"{name_some(lacking, len(self.images))} in {self.root} have no "
                 "instance map (iseg-…-cam_K-mono-0.map); unpack all maps into "
-                f"{self._root / 'iseg'}, or move them away to do without"
+                f"{self.root / 'iseg'}, or move them away to do without"
             )
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def where(self, index: int) -> str:
-        """The image's file."""
-        return str(self._root / self._images[index])
 
     def read(self, index: int) -> Frame:
         """Reads one image and its camera's instance map."""
-        image = read_image(self._root / self._images[index])
+        image = read_image(self.root / self.images[index])
         height = self._heights[index]
         labels = None
-        if self._maps and self.wants("segmentation"):
-            labels = _read_labels(self._root / self._maps[index], height)
+        if self.masks and self.wants("segmentation"):
+            labels = _read_labels(self.root / self.masks[index], height)
         present = mark_present(height, self.max_objects, self.where(index))
         return Frame(image, labels, {"present": present})
-
-    def check(self, progress: Progress) -> None:
-        """Looks into every picture and map, without decoding it.
-
-        Raises:
-          DataError: some cannot be read, or do not fit each other or the crop.
-        """
-        maps = self._maps if self.wants("segmentation") else []
-        refuse_unreadable(
-            self._root, self._images, maps, self.crop, progress, colour=True
-        )
-
-    def fingerprint(self) -> dict[str, Any]:
-        """A digest of the names and sizes of images and maps."""
-        return digest(self._root, [*self._images, *self._maps])
 
     def count_objects(self, progress: Progress) -> Int[np.ndarray, " examples"]:
         """Heights of the stacks, which the scenarios' names tell."""
@@ -133,7 +110,7 @@ class ShapeStacks(FrameSource):
 
     def _list(self, scenario: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
         """A scenario's images with their cameras, and the cameras' maps, by name."""
-        beside = list_folder(self._root / "recordings" / scenario)
+        beside = list_folder(self.root / "recordings" / scenario)
         images = [
             (f"recordings/{scenario}/{match[0]}", match[1])
             for match in map(PICTURE.fullmatch, beside)
@@ -141,14 +118,14 @@ class ShapeStacks(FrameSource):
         ]
         if not images:
             raise DataError(
-                f"folder {self._root / 'recordings' / scenario} has no image "
+                f"folder {self.root / 'recordings' / scenario} has no image "
                 "rgb-…-cam_K-mono-0.png; unpack ShapeStacks' recordings again"
             )
         if not self.wants("segmentation"):
             return images, {}
         folder, names = "recordings", beside
-        if os.path.isdir(self._root / "iseg" / scenario):
-            folder, names = "iseg", list_folder(self._root / "iseg" / scenario)
+        if os.path.isdir(self.root / "iseg" / scenario):
+            folder, names = "iseg", list_folder(self.root / "iseg" / scenario)
         maps = {
             match[1]: f"{folder}/{scenario}/{match[0]}"
             for match in map(INSTANCES.fullmatch, names)
@@ -161,19 +138,17 @@ class ShapeStacks(FrameSource):
         match = SCENARIO.fullmatch(scenario)
         if match is None:
             raise DataError(
-                f"the name of scenario {scenario} in {self._root} does not tell its "
+                f"the name of scenario {scenario} in {self.root} does not tell its "
                 "number of objects (h=…); use ShapeStacks' own splits"
             )
         height = int(match[1])
-        where = f"scenario {scenario} in {self._root}"
+        where = f"scenario {scenario} in {self.root}"
         mark_present(height, self.max_objects, where)
         return height
 
 
 def _read_list(root: Path, split_set: str, split: str, variant: str) -> list[str]:
     """The scenarios of a split and variant, in the list's order."""
-    if split not in LISTS:
-        raise DataError(f"unknown split '{split}'; choose from {', '.join(LISTS)}")
     file = root / "splits" / split_set / f"{LISTS[split]}.txt"
     try:
         scenarios = file.read_text().split()

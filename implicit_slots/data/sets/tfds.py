@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from implicit_slots.data.readers.frames import Frame, FrameSource, Progress
+from implicit_slots.data.readers.frame_source import Frame, FrameSource, Progress
 from implicit_slots.data.readers.records import parse_example
 from implicit_slots.data.readers.tfds import (
     Records,
@@ -37,8 +37,8 @@ PARSED_RECORDS = 16
 class Tfds(FrameSource):
     """Images, masks and objects of a data set in array_record or tfrecord files.
 
-    What is read besides images depends on the set: `tfds_sets` has a class for each of
-    CLEVR, 3D Shapes, COCO's panoptic configuration and MOVi.
+    What is read besides images depends on the set: `tfds_formats` has a class for each
+    of CLEVR, 3D Shapes, COCO's panoptic configuration and MOVi.
 
     | set | train, validation, test | examples |
     |---|---|---|
@@ -71,7 +71,7 @@ class Tfds(FrameSource):
           resolution: height and width of the examples, in pixels.
           path: where data sets were prepared (tensorflow-datasets' `data_dir`), or the
             folder of one version; empty for tensorflow-datasets' own default.
-          crop: what part of a frame is kept, see `images.crop_box`.
+          crop: what part of a frame is kept, see `crop_box`.
           max_objects: length of the arrays of attributes, and largest id in a mask.
           splits: for any of "train", "validation" and "test" an expression of
             tensorflow-datasets, such as "train[:90%]"; others, and empty ones, keep

@@ -142,7 +142,7 @@ class Clevr(Images):
     }
 
     def objects(self, record: Record, frame: int, where: str) -> Objects:
-        """The arrays of `base.pack_objects`."""
+        """The arrays of `source.pack_objects`."""
         count = len(record["objects/color"])
         columns = {
             name.removeprefix("objects/"): np.reshape(

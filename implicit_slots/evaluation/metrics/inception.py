@@ -20,6 +20,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.weights import read_weights
 
 _CLASSES = 1008
@@ -46,20 +47,19 @@ def load(path: pathlib.Path) -> dict[str, Convolution]:
 
     Args:
       path: `pt_inception-2015-12-05-6726825d.pth` of PyTorch, or its state dictionary
-        saved again, as `.pt` or as `.npz`. A file in the format of PyTorch before 1.6
-        has to be saved again; the error says so.
+        saved again as `.safetensors` or `.npz`, which are read without PyTorch.
 
     Returns:
       The parameters that `features` takes, by the name of the layer.
 
     Raises:
-      ValueError: if the file cannot be read or holds another network, torchvision's
+      UserError: if the file cannot be read or holds another network, torchvision's
         Inception-v3 included.
     """
     try:
         state = read_weights(path)
-    except ValueError as error:
-        raise ValueError(f"{error} ({_WANTED})") from error
+    except UserError as error:
+        raise UserError(f"{error} ({_WANTED})") from error
     suffix = ".conv.weight"
     image = jax.ShapeDtypeStruct((1, _SIDE, _SIDE, 3), jnp.float32)
     try:
@@ -73,7 +73,7 @@ def load(path: pathlib.Path) -> dict[str, Convolution]:
         }
         jax.eval_shape(features, params, image)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds another network: {_WANTED}") from error
+        raise UserError(f"{path} holds another network: {_WANTED}") from error
     return params
 
 

@@ -1,46 +1,35 @@
-"""The cache of blocks: made once, and trusted only when it is whole."""
+"""The cache: written in order, gone on with, and trusted only when it is whole."""
 
 import os
-import threading
-import time
 
 import numpy as np
 import pytest
 
-from implicit_slots.data.prepared.cache import BlockCache, Prepared
+from implicit_slots.data.prepared.cache import Prepared, Writer
 from implicit_slots.data.prepared.cache_folder import is_finished
 from implicit_slots.data.source import DataError
 
-EXAMPLE = {
-    "objects": {"code": np.zeros(3, np.int32), "present": np.zeros(3, bool)},
-    "image": np.zeros((2, 2, 3), np.uint8),
-}
+BLOCK = 4
 
 
-class Maker:
-    """Examples that show their index, and a record of which blocks were asked for."""
-
-    def __init__(self, block=4):
-        self.block = block
-        self.asked = []
-
-    def __call__(self, first):
-        """Makes one block."""
-        self.asked.append(first)
-        index = np.arange(first, first + self.block)
-        return {
-            "image": np.broadcast_to(index[:, None, None, None], (self.block, 2, 2, 3)),
-            "objects": {
-                "code": index[:, None] * 1000 + np.arange(3),
-                "present": index[:, None] % 3 == np.arange(3),
-            },
-        }
+def examples(first, stop):
+    """Examples that show their index."""
+    index = np.arange(first, stop)
+    return {
+        "image": np.broadcast_to(
+            index[:, None, None, None], (len(index), 2, 2, 3)
+        ).astype(np.uint8),
+        "objects": {
+            "code": (index[:, None] * 1000 + np.arange(3)).astype(np.int32),
+            "present": index[:, None] % 3 == np.arange(3),
+        },
+    }
 
 
 def check(batch, indices):
     indices = np.asarray(indices)
     assert batch["image"].shape == (len(indices), 2, 2, 3)
-    assert (batch["image"] == indices[:, None, None, None]).all()
+    assert (batch["image"] == indices[:, None, None, None] % 256).all()
     expected = indices[:, None] * 1000 + np.arange(3)
     np.testing.assert_array_equal(batch["objects"]["code"], expected)
     expected = indices[:, None] % 3 == np.arange(3)
@@ -50,105 +39,66 @@ def check(batch, indices):
     )
 
 
-def opened(maker, folder=None, count=10, **manifest):
-    return BlockCache(
-        maker,
-        EXAMPLE,
-        count=count,
-        block=4,
-        folder=folder and folder / "cache",
-        manifest=manifest,
-    )
+def opened(folder, count=10, **manifest):
+    return Writer(folder / "cache", manifest, count=count, block=BLOCK)
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_blocks_are_made_when_first_read_and_only_then(tmp_path, on_disk):
-    """Any indices in any order, the cut-off last block included."""
-    maker = Maker()
-    cache = opened(maker, tmp_path if on_disk else None)
-    assert maker.asked == []
-    check(cache.read(np.array([9, 1, 9, 0])), [9, 1, 9, 0])
-    assert sorted(maker.asked) == [0, 8]
-    check(cache.read(np.arange(10)), np.arange(10))
-    check(cache.read(np.arange(10)[::-1]), np.arange(10)[::-1])
-    assert sorted(maker.asked) == [0, 4, 8]
+def fill(writer, count=10):
+    """Writes what is missing; returns at which example it began."""
+    began = writer.count
+    for first in range(began, count, BLOCK):
+        writer.append(examples(first, min(first + BLOCK, count)))
+    return began
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_threads_do_not_make_a_block_twice(tmp_path, on_disk):
-    maker = Maker()
-
-    def slow(first):
-        time.sleep(0.01)
-        return maker(first)
-
-    cache = opened(slow, tmp_path if on_disk else None, count=40)
-    start = threading.Barrier(8)
-
-    def read():
-        start.wait()
-        for first in range(0, 40, 5):
-            check(cache.read(np.arange(first, first + 5)), np.arange(first, first + 5))
-
-    threads = [threading.Thread(target=read) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert maker.asked == list(range(0, 40, 4))
+def test_a_writer_goes_on_after_the_blocks_that_are_there(tmp_path):
+    writer = opened(tmp_path)
+    assert writer.count == 0 and not list(tmp_path.iterdir())
+    writer.append(examples(0, 4))
+    writer = opened(tmp_path)
+    assert writer.count == 4
+    assert fill(writer) == 4
+    writer.finish()
+    check(Prepared(tmp_path / "cache").batch(np.arange(10)), np.arange(10))
 
 
-def test_a_later_run_finds_the_blocks(tmp_path):
-    opened(Maker(), tmp_path).read(np.array([0, 9]))
-    maker = Maker()
-    cache = opened(maker, tmp_path)
-    check(cache.read(np.array([1, 8])), [1, 8])
-    assert maker.asked == []
-    cache.read(np.array([5]))
-    assert maker.asked == [4]
-
-
-def test_a_run_killed_while_writing_leaves_nothing_to_trust(tmp_path):
-    """Bytes without their marker, as a killed process leaves them, are made again."""
-    opened(Maker(), tmp_path).read(np.array([0]))
-    records = tmp_path / "cache" / "image.npy"
-    with records.open("r+b") as file:
+def test_bytes_without_their_marker_are_written_again(tmp_path):
+    """As a process leaves them that is killed while it writes."""
+    opened(tmp_path).append(examples(0, 4))
+    with (tmp_path / "cache" / "image.npy").open("r+b") as file:
         file.seek(-50, os.SEEK_END)
         file.write(b"\xff" * 40)
-    maker = Maker()
-    check(opened(maker, tmp_path).read(np.arange(10)), np.arange(10))
-    assert sorted(maker.asked) == [4, 8]
+    writer = opened(tmp_path)
+    assert fill(writer) == 4
+    writer.finish()
+    check(Prepared(tmp_path / "cache").batch(np.arange(10)), np.arange(10))
 
 
 def test_the_marker_waits_for_the_bytes(tmp_path, monkeypatch):
     """A full disk is a sentence, and the block counts as missing afterwards."""
-    cache = opened(Maker(), tmp_path)
+    writer = opened(tmp_path)
+    writer.append(examples(0, 4))
 
     def full(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DataError, match=r"cannot be written: No space left on device"):
-        cache.read(np.array([0]))
-    assert not np.load(tmp_path / "cache" / "blocks.npy").any()
-    monkeypatch.undo()
-    check(cache.read(np.array([0])), [0])
+        writer.append(examples(4, 8))
     assert np.load(tmp_path / "cache" / "blocks.npy").astype(bool).tolist() == [
         True,
         False,
         False,
     ]
+    monkeypatch.undo()
+    assert fill(opened(tmp_path)) == 4
 
 
 def test_what_another_manifest_left_is_thrown_away(tmp_path):
     for other in ({"manifest": 1}, {"seed": 1}, {"seed": 0, "count": 9}, {"seed": 0}):
-        maker = Maker()
-        opened(maker, tmp_path, **other).read(np.arange(9))
-        assert len(maker.asked) == 3
-    maker = Maker()
-    opened(maker, tmp_path, seed=0).read(np.arange(10))
-    assert maker.asked == []
-    assert {file.name for file in tmp_path.iterdir()} == {"cache", ".cache.lock"}
+        assert fill(opened(tmp_path, **other), other.get("count", 10)) == 0
+    assert fill(opened(tmp_path, seed=0)) == 10
+    assert {file.name for file in tmp_path.iterdir()} == {"cache"}
 
 
 @pytest.mark.parametrize(
@@ -163,73 +113,47 @@ def test_what_another_manifest_left_is_thrown_away(tmp_path):
         ("blocks.npy", lambda file: np.save(file, np.ones(7, np.uint64))),
     ],
 )
-def test_a_damaged_folder_is_not_trusted(tmp_path, name, damage):
-    opened(Maker(), tmp_path).read(np.arange(10))
+def test_a_damaged_folder_is_not_gone_on_with(tmp_path, name, damage):
+    fill(opened(tmp_path))
     damage(tmp_path / "cache" / name)
-    maker = Maker()
-    check(opened(maker, tmp_path).read(np.arange(10)), np.arange(10))
-    assert sorted(maker.asked) == [0, 4, 8]
-
-
-def test_processes_that_start_at_once_share_one_folder(tmp_path):
-    """Neither throws the other's blocks away."""
-    first, second = Maker(), Maker()
-    one, other = opened(first, tmp_path), opened(second, tmp_path)
-    one.read(np.array([0]))
-    check(other.read(np.arange(10)), np.arange(10))
-    assert (sorted(first.asked), sorted(second.asked)) == ([0], [4, 8])
-
-
-def test_the_order_of_attributes_is_none_of_the_manifests(tmp_path):
-    """A reader may name them in the order of a set, which changes by process."""
-    opened(Maker(), tmp_path).read(np.arange(10))
-    maker = Maker()
-    example = {
-        "image": EXAMPLE["image"],
-        "objects": dict(reversed(EXAMPLE["objects"].items())),
-    }
-    cache = BlockCache(maker, example, count=10, block=4, folder=tmp_path / "cache")
-    check(cache.read(np.arange(10)), np.arange(10))
-    assert maker.asked == []
-
-
-def test_a_cache_that_was_replaced_is_not_written_to(tmp_path):
-    """Of two processes with other manifests, the later one has the folder."""
-    first, second = Maker(), Maker()
-    old = opened(first, tmp_path, files=1)
-    old.read(np.array([0]))
-    new = opened(second, tmp_path, files=2)
-    with pytest.raises(DataError, match="was replaced by another process while this"):
-        old.read(np.array([9]))
-    check(new.read(np.arange(10)), np.arange(10))
-    assert second.asked == [0, 4, 8]
-    new.finish()
+    writer = opened(tmp_path)
+    assert fill(writer) == 0
+    writer.finish()
     check(Prepared(tmp_path / "cache").batch(np.arange(10)), np.arange(10))
 
 
-def test_changed_bytes_are_made_again_while_they_can_be(tmp_path):
-    opened(Maker(), tmp_path).read(np.arange(10))
-    flip(tmp_path / "cache" / "image.npy")
-    maker = Maker()
-    cache = opened(maker, tmp_path)
-    check(cache.read(np.arange(10)), np.arange(10))
-    assert maker.asked == [8]
-    cache.verify(lambda blocks, desc: blocks)
-    flip(tmp_path / "cache" / "image.npy")
-    with pytest.raises(DataError, match="block 2 has another checksum"):
-        cache.verify(lambda blocks, desc: blocks)
+def test_changed_bytes_are_written_again(tmp_path):
+    fill(opened(tmp_path))
+    flip(tmp_path / "cache" / "image.npy", -60)
+    assert opened(tmp_path).count == 4
+
+
+def test_fewer_examples_than_there_might_have_been_are_a_cache_as_well(tmp_path):
+    """Its files are those of a cache that was laid out for their number."""
+    few = None
+    for count in (300, 10):
+        writer = opened(tmp_path, count=count)
+        fill(writer)
+        writer.finish()
+        files = {
+            file.name: file.read_bytes() for file in (tmp_path / "cache").iterdir()
+        }
+        few = few or files
+        check(Prepared(tmp_path / "cache").batch(np.arange(10)), np.arange(10))
+        (tmp_path / "cache" / "manifest.json").unlink()
+    assert few == files
 
 
 @pytest.fixture
 def finished(tmp_path):
-    cache = opened(Maker(), tmp_path, seed=3)
-    cache.read(np.arange(10))
+    writer = opened(tmp_path, seed=3)
+    fill(writer)
     assert not is_finished(tmp_path / "cache")
-    cache.finish()
+    writer.finish()
     return tmp_path / "cache"
 
 
-def test_a_finished_cache_is_read_without_its_maker(finished):
+def test_a_finished_cache_is_read(finished):
     """Whole, by parts, and as plain NumPy files."""
     assert is_finished(finished)
     source = Prepared(finished)
@@ -280,17 +204,11 @@ def test_a_finished_cache_that_was_changed_is_refused(finished, name, damage, wh
 
 
 def test_a_change_between_sampled_blocks_is_found_by_verifying(tmp_path):
-    cache = opened(Maker(), tmp_path, count=400)
-    cache.read(np.arange(400))
-    cache.finish()
+    writer = opened(tmp_path, count=400)
+    fill(writer, 400)
+    writer.finish()
     folder = tmp_path / "cache"
     flip(folder / "image.npy", -12 * 30)
     source = Prepared(folder)
     with pytest.raises(DataError, match="block 92 has another checksum"):
         source.verify(lambda blocks, desc: blocks)
-
-
-def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"cache .*file.* cannot be written: File ex"):
-        opened(Maker(), tmp_path / "file")

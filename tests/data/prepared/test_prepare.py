@@ -122,7 +122,7 @@ def test_an_interrupted_preparation_goes_on(section, monkeypatch):
     monkeypatch.setattr(ImageFolder, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepared(section, workers=1)
-    assert max(seen) == 128
+    assert max(seen) >= 128
     assert isinstance(registry.build(section, "train"), ImageFolder)
     seen.clear()
 
@@ -132,8 +132,7 @@ def test_an_interrupted_preparation_goes_on(section, monkeypatch):
 
     monkeypatch.setattr(ImageFolder, "read", recorded)
     source, _ = prepared(section, workers=1)
-    # The first one shows what an example looks like.
-    assert set(seen) == {0, *range(128, COUNT)}
+    assert seen == [*range(128, COUNT)]
     monkeypatch.undo()
     section.cache = ""
     check_equal(source, registry.build(section, "train"))
@@ -188,10 +187,10 @@ def test_too_little_room_is_said_before_anything_is_written(section, monkeypatch
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda folder: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage)
     with pytest.raises(DataError, match=r"MB free and the examples need"):
         prepared(section)
-    assert list(Path(section.cache).iterdir()) == []
+    assert not [f for f in Path(section.cache).iterdir() if f.suffix != ".lock"]
 
 
 def test_other_options_are_another_cache(section):

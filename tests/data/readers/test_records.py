@@ -14,8 +14,13 @@ import pytest
 from tensorflow_datasets import proto
 from tfds_files import frame
 
-from implicit_slots.data.readers import records, unpacking
-from implicit_slots.data.readers.records import RecordFile, parse_example
+from implicit_slots.data.readers import records
+from implicit_slots.data.readers.records import (
+    GzipRecords,
+    RecordFile,
+    is_gzip,
+    parse_example,
+)
 from implicit_slots.data.source import DataError
 
 messages: Any = proto.tf_example_pb2  # Made at run time: no checker knows them.
@@ -37,43 +42,25 @@ def save(path, data, packed):
     return path
 
 
-@pytest.fixture
-def close_points(monkeypatch):
-    """Access points every 40 kB, so that small files have many."""
-    monkeypatch.setattr(unpacking, "LEAST_SPACING", 40_000)
+def everything(path, packed):
+    """All records, in order."""
+    if packed:
+        return list(GzipRecords(path).read(0, 1000))
+    file = RecordFile(path)
+    return [file[number] for number in range(len(file))]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_records_are_read_in_any_order(tmp_path, close_points, packed):
-    """Backwards, at random and forwards; the stream resumes at all eight bit offsets.
-
-    Records of noise make deflate store bytes, which begin at a whole byte.
-    """
-    file = RecordFile(save(tmp_path / "a", LARGE, packed))
+def test_records_are_read_in_any_order(tmp_path):
+    file = RecordFile(save(tmp_path / "a", LARGE, False))
     assert len(file) == len(LARGE)
-    order = [*range(len(LARGE))[::-1], *np.random.default_rng(0).permutation(90)]
-    for number in [*order, *range(len(LARGE))]:
-        assert file[int(number)] == LARGE[number], number
+    for number in [*range(len(LARGE))[::-1], *range(len(LARGE))]:
+        assert file[number] == LARGE[number], number
     with pytest.raises(IndexError, match="record 90 of 90"):
         file[90]
-    points = file._built().points
-    assert {point.bits for point in points} == (set(range(8)) if packed else set())
-    assert len(points) >= (50 if packed else 0)
 
 
-@pytest.mark.parametrize("bits", range(1, 8))
-def test_a_prefix_brings_the_bits_into_place_and_unpacks_to_nothing(bits):
-    """Behind it is a last block, empty, whose first bits share a byte with it."""
-    value, width = unpacking.PREFIXES[bits]
-    assert (width + bits) % 8 == 0
-    empty = 0b011  # The last block, fixed codes; then seven zeros end it.
-    stream = zlib.decompressobj(-15)
-    rest = (value | empty << width).to_bytes((width + 10 + 7) // 8, "little")
-    assert stream.decompress(rest) == b"" and stream.eof
-
-
-def test_threads_read_side_by_side(tmp_path, close_points):
-    file = RecordFile(save(tmp_path / "a", LARGE, True))
+def test_threads_read_side_by_side(tmp_path):
+    file = RecordFile(save(tmp_path / "a", LARGE, False))
     numbers = np.random.default_rng(1).integers(0, len(LARGE), 300).tolist()
     with ThreadPoolExecutor(4) as pool:
         for number, data in zip(
@@ -82,67 +69,34 @@ def test_threads_read_side_by_side(tmp_path, close_points):
             assert data == LARGE[number]
 
 
-def test_gzip_files_that_were_appended_to_each_other_are_one(tmp_path, close_points):
-    """Reading across the seam starts at the beginning, at a point, or goes on."""
+def test_a_compressed_file_is_read_in_stretches(tmp_path, monkeypatch):
+    """One behind the other in a single pass; one before it begins anew."""
+    passes = []
+    opened = gzip.open
+    file = GzipRecords(save(tmp_path / "a", LARGE, True))
+    monkeypatch.setattr(gzip, "open", lambda p: passes.append(p) or opened(p))
+    for start, stop, count in ((5, 20, 1), (20, 25, 1), (60, 200, 1), (3, 5, 2)):
+        assert list(file.read(start, stop)) == LARGE[start:stop]
+        assert file.place == min(stop, 90) and len(passes) == count
+    some = file.read(7, 90)
+    assert [next(some), next(some)] == LARGE[7:9]
+    assert list(file.read(9, 12)) == LARGE[9:12] and len(passes) == 2
+    assert list(file.read(95, 99)) == [] and file.place == 90
+    with pytest.raises(DataError, match=r"is compressed .* unpack it"):
+        RecordFile(tmp_path / "a")
+
+
+def test_gzip_files_that_were_appended_to_each_other_are_one(tmp_path):
     whole = b"".join(frame(data) for data in LARGE)
     seam = len(whole) // 2
     path = tmp_path / "a"
     path.write_bytes(gzip.compress(whole[:seam], 1) + gzip.compress(whole[seam:], 1))
-    file = RecordFile(path)
-    assert len(file) == len(LARGE)
-    for number in [*range(len(LARGE))[::-1], *range(len(LARGE))]:
-        assert file[number] == LARGE[number], number
-
-
-def never(_):
-    raise AssertionError("a pass over the file")
-
-
-def as_number(data):
-    return len(data)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_an_index_file_spares_the_next_pass(tmp_path, close_points, packed):
-    """It serves fewer records, too; more, another file or rubbish are a new pass."""
-    path, index = save(tmp_path / "a", LARGE, packed), tmp_path / "new" / "a.npz"
-    sizes = [len(data) for data in LARGE]
-    seen = []
-
-    def progress(numbers, desc):
-        seen.append((len(numbers), desc))
-        return numbers
-
-    file = RecordFile(path, stop=40, index=index, inspect=as_number)
-    file.build(progress)
-    assert seen == [(40, "indexing a")]
-    assert len(file) == 40 and file.values.tolist() == sizes[:40]
-    assert [entry.name for entry in index.parent.iterdir()] == ["a.npz"]
-    again = RecordFile(path, stop=30, index=index, inspect=never)
-    assert len(again) == 30 and again.values.tolist() == sizes[:30]
-    assert [again[i] for i in (29, 3)] == [LARGE[29], LARGE[3]]
-    more = RecordFile(path, stop=200, index=index, inspect=as_number)
-    assert len(more) == 90 and more.values.tolist() == sizes
-    # All records are known now, however many are wanted.
-    assert len(RecordFile(path, index=index, inspect=never)) == 90
-    index.write_bytes(b"rubbish")
-    assert len(RecordFile(path, index=index)) == 90
-    # The index knows no values now.
-    assert RecordFile(path, index=index, inspect=as_number).values.tolist() == sizes
-    save(path, SMALL, packed)
-    changed = RecordFile(path, index=index)
-    assert [changed[i] for i in range(len(changed))] == SMALL
-
-
-def test_an_index_that_cannot_be_written_is_one_sentence(tmp_path):
-    path = save(tmp_path / "a", SMALL, False)
-    with pytest.raises(DataError, match=r"index of .*a cannot .*config\.data\.cache"):
-        RecordFile(path, index=path / "a.npz").build()
+    assert everything(path, True) == LARGE
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_file_that_is_cut_off_tells_how_much_is_whole(tmp_path, packed):
-    """Wherever the cut is, also between records; what lies before `stop` is fine."""
+    """Wherever the cut is, also between records; what lies before it is read."""
     path = save(tmp_path / "a", SMALL, packed)
     whole = path.read_bytes()
     ends = np.cumsum([len(frame(data)) for data in SMALL])
@@ -154,38 +108,43 @@ def test_a_file_that_is_cut_off_tells_how_much_is_whole(tmp_path, packed):
         if not packed and got in ends:
             continue  # A plain file does not tell that there was more.
         with pytest.raises(DataError) as error:
-            RecordFile(path).build()
+            everything(path, packed)
         assert str(error.value) == (
             f"{path} is cut off after {number} whole records; download it again"
         )
-        if number:
-            assert RecordFile(path, stop=number)[number - 1] == SMALL[number - 1]
+        if packed:
+            assert list(GzipRecords(path).read(0, number)) == SMALL[:number]
     if packed:
         path.write_bytes(whole[:-3])
         with pytest.raises(DataError, match="cut off after 6 whole records"):
-            len(RecordFile(path))
+            everything(path, packed)
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_damage_is_named_by_record_and_the_others_are_read(tmp_path, packed):
-    """A flipped bit in the data shows when they are read; one in a length at once."""
+def test_damage_is_named_by_record(tmp_path, packed):
+    """In a plain file the others are read; so are those before it in any."""
     whole = bytearray(b"".join(frame(data) for data in SMALL))
     starts = np.cumsum([0] + [len(frame(data)) for data in SMALL])
     path = tmp_path / "a"
 
     def write():
         path.write_bytes(gzip.compress(whole) if packed else whole)
-        return RecordFile(path)
+        return GzipRecords(path) if packed else RecordFile(path)
 
     whole[starts[2] + 100] ^= 4
     file = write()
     for _ in range(2):
         with pytest.raises(DataError, match=r"record 2 of .*a is damaged; download"):
-            file[2]
-        assert file[3] == SMALL[3] and file[1] == SMALL[1]
+            list(file.read(0, 6)) if isinstance(file, GzipRecords) else file[2]
+        if isinstance(file, GzipRecords):
+            assert list(file.read(0, 2)) == SMALL[:2]
+        else:
+            assert file[3] == SMALL[3] and file[1] == SMALL[1]
+    whole[starts[2] + 100] ^= 4
     whole[starts[4] + 1] ^= 1
+    write()
     with pytest.raises(DataError, match=r"record 4 of .*a is damaged"):
-        write().build()
+        everything(path, packed)
 
 
 def test_a_damaged_gzip_stream_is_one_sentence(tmp_path):
@@ -197,9 +156,8 @@ def test_a_damaged_gzip_stream_is_one_sentence(tmp_path):
         damaged[place] ^= 0x55
         path.write_bytes(damaged)
         with pytest.raises(DataError, match=r"(is damaged|is cut off|be read).*again"):
-            file = RecordFile(path)
-            for number in range(len(file)):
-                file[number]
+            is_gzip(path)
+            everything(path, True)
 
 
 def test_what_is_no_record_file_is_one_sentence(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from implicit_slots.data.scenes import rendering, sampling
+from implicit_slots.data.source import CLEVR_CODES
 
 RESOLUTION = 64
 BATCH = 24
@@ -75,13 +76,13 @@ def first_hit(shape, centre, radius, rotation, origin, direction):
 
 def hits(scene, i, origin, direction, swell=0.0):
     """First hits with each object of scene i, objects first."""
-    radius = np.where(scene.size == sampling.SIZES.index("large"), 0.7, 0.35)
+    radius = np.where(scene.size == CLEVR_CODES["size"].index("large"), 0.7, 0.35)
     half = radius / np.sqrt(2)
-    radius = np.where(scene.shape == sampling.SHAPES.index("cube"), half, radius)
+    radius = np.where(scene.shape == CLEVR_CODES["shape"].index("cube"), half, radius)
     return np.stack(
         [
             first_hit(
-                sampling.SHAPES[scene.shape[i, k]],
+                CLEVR_CODES["shape"][scene.shape[i, k]],
                 scene.position[i, k].astype(np.float64),
                 radius[i, k] + swell,
                 float(scene.rotation[i, k]),

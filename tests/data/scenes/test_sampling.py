@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from implicit_slots.data.scenes import sampling
+from implicit_slots.data.source import CLEVR_CODES, SPLITS
 
 MIN, MAX = 3, 6
 
@@ -23,8 +24,8 @@ def drawn():
 
 def radii(scene):
     """Radius of the disc an object stands in, and its radius or half side."""
-    footprint = np.where(scene.size == sampling.SIZES.index("large"), 0.7, 0.35)
-    cube = scene.shape == sampling.SHAPES.index("cube")
+    footprint = np.where(scene.size == CLEVR_CODES["size"].index("large"), 0.7, 0.35)
+    cube = scene.shape == CLEVR_CODES["shape"].index("cube")
     return footprint, np.where(cube, footprint / np.sqrt(2), footprint)
 
 
@@ -32,7 +33,7 @@ def test_splits_and_indices_have_different_keys():
     indices = jnp.arange(2000)
     keys = [
         jax.vmap(lambda i, s=split: sampling.scene_key(7, s, i))(indices)
-        for split in sampling.SPLITS
+        for split in SPLITS
     ]
     data = np.concatenate([jax.random.key_data(k) for k in keys])
     assert len(np.unique(data, axis=0)) == len(data)
@@ -63,10 +64,10 @@ def test_every_number_of_objects_in_range_occurs_about_equally_often(drawn):
 @pytest.mark.parametrize(
     ("field", "names"),
     [
-        ("shape", sampling.SHAPES),
-        ("size", sampling.SIZES),
-        ("material", sampling.MATERIALS),
-        ("color", sampling.COLORS),
+        ("shape", CLEVR_CODES["shape"]),
+        ("size", CLEVR_CODES["size"]),
+        ("material", CLEVR_CODES["material"]),
+        ("color", CLEVR_CODES["color"]),
     ],
 )
 def test_every_attribute_occurs_about_equally_often(drawn, field, names):

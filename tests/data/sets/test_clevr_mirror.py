@@ -142,11 +142,6 @@ def remove(root, pattern):
             {},
             r"000000\.json cannot be read \(Expecting",
         ),
-        (
-            lambda root: None,
-            {"split": "dev"},
-            "unknown split 'dev'; choose from train,",
-        ),
         (lambda root: None, {"crop": "center-20"}, "does not fit a frame of 12 x 8"),
     ],
 )

@@ -310,11 +310,6 @@ def code(counts, size=(HEIGHT, WIDTH)):
         ),
         (
             lambda root: None,
-            {"split": "dev"},
-            "unknown split 'dev'; choose from train,",
-        ),
-        (
-            lambda root: None,
             {"split": "train"},
             r"no file .*/annotations/instances_train2017\.json; unpack COCO's annota",
         ),

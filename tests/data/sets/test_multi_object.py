@@ -9,13 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from tensorflow_datasets import proto
 from tfds_files import frame
 
-from implicit_slots.data.sets.multi_object import ROOM_TESTS, MultiObject
+from implicit_slots.data.sets import multi_object
+from implicit_slots.data.sets.multi_object import MultiObject
+from implicit_slots.data.sets.multi_object_files import ROOM_TESTS
 from implicit_slots.data.source import DataError
 
 messages: Any = proto.tf_example_pb2  # Made at run time: no checker knows them.
@@ -96,9 +99,8 @@ def serialised(features):
 
 
 def save(file, scenes):
-    """A gzip-compressed TFRecord file without TensorFlow."""
-    content = b"".join(frame(serialised(scene)) for scene in scenes)
-    file.write_bytes(gzip.compress(content, 1))
+    """An unpacked TFRecord file without TensorFlow."""
+    file.write_bytes(b"".join(frame(serialised(scene)) for scene in scenes))
 
 
 def write_with_tensorflow(file, scenes):
@@ -121,11 +123,20 @@ def write_with_tensorflow(file, scenes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All nine published files, with three examples each."""
+    """All nine published files, unpacked, with three examples each."""
     root = tmp_path_factory.mktemp("files")
     for name in SETS:
         scenes = [scene(name, number) for number in range(COUNT)]
         save(root / published(name), scenes)
+    return root
+
+
+@pytest.fixture(scope="module")
+def packed(folder, tmp_path_factory):
+    """The same as they are published: gzip files."""
+    root = tmp_path_factory.mktemp("packed")
+    for file in folder.iterdir():
+        (root / file.name).write_bytes(gzip.compress(file.read_bytes(), 1))
     return root
 
 
@@ -188,6 +199,7 @@ def test_every_pixel_mask_and_attribute_is_what_was_written(folder, name):
         example["objects"] = {k: v[place] for k, v in batch["objects"].items()}
         columns = slice(40, 280) if wide else slice(None)
         check_example(example, name, number, columns=columns)
+    assert not source.is_packed
     objects = SETS[name][1] - SETS[name][2]
     counts = source.count_objects(lambda numbers, desc: numbers)
     assert counts.tolist() == [(i + 1) % (objects + 1) for i in range(COUNT)]
@@ -199,17 +211,18 @@ def test_every_pixel_mask_and_attribute_is_what_was_written(folder, name):
 def test_files_written_by_tensorflow_are_read(name, count):
     """These are committed: see this module's docstring."""
     source = opened(FILES, name, splits=dict.fromkeys(SPLITS, f"0:{count}"))
-    for number in range(count):
-        check_example(source[number], name, number)
+    examples = streamed(source)
+    assert len(examples) == count
+    for number, example in enumerate(examples):
+        check_example(example, name, number)
 
 
 @pytest.mark.parametrize("name", ["tetrominoes", "multi_dsprites_colored_on_colored"])
 def test_files_that_tensorflow_writes_now_are_read(tmp_path, name):
     scenes = [scene(name, number) for number in range(COUNT)]
     write_with_tensorflow(tmp_path / published(name), scenes)
-    source = opened(tmp_path, name)
-    for number in range(COUNT):
-        check_example(source[number], name, number)
+    for number, example in enumerate(streamed(opened(tmp_path, name))):
+        check_example(example, name, number)
 
 
 @pytest.mark.skipif(not FRAMES.is_dir(), reason=f"no rendered frames in {FRAMES}")
@@ -280,26 +293,41 @@ def test_the_file_is_found_by_itself_in_its_folder_and_in_the_buckets(
     check_example(opened("~", "tetrominoes")[2], "tetrominoes", 2)
 
 
-def test_an_unpacked_file_is_read_as_well(folder, tmp_path):
-    """Whoever has the space may unpack, and keeps the name."""
-    name = "tetrominoes_train.tfrecords"
-    (tmp_path / name).write_bytes(gzip.decompress((folder / name).read_bytes()))
-    for number in range(COUNT):
-        check_example(opened(tmp_path, "tetrominoes")[number], "tetrominoes", number)
+def streamed(source, **options):
+    return [decode() for decode in source.stream(**options)]
 
 
-def test_the_cache_keeps_where_records_are(folder, tmp_path, monkeypatch):
-    """The second opening makes no pass and counts the same."""
-    first = opened(folder, "tetrominoes", cache=str(tmp_path))
-    counts = first.count_objects(lambda numbers, desc: numbers).tolist()
-    assert (tmp_path / "records" / "tetrominoes_train.tfrecords.npz").is_file()
+def test_a_packed_file_is_read_in_order(folder, packed):
+    """What it decodes is what the unpacked one decodes, and nothing else is offered."""
+    for name in ("tetrominoes", "objects_room"):
+        source, plain = opened(packed, name), opened(folder, name)
+        examples = streamed(source)
+        assert source.is_packed and len(examples) == COUNT
+        for number, example in enumerate(examples):
+            jax.tree.map(np.testing.assert_array_equal, example, plain[number])
+    jax.tree.map(np.testing.assert_array_equal, streamed(source, skip=2)[0], plain[2])
+    kept = streamed(source, most=2)
+    np.testing.assert_array_equal(
+        [example["objects"]["present"].sum() for example in kept], [1, 2]
+    )
+    (last,) = streamed(source, most=2, skip=1)
+    jax.tree.map(np.testing.assert_array_equal, last, plain[1])
+    for use in (source.check, source.count_objects, lambda _: source[0]):
+        with pytest.raises(DataError, match=r"implicit_slots\.data prepare` with the"):
+            use(no_progress)
 
-    def never(*_, **__):
-        raise AssertionError("a pass over the file")
 
-    again = opened(folder, "tetrominoes", cache=str(tmp_path))
-    assert again.count_objects(never).tolist() == counts
-    check_example(again[1], "tetrominoes", 1)
+def test_splits_of_a_packed_file_are_read_in_one_pass(packed, monkeypatch):
+    passes = []
+    opened_file = gzip.open
+    splits = {"train": "0:1", "validation": "1:2", "test": "2:3"}
+    sources = [opened(packed, "tetrominoes", s, splits=splits) for s in SPLITS]
+    multi_object._opened.cache_clear()
+    monkeypatch.setattr(gzip, "open", lambda p: passes.append(p) or opened_file(p))
+    for number, source in enumerate(sources):
+        (example,) = streamed(source)
+        check_example(example, "tetrominoes", number)
+    assert len(passes) == 1
 
 
 def test_only_what_is_wanted_is_read(folder):
@@ -328,20 +356,17 @@ def no_progress(numbers, desc):
 
 def test_options_that_fit_no_file_are_one_sentence(folder, tmp_path):
     for options, sentence in [
-        ({"split": "dev"}, "unknown split 'dev'; choose from 'train'"),
         ({"splits": {"tarin": "0:1"}}, r"unknown split 'tarin' in config\.data\.spl"),
         (
-            {"splits": {"test": "5"}},
+            {"split": "test", "splits": {"test": "5"}},
             r"cannot be '5'; set --config\.data\.splits\.test=",
         ),
-        ({"splits": {"test": "5:5"}}, r"split 'test' cannot be '5:5'"),
+        ({"split": "test", "splits": {"test": "5:5"}}, r"split 'test' cannot be '5:5'"),
         ({"max_objects": 0}, "max_objects must be 1 to 255, got 0"),
     ]:
         with pytest.raises(DataError, match=sentence):
             opened(folder, "tetrominoes", **options)
     common: dict[str, Any] = {"path": str(folder), "resolution": 8, "max_objects": 9}
-    with pytest.raises(DataError, match=r"no multi-object data set 'clevr'; set --co"):
-        MultiObject(dataset="clevr", split="train", **common)
     with pytest.raises(DataError, match=r"no test set 'seven'; .* six_objects, empty"):
         MultiObject(dataset="objects_room", split="test", test_set="seven", **common)
     with pytest.raises(DataError, match=r"set it with --config\.data\.path=FOLDER"):
@@ -359,23 +384,25 @@ def test_options_that_fit_no_file_are_one_sentence(folder, tmp_path):
     )
 
 
-def test_a_file_with_too_few_records_is_one_sentence(folder, tmp_path):
+def test_a_file_with_too_few_records_is_one_sentence(folder, packed, tmp_path):
     """Whether it is checked or read, whole or cut off."""
     splits = {"train": "0:2", "validation": "2:4", "test": "0:1"}
     assert opened(folder, "tetrominoes", splits=splits)[1]
-    source = opened(folder, "tetrominoes", "validation", splits=splits)
-    for use in (source.check, source.count_objects, lambda _: source[0]):
-        with pytest.raises(DataError) as error:
-            use(no_progress)
-        assert str(error.value) == (
-            f"{folder}/tetrominoes_train.tfrecords has 3 records, fewer than split "
-            "'validation' asks for (2:4); download it again if it is not whole, or "
-            "set --config.data.splits.validation"
-        )
-    content = (folder / "tetrominoes_train.tfrecords").read_bytes()
+    for root in (folder, packed):
+        source = opened(root, "tetrominoes", "validation", splits=splits)
+        uses = (source.check, source.count_objects)
+        for use in uses if root == folder else (lambda _: streamed(source),):  # noqa: B023
+            with pytest.raises(DataError) as error:
+                use(no_progress)
+            assert str(error.value) == (
+                f"{root}/tetrominoes_train.tfrecords has 3 records, fewer than split "
+                "'validation' asks for (2:4); download it again if it is not whole, or "
+                "set --config.data.splits.validation"
+            )
+    content = (packed / "tetrominoes_train.tfrecords").read_bytes()
     (tmp_path / "tetrominoes_train.tfrecords").write_bytes(content[:-200])
     with pytest.raises(DataError, match=r"tfrecords is cut off after 2 whole records"):
-        opened(tmp_path, "tetrominoes").check(no_progress)
+        streamed(opened(tmp_path, "tetrominoes"))
 
 
 def test_records_of_another_set_are_one_sentence(folder, tmp_path):
@@ -383,11 +410,9 @@ def test_records_of_another_set_are_one_sentence(folder, tmp_path):
     with pytest.raises(
         DataError, match=r"has 40960 numbers of 'mask' where 'objects_r"
     ):
-        opened(file, "objects_room").check(no_progress)
+        opened(file, "objects_room").count_objects(no_progress)
     file = folder / "multi_dsprites_colored_on_colored.tfrecords"
-    with pytest.raises(
-        DataError, match=r"has 5 numbers of 'visibility' where .* has 6"
-    ):
+    with pytest.raises(DataError, match=r"has 15 numbers of 'color' where .* has 18"):
         opened(file, "multi_dsprites_colored_on_grayscale")[0]
     with pytest.raises(DataError, match=r"has 0 numbers of 'rotation' where"):
         features = scene("clevr_with_masks", 0)
@@ -397,7 +422,7 @@ def test_records_of_another_set_are_one_sentence(folder, tmp_path):
             0
         ]
     save(tmp_path / "a", [{"image": np.ones(1, np.float32)}])
-    with pytest.raises(DataError, match="a has 0 numbers of 'visibility' where"):
+    with pytest.raises(DataError, match="a has 0 numbers of 'color' where"):
         opened(tmp_path / "a", "tetrominoes")[0]
 
 

@@ -212,11 +212,6 @@ def with_a_strange_name(root):
         (lambda root: None, {"variant": "balls"}, r"no scenario of variant 'balls', o"),
         (
             lambda root: None,
-            {"split": "dev"},
-            "unknown split 'dev'; choose from train,",
-        ),
-        (
-            lambda root: None,
             {"max_objects": 2},
             rf"{BLOCKS} in .* has 3 objects, more than max_objects = 2; set "
             r"--config\.data\.max_objects=3 or more",

@@ -9,6 +9,7 @@ import pytest
 from reference import FLOAT32, convolution, relative_error
 
 from implicit_slots.evaluation.metrics import inception
+from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.weights import write_weights
 
 # By torch-fidelity 0.4.0 in float64, of `random_state()` and each of `pictures()`: its
@@ -249,11 +250,11 @@ WANTED = "pt_inception-2015-12-05-6726825d.pth"
 
 
 def test_a_file_that_is_none_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=f"nowhere.pt cannot be read.*{WANTED}"):
+    with pytest.raises(UserError, match=f"nowhere.pt cannot be read.*{WANTED}"):
         inception.load(tmp_path / "nowhere.pt")
-    (tmp_path / "text.pt").write_text("<html>")
-    with pytest.raises(ValueError, match=f"text.pt is not a whole file.*{WANTED}"):
-        inception.load(tmp_path / "text.pt")
+    (tmp_path / "text.npz").write_text("<html>")
+    with pytest.raises(UserError, match=f"text.npz is damaged.*{WANTED}"):
+        inception.load(tmp_path / "text.npz")
 
 
 @pytest.mark.parametrize(
@@ -273,5 +274,5 @@ def test_the_weights_of_another_network_are_refused(state, monkeypatch, name, va
     if value is not None:
         other[name] = value
     monkeypatch.setattr(inception, "read_weights", lambda path: other)
-    with pytest.raises(ValueError, match=f"other.pt holds another network.*{WANTED}"):
+    with pytest.raises(UserError, match=f"other.pt holds another network.*{WANTED}"):
         inception.load(pathlib.Path("other.pt"))

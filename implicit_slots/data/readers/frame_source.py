@@ -65,7 +65,7 @@ class FrameSource(Source):
 
         Args:
           resolution: height and width of the examples, in pixels.
-          crop: what part of a frame is kept, see `images.crop_box`.
+          crop: what part of a frame is kept, see `preprocessing.crop_box`.
           max_objects: length of the arrays of attributes, and largest id in a mask.
           keys: what `batch` returns; None for all there is.
 
@@ -150,7 +150,10 @@ class FrameSource(Source):
         Raises:
           DataError: it cannot be read, or does not fit the settings.
         """
-        frame = self.read(index)
+        return self.fit(index, self.read(index))
+
+    def fit(self, index: int, frame: Frame) -> Example:
+        """A frame as an example: cropped, resized and checked; see `decode`."""
         box = crop_box(self.crop, *frame.image.size)
         example: Example = {"image": resize_image(frame.image, box, self.resolution)}
         if frame.segmentation is not None and self.wants("segmentation"):
