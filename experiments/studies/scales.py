@@ -123,6 +123,11 @@ def _of_locatello(name: str, scale: str) -> Base:
 VANILLA: Mapping[str, object] = {"model.adjoint.name": "unrolled"}
 
 
+def both(base: Base, *probes: str) -> list[Arm]:
+    """Returns the arms of both gradients, alike in all else."""
+    return [arm(base, "vanilla", VANILLA, probes), arm(base, "implicit", {}, probes)]
+
+
 def vanilla_of(base: Base) -> Base:
     """Returns a base's `:vanilla`, which may have settings of its own."""
     file, changes = base

@@ -47,6 +47,18 @@ class Rule(NamedTuple):
     ranks_diverged: bool = True
 
 
+def score_rule(
+    claim: str,
+    metric: str,
+    a: str,
+    b: str,
+    least: float = 0.05,
+    expected: Literal["lower", "higher", "similar"] = "higher",
+) -> Rule:
+    """Returns a rule about a score in [0, 1]: more is better, differences count."""
+    return Rule(claim, metric, a, b, expected, least, "difference", "higher")
+
+
 class Effect(NamedTuple):
     """How one arm compares with another.
 

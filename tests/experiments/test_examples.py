@@ -20,13 +20,12 @@ def workdir(smoke_run):
 @pytest.mark.slow
 def test_solver_comparison(workdir, tmp_path, capsys):
     sizes = "--images=3 --judged=2 --steps=9 --rounds=2".split()
-    solver_comparison.main(
-        ["--smoke", f"--workdir={workdir}", f"--out={tmp_path}", *sizes]
-    )
+    out = tmp_path / "solver_comparison"
+    solver_comparison.main(["--smoke", f"--workdir={workdir}", f"--out={out}", *sizes])
     table = (tmp_path / "solver_comparison.md").read_text()
     assert table in capsys.readouterr().out
     assert (tmp_path / "solver_comparison.png").stat().st_size > 10_000
-    numbers = json.loads((tmp_path / "solver_comparison.json").read_text())
+    numbers = json.loads((tmp_path / "solver_comparison.json").read_text())["results"]
     for model in ("untrained", "trained"):
         assert len(numbers["spectra"][model]["spectral_radius"]) == 3
         for curve in numbers["forward"][model].values():
