@@ -1,7 +1,7 @@
 """Official SLATE against ours: weights there and back, numbers, steps, beginnings.
 
 What official SLATE computes lies in tests/official, recorded by
-experiments/record_official.py: arrays, no code. With OFFICIAL_SLATE=DIR in the
+tests/record_official.py: arrays, no code. With OFFICIAL_SLATE=DIR in the
 environment, DIR a checkout of it, and PyTorch installed, its own random initialisation
 is compared too.
 """

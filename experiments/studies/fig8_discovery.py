@@ -6,8 +6,8 @@ Question: are they in foreground ARI, and does it hold for attention's masks too
     slots, by the error of the reconstruction, is taken?
 Rule: foreground ARI of the decoder's masks of implicit against vanilla: "similar"
     within 0.05, the whole interval; attention's likewise. Starts are shown, not judged.
-    At the cpu, folder and gpu scales each gradient has the settings that
-    configs/README.md found for it: vanilla a third of implicit's rate.
+    At the cpu, folder and gpu scales each gradient has the settings that were found for
+    it (results/notes/locatello.md): vanilla a third of implicit's rate.
 Cost: cpu 6 runs of eight minutes on a core and one of starts each; gpu 6 (not
     measured); paper 8 of 500k steps.
 """

@@ -10,7 +10,7 @@ import pytest
 
 from implicit_slots.runtime.weights import read_torch_file, read_weights, write_weights
 
-# Written by torch.save, see experiments/record_official.py.
+# Written by torch.save, see tests/record_official.py.
 SAMPLE_FILE = pathlib.Path(__file__).parents[1] / "official" / "sample.pt"
 
 
