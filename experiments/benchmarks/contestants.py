@@ -73,9 +73,6 @@ class Contestant:
       steps: in one turn.
       keep_memory: set up the C library's allocator as implicit_slots.main does.
       isolate: use a process, and not a thread of this one.
-
-    Raises:
-      UserError: if the builder raises one.
     """
 
     def __init__(
@@ -107,9 +104,8 @@ class Contestant:
         try:
             return self._executor.submit(function, *arguments).result()
         except BrokenProcessPool as error:
-            raise UserError(
-                f"the process of {self.name!r} died; is there enough memory?"
-            ) from error
+            what = f"the process of {self.name!r} died; is there enough memory?"
+            raise UserError(what) from error
 
 
 def executor(*, keep_memory: bool = True, isolate: bool = True) -> Executor:
@@ -159,10 +155,8 @@ def alternate(
         for contestant in contestants[:: -1 if number % 2 else 1]:
             time.sleep(pause)
             turns[contestant.name].append(contestant.turn())
-        line = ", ".join(
-            f"{n} {statistics.median(t[-1]):.4g} s" for n, t in turns.items()
-        )
-        print(f"  round {number + 1}: {line}", file=sys.stderr, flush=True)
+        medians = [f"{n} {statistics.median(t[-1]):.4g} s" for n, t in turns.items()]
+        print(f"  round {number + 1}:", *medians, file=sys.stderr, flush=True)
     return turns
 
 

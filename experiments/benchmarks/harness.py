@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -84,9 +84,6 @@ def build_config(
       adjoint: "implicit" or "vanilla", a variant of configs/base.py.
       precision: of the products.
       changes: keys of the section `model`.
-
-    Raises:
-      UserError: if there is no such adjoint.
     """
     config = base.get_config("benchmark", base.scenes())
     config.batch_size = configuration.batch
@@ -104,26 +101,14 @@ def build_config(
     config.model.solver.max_steps = configuration.iterations
     config.model.update(changes)
     config.precision = precision
-    try:
-        return base.set_variant(config, adjoint)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return base.set_variant(config, adjoint)
 
 
-class Parts(NamedTuple):
-    """What a run of a configuration is made of: see implicit_slots/training."""
-
-    graphdef: Any
-    params: Any
-    optimizer: Any
-    steps: Any
-
-
-def build_run(config: Config) -> Parts:
-    """Returns a run's parts, ready to compile."""
+def build_run(config: Config) -> tuple[Any, Any, Any, Any]:
+    """Returns a run's graphdef, parameters, optimiser and steps, ready to compile."""
     graphdef, params = split_model(run.build(config))
     optimizer = build_optimizer(config.optimizer, params, num_steps=config.num_steps)
-    return Parts(graphdef, params, optimizer, build_steps(graphdef, optimizer, config))
+    return graphdef, params, optimizer, build_steps(graphdef, optimizer, config)
 
 
 def draw_images(configuration: Configuration) -> np.ndarray:
@@ -142,11 +127,8 @@ def spread(turns: list[list[float]]) -> dict[str, Any]:
 
 def span(values: Sequence[float]) -> dict[str, float]:
     """Median and range."""
-    return {
-        "median": statistics.median(values),
-        "low": min(values),
-        "high": max(values),
-    }
+    median = statistics.median(values)
+    return {"median": median, "low": min(values), "high": max(values)}
 
 
 def ratio(turns: list[list[float]], others: list[list[float]]) -> dict[str, float]:
@@ -167,11 +149,8 @@ def build_parser(doc: str | None, out: str) -> argparse.ArgumentParser:
 def contest_parser(doc: str | None, out: str, configurations: str):
     """A parser with the flags of all that compare ours with the official code."""
     parser = build_parser(doc, out)
-    parser.add_argument(
-        "--configurations",
-        default=configurations,
-        help="of " + ",".join(CONFIGURATIONS),
-    )
+    known = "of " + ",".join(CONFIGURATIONS)
+    parser.add_argument("--configurations", default=configurations, help=known)
     parser.add_argument("--batch", type=positive, help="instead of the configuration's")
     parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
     parser.add_argument("--official", type=Path, help="checkout of official SLATE")
@@ -238,20 +217,13 @@ def about(flags: argparse.Namespace, facts: Sequence[dict[str, Any]]) -> dict[st
     for known in facts:
         versions = known["versions"] | versions
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    hardware = {
-        "device": facts[0]["device"],
-        "cpu": cpu_name(),
-        "cores": cores or os.cpu_count() or 1,
-    }
+    cores = cores or os.cpu_count() or 1
     return {
         "date": datetime.date.today().isoformat(),
-        "hardware": hardware,
+        "hardware": {"device": facts[0]["device"], "cpu": cpu_name(), "cores": cores},
         "versions": versions,
-        "flags": {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(flags).items()
-            if name not in ("official", "out")
-        },
+        # Folders are this machine's own.
+        "flags": {k: v for k, v in vars(flags).items() if not isinstance(v, Path)},
     }
 
 
@@ -286,20 +258,16 @@ def write(
     if hardware["device"] != "cpu":
         where = f"{hardware['device']}; host: {where}"
     names = {"jax": "JAX", "torch": "PyTorch"}
-    packages = ", ".join(
-        f"{n} {versions[k]}" for k, n in names.items() if k in versions
-    )
+    packages = ", ".join(f"{names[k]} {versions[k]}" for k in names if k in versions)
     page = f"{where}; {packages}; {numbers['date']}.\n\n{text}\n"
     print("\n" + page)
-    # OUT may have dots of its own.
     flags.out.parent.mkdir(parents=True, exist_ok=True)
-    files = {s: flags.out.parent / f"{flags.out.name}.{s}" for s in ("md", "json")}
-    files["md"].write_text(page)
-    files["json"].write_text(json.dumps(numbers, indent=1) + "\n")
+    # OUT may have dots of its own.
+    Path(f"{flags.out}.md").write_text(page)
+    Path(f"{flags.out}.json").write_text(json.dumps(numbers, indent=1) + "\n")
     if picture:
-        files["png"] = flags.out.parent / f"{flags.out.name}.png"
-        picture.savefig(files["png"], dpi=130)
-    print("wrote", *files.values())
+        picture.savefig(f"{flags.out}.png", dpi=130)
+    print(f"wrote {flags.out}.md, .json{' and .png' if picture else ''}")
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

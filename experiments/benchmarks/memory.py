@@ -98,7 +98,7 @@ def measure_official(
     configuration: Configuration, iterations: list[int], directory: Path
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Returns facts, and a row per number of iterations, in one process."""
-    official_slate.use(directory)
+    sys.path.insert(0, str(directory))
     import slot_attn  # pyright: ignore[reportMissingImports]
     import torch  # pyright: ignore[reportMissingImports]
 

@@ -22,7 +22,7 @@ DECIDES = "ap_1"
 
 def arms(scale: str) -> list[Arm]:
     """Each gradient with one iteration, three and seven; cpu: one and three."""
-    base = scales.prediction(scale)
+    base = scales.locatello("set_prediction", scale)
     bases = {"vanilla": scales.vanilla_of(base), "implicit": base}
     counts = {"smoke": (3,), "cpu": (1, 3)}.get(scale, (1, 3, 7))
     return [

@@ -25,7 +25,7 @@ PAIR: Any = ("implicit", "vanilla", 0.05, "similar")
 
 def arms(scale: str) -> list[Arm]:
     """Both gradients."""
-    base = scales.discovery(scale)
+    base = scales.locatello("autoencoder", scale)
     return [
         scales.arm(scales.vanilla_of(base), "vanilla", {}, ["pictures", "starts"]),
         scales.arm(base, "implicit", {}, ["pictures", "starts"]),

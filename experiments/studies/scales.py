@@ -1,13 +1,4 @@
-"""How large a study is: what the arms of each scale have in common.
-
-| scale | what | for |
-|---|---|---|
-| smoke | four steps of toy models, one seed | continuous integration |
-| cpu | the embedded scenes at 32x32, minutes a run, three seeds | two cores |
-| folder | the same on your images (`--set=data.path=DIR`), three seeds | two cores |
-| gpu | the small configurations whole, three seeds | one GPU |
-| paper | the published models and data sets, four seeds | accelerators, your images |
-"""
+"""How large a study is: what the arms of each scale have in common; see README.md."""
 
 from collections.abc import Mapping, Sequence
 
@@ -88,26 +79,17 @@ def trained_slate(scale: str) -> Base:
     return file, changes
 
 
-def discovery(scale: str) -> Base:
-    """Returns the same of the autoencoder."""
-    return _of_locatello("autoencoder", scale)
-
-
-def prediction(scale: str) -> Base:
-    """Returns the same of the set predictor.
+def locatello(name: str, scale: str) -> Base:
+    """Returns the same of "autoencoder" or "set_prediction".
 
     Raises:
-      UserError: for a folder: not every one has attributes.
+      UserError: for the set predictor on a folder: not every one has attributes.
     """
-    if scale == "folder":
+    if (name, scale) == ("set_prediction", "folder"):
         raise UserError(
             "properties of objects are not studied on a folder of images; choose "
             "another --scale, or another study"
         )
-    return _of_locatello("set_prediction", scale)
-
-
-def _of_locatello(name: str, scale: str) -> Base:
     file = f"configs/{name}_scenes.py"
     if scale == "smoke":
         masks = {"data.with_masks": name == "set_prediction"}

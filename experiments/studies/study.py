@@ -74,13 +74,7 @@ class Study:
 
 
 def main(study: Study, argv: Sequence[str] | None = None, **how) -> None:
-    """Runs a study from the command line; what the user can put right is a sentence.
-
-    Args:
-      study: which.
-      argv: flags; the process's own if not given.
-      how: see `execute`.
-    """
+    """Runs a study from the command line; see `command` and `execute`."""
     command(study.doc, lambda options: execute(study, options, **how), argv)
 
 
@@ -103,18 +97,9 @@ def command(
     add("--scale", choices=SCALES, default="cpu")
     add("--out", type=pathlib.Path, help="default: runs/studies/SCALE; runs lie in it")
     add("--seeds", type=_positive, help="how many, from 0; default: of scale")
-    add(
-        "--jobs",
-        type=_positive,
-        help="runs at a time; default: one a core, one on a GPU",
-    )
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a key of every run's configuration: --set data.path=DIR",
-    )
+    add("--jobs", type=_positive, help="at a time; default: one a core, one on a GPU")
+    changes = "a key of every run's configuration: --set data.path=DIR"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=changes)
     options = parser.parse_args(argv)
     options.out = options.out or pathlib.Path("runs", "studies", options.scale)
     if not options.jobs:
@@ -162,15 +147,12 @@ def backend() -> str:
 def execute(
     study: Study, options: argparse.Namespace, *, start: Launch = runs.launch
 ) -> Table:
-    """Makes a study's runs, and writes table, figure and page.
+    """Makes a study's runs; writes table, figure and page; returns the table.
 
     Args:
       study: which.
       options: of `command`.
       start: how a command is run.
-
-    Returns:
-      All that was measured.
     """
     out, changes = options.out, settings(options.set)
     seeds = range(options.seeds or SEEDS[options.scale])

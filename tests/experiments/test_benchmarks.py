@@ -226,8 +226,3 @@ def test_different_devices_are_not_compared():
     ]
     with pytest.raises(UserError, match="different devices: cpu on cpu, gpu on gpu"):
         compete(pair, rounds=1)
-
-
-def test_what_this_version_lacks_is_one_sentence():
-    with pytest.raises(UserError, match="variant must be one of implicit, vanilla"):
-        harness.build_config(CONFIGURATIONS["tiny"], adjoint="explicit")
