@@ -192,15 +192,13 @@ def compare(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
 def report(
     flags: Any,
     contest: Callable[[harness.Configuration], dict[str, Any]],
-    draw: Callable[[dict[str, Any]], Any],
     table: Callable[[dict[str, Any]], str],
 ) -> None:
-    """Measures every configuration of the flags; writes picture, table and numbers.
+    """Measures every configuration of the flags; writes table and numbers.
 
     Args:
       flags: of the script.
       contest: lets the contestants of a configuration take turns; see `compete`.
-      draw: makes the picture of the results.
       table: of the results, in Markdown.
     """
     results, facts = {}, []
@@ -212,7 +210,7 @@ def report(
             "sizes": str(configuration),
             "contestants": found,
         }
-    harness.write(flags, facts, results, table(results), draw(results))
+    harness.write(flags, facts, results, table(results))
 
 
 def announce(configuration: harness.Configuration) -> None:

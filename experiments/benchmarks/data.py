@@ -14,15 +14,16 @@ Six minutes on two cores, 1.5 GB in a temporary folder. Four questions:
   batches come from?
 
 The frames are embedded scenes, drawn at 240x240 and widened to CLEVR's 320x240, or,
-with `--frames`, the PNG files below a folder. Figures are medians of rounds in turns.
+with `--frames`, the PNG files below a folder. Rates are medians of rounds in turns.
 """
 
 import argparse
+import functools
 import itertools
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ RENDERED = 128  # scenes of a batch
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures, prints, and writes OUT.md, OUT.json and OUT.png."""
+    """Measures, prints, and writes OUT.md and OUT.json."""
     parser = harness.build_parser(__doc__, "data")
     parser.add_argument("--frames", type=Path, help="folder of PNG files to decode")
     parser.add_argument(
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
             "training": time_training(folder, flags),
         }
     facts = [harness.jax_facts()]
-    harness.write(flags, facts, results, table(results), draw(results))
+    harness.write(flags, facts, results, table(results))
 
 
 def lay_frames(flags: argparse.Namespace, folder: Path) -> None:
@@ -236,42 +237,32 @@ def time_training(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
     for count in flags.workers:
         name = f"decoded on the fly, {count_threads(count)}"
         options[name] = (fresh, {"workers": count})
-    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in options}
+    rates: dict[str, list[float]] = {name: [] for name in options}
+    waits: dict[str, list[float]] = {name: [] for name in options}
+    start = functools.partial(device_batches.train_batches, start_step=0)
     for turn in range(flags.rounds):
         for name, (source, how) in options.items():
-            batches = device_batches.train_batches(
-                source,
-                mesh,
-                batch_size=config.batch_size,
-                seed=turn,
-                start_step=0,
-                **how,
+            batches = start(
+                source, mesh, batch_size=config.batch_size, seed=turn, **how
             )
-            state, spent, waited = train(steps.train, state, batches, flags.steps)
-            measured[name].append((flags.steps / spent, waited / spent))
+            # Compiles, and fills what is read ahead.
+            state, logged = steps.train(state, batches.next())
+            jax.block_until_ready(state)
+            before, began = batches.waited, time.perf_counter()
+            for _ in range(flags.steps):
+                state, logged = steps.train(state, batches.next(after=logged))
+            jax.block_until_ready(state)
+            spent = time.perf_counter() - began
+            rates[name].append(flags.steps / spent)
+            waits[name].append((batches.waited - before) / spent)
+            batches.close()
     return {
         name: {
-            "steps_per_second": harness.span([rate for rate, _ in found]),
-            "data_wait": harness.span([wait for _, wait in found]),
+            "steps_per_second": harness.span(rates[name]),
+            "data_wait": harness.span(waits[name]),
         }
-        for name, found in measured.items()
+        for name in options
     }
-
-
-def train(
-    step: Callable[..., Any], state: Any, batches: device_batches.Feed, count: int
-) -> tuple[Any, float, float]:
-    """Trains some steps; the seconds they took, and those of waiting among them."""
-    # Compiles, and fills what is read ahead.
-    state, logged = step(state, batches.next())
-    jax.block_until_ready(state)
-    before, began = batches.waited, time.perf_counter()
-    for _ in range(count):
-        state, logged = step(state, batches.next(after=logged))
-    jax.block_until_ready(state)
-    spent, waited = time.perf_counter() - began, batches.waited - before
-    batches.close()
-    return state, spent, waited
 
 
 def table(results: dict[str, Any]) -> str:
@@ -301,24 +292,6 @@ def table(results: dict[str, Any]) -> str:
 def waiting(found: dict[str, Any]) -> str:
     """Share of the time that a training waited."""
     return f"{found['data_wait']['median']:.1%}"
-
-
-def draw(results: dict[str, Any]) -> harness.Figure:
-    """Bars of images/s, and of steps/s with their waiting."""
-    figure, (rates, waits) = harness.panels(2, 5, 4.5)
-    read = {
-        f"{title}: {name}": rate["median"]
-        for title, part in {"cache": "cache", "PNG": "decoding"}.items()
-        for name, rate in results[part].items()
-    }
-    harness.bars(rates, read, "images per second")
-    rates.set(xscale="log", title="From files to batches")
-    training = results["training"]
-    steps = {n: found["steps_per_second"]["median"] for n, found in training.items()}
-    texts = [f"{waiting(found)} waiting" for found in training.values()]
-    harness.bars(waits, steps, "steps per second", texts=texts)
-    waits.set_title("Training on them")
-    return figure
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: sizes, statistics, flags, pictures, reports."""
+"""What the benchmarks share: sizes, statistics, flags, pages."""
 
 import argparse
 import datetime
@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from configs import base
@@ -275,32 +274,6 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     kept = [i for i, _ in enumerate(header) if any(row[i] for row in rows)]
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line[i] for i in kept) + " |" for line in lines)
-
-
-def panels(count: int, width: float, height: float) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of some panels in a row, each of this size."""
-    figure = Figure(figsize=(1 + width * count, height), layout="constrained")
-    return figure, figure.subplots(1, count, squeeze=False)[0]
-
-
-def bars(
-    axis: Axes,
-    values: Mapping[str, float],
-    label: str,
-    *,
-    texts: Sequence[str] | None = None,
-    errors: Sequence[Sequence[float]] | None = None,
-) -> None:
-    """Draws bars: PyTorch's grey, the others blue, a number or text at each."""
-    colours = ["0.7" if name.startswith("PyTorch") else "tab:blue" for name in values]
-    drawn = axis.barh(
-        list(values), list(values.values()), color=colours, xerr=errors, ecolor="0.3"
-    )
-    shown = texts or [rounded(value) for value in values.values()]
-    axis.bar_label(drawn, shown, padding=3, fontsize=8)
-    axis.invert_yaxis()
-    axis.margins(x=0.3)
-    axis.set_xlabel(label)
 
 
 def rounded(number: float) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from matplotlib.figure import Figure
 
 from experiments.benchmarks import contestants, harness, official_slate
 from experiments.benchmarks.harness import Configuration, markdown, positive, rounded
@@ -46,10 +47,7 @@ FIELDS = ("iterations", "temporary_bytes", "peak_bytes")
 
 
 def measure_ours(
-    configuration: Configuration,
-    iterations: list[int],
-    adjoint: str,
-    precision: str,
+    configuration: Configuration, iterations: list[int], adjoint: str, precision: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Returns facts, and a row per number of iterations, in one process."""
     run.enable_compilation_cache()
@@ -181,9 +179,11 @@ def table(results: dict[str, Any], key: str, title: str) -> str:
     return markdown(header, lines) if lines else ""
 
 
-def draw(results: dict[str, Any]) -> harness.Figure:
+def draw(results: dict[str, Any]) -> Figure:
     """Megabytes against iterations, one axis per configuration, a line per adjoint."""
-    figure, axes = harness.panels(len(results), 4.2, 3.6)
+    size = (1 + 4.2 * len(results), 3.6)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(results), squeeze=False)[0]
     for axis, (name, result) in zip(axes, results.items(), strict=True):
         lines = by_adjoint(result, "temporary_bytes")
         for number, (adjoint, known) in enumerate(lines.items()):

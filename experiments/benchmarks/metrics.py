@@ -43,13 +43,9 @@ def contestants(batch: int) -> dict[str, tuple[Callable[[], object], float]]:
 
     @jax.jit
     def fg_ari(attention, true):
-        return adjusted_rand_index(
-            true,
-            attention_to_masks(attention, SIDE, SIDE),
-            max_true=OBJECTS,
-            num_predicted=SLOTS,
-            foreground_only=True,
-        )
+        masks = attention_to_masks(attention, SIDE, SIDE)
+        sizes = {"max_true": OBJECTS, "num_predicted": SLOTS}
+        return adjusted_rand_index(true, masks, foreground_only=True, **sizes)
 
     everything = jax.jit(functools.partial(score_masks, max_true=OBJECTS))
     where = jax.jit(functools.partial(locality, max_true=OBJECTS))

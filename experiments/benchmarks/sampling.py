@@ -12,7 +12,7 @@ token after another, the dVAE's decoder. Ours is the compiled `SLATE.reconstruct
 run (which also renders the dVAE's own reconstruction), PyTorch's
 `reconstruct_autoregressive` without gradients or dropout. "generate alone" is our
 tokens from given slots, the likeliest one each time. Processes and turns are those of
-contestants.py. Writes sampling.md, .json and .png.
+contestants.py. Writes sampling.md and .json.
 """
 
 import functools
@@ -115,25 +115,14 @@ def table(results: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
-def draw(results: dict[str, Any]) -> harness.Figure:
-    """Tokens per second as bars, one axis per configuration."""
-    figure, axes = harness.panels(len(results), 4.5, 2.4)
-    for axis, (name, result) in zip(axes, results.items(), strict=True):
-        found = result["contestants"]
-        rates = {n: values["tokens_per_second"] for n, values in found.items()}
-        harness.bars(axis, rates, "tokens a second")
-        axis.set_title(f"({name})")
-    return figure
-
-
 def main(arguments: list[str] | None = None, *, isolate: bool = True) -> None:
-    """Measures, prints the table and writes it, the picture and the numbers."""
+    """Measures, prints the table and writes it, and the numbers."""
     parser = harness.contest_parser(__doc__, "sampling", "b,c")
     parser.add_argument("--rounds", type=positive, default=3, help="turns of each")
     parser.add_argument("--steps", type=positive, default=3, help="of ours in one turn")
     flags = parser.parse_args(arguments)
     official_slate.check(flags.official)
-    contestants.report(flags, lambda c: contest(c, flags, isolate), draw, table)
+    contestants.report(flags, lambda c: contest(c, flags, isolate), table)
 
 
 if __name__ == "__main__":

@@ -135,61 +135,51 @@ def compare_forward(case: Case, names: list[str], steps: int) -> dict[str, np.nd
 
 def spectra(case: Case, solver: Solver) -> dict[str, list[float]]:
     """Radius and norm of J at the slots, and the residual there, per image."""
-    f, params, x, z0 = case.problem
+    f, arguments = case.problem.f, case.problem[1:]
 
     @jax.jit
     def measure(params, x, z0):
         found = fixed_point(f, params, x, z0, solver=solver, adjoint=Neumann())
-        arguments = f, params, x, found.value, jax.random.key(1)
-        return (
-            diagnostics.spectral_radius(*arguments),
-            diagnostics.spectral_norm(*arguments),
-            found.stats.residual,
-        )
+        at = f, params, x, found.value, jax.random.key(1)
+        return {
+            "spectral_radius": diagnostics.spectral_radius(*at),
+            "spectral_norm": diagnostics.spectral_norm(*at),
+            "residual": found.stats.residual,
+        }
 
-    names = ("spectral_radius", "spectral_norm", "residual")
-    values = measure(params, x, z0)
-    return {name: np.asarray(v).tolist() for name, v in zip(names, values, strict=True)}
+    return {name: np.asarray(v).tolist() for name, v in measure(*arguments).items()}
 
 
 def gradient_quality(case: Case, adjoint: Adjoint, solver: Solver) -> dict[str, Any]:
     """Relative error and cosine of the parameter gradient, and backward failures."""
-    f, params, x, z0 = case.problem
+    how: Any = {"solver": solver, "adjoint": adjoint}
 
     @jax.jit
     def judge(params, x, z0, g):
-        return diagnostics.gradient_error(
-            f, params, x, z0, g, solver=solver, adjoint=adjoint
-        )
+        return diagnostics.gradient_error(case.problem.f, params, x, z0, g, **how)
 
-    error = judge(params, x, z0, case.g)
+    error = judge(*case.problem[1:], case.g)
     quality = {
-        "relative_error": np.asarray(error.params_error).tolist(),
-        "cosine": np.asarray(error.params_cosine).tolist(),
-        "ratio": np.asarray(error.params_ratio).tolist(),
+        "relative_error": error.params_error,
+        "cosine": error.params_cosine,
+        "ratio": error.params_ratio,
     }
     if adjoint.measures:
 
-        @jax.jit
-        def report(probe):
-            def loss(probe):
-                found = fixed_point(
-                    *case.problem, solver=solver, adjoint=adjoint, probe=probe
-                )
-                return jnp.sum(found.value * case.g)
+        def loss(probe):
+            found = fixed_point(*case.problem, **how, probe=probe)
+            return jnp.sum(found.value * case.g)
 
-            return jax.grad(loss)(probe)
-
-        stats = report(backward_probe(len(z0)))
-        quality |= {n: np.asarray(v).tolist() for n, v in stats._asdict().items()}
-    return quality
+        probe = backward_probe(len(case.problem.z0))
+        quality |= jax.jit(jax.grad(loss))(probe)._asdict()
+    return {name: np.asarray(values).tolist() for name, values in quality.items()}
 
 
 def costs(
     case: Case, adjoints: dict[str, Adjoint], solver: Solver, rounds: int
 ) -> dict[str, dict[str, float]]:
     """Milliseconds and temporary megabytes of forward and backward pass together."""
-    f, params, x, z0 = case.problem
+    f, arguments = case.problem.f, (*case.problem[1:], case.g)
     compiled, found = {}, {}
     for name, adjoint in adjoints.items():
 
@@ -198,16 +188,16 @@ def costs(
             return jnp.sum(value * g)
 
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
-        compiled[name] = gradient.lower(params, x, z0, case.g).compile()
+        compiled[name] = gradient.lower(*arguments).compile()
         memory: Any = compiled[name].memory_analysis()
         found[name] = {"megabytes": memory.temp_size_in_bytes / 2**20}
-        jax.block_until_ready(compiled[name](params, x, z0, case.g))
     seconds: dict[str, list[float]] = {name: [] for name in adjoints}
-    for _ in range(rounds):
+    for turn in range(rounds + 1):
         for name, gradient in compiled.items():
             begin = time.perf_counter()
-            jax.block_until_ready(gradient(params, x, z0, case.g))
-            seconds[name].append(time.perf_counter() - begin)
+            jax.block_until_ready(gradient(*arguments))
+            if turn:  # The first one warms up.
+                seconds[name].append(time.perf_counter() - begin)
     for name, values in seconds.items():
         found[name]["milliseconds"] = 1e3 * statistics.median(values)
     return found

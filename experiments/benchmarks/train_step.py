@@ -21,8 +21,8 @@ contestants.py. On a CPU each step is timed; on an accelerator --steps in a row.
 The floor is the time below which no step of this arithmetic goes: its floating-point
 operations at the device's peak or, if that is longer, its least traffic at the memory's
 bandwidth; see train_step_floor.py. A CPU's peak is measured: the best rate
-of a product of two large float32 matrices. Writes train_step.md, .json and .png; the
-JSON also has XLA's own count of operations and bytes.
+of a product of two large float32 matrices. Writes train_step.md and .json; the JSON
+also has XLA's own count of operations and bytes.
 """
 
 import functools
@@ -195,23 +195,8 @@ def ratio_cell(ratio: dict[str, float] | None) -> str:
     return "{median:.2f} ({low:.2f} to {high:.2f})".format(**ratio) if ratio else ""
 
 
-def draw(results: dict[str, Any]) -> harness.Figure:
-    """Bars of the median times with their quartiles, one axis per configuration."""
-    figure, axes = harness.panels(len(results), 4, 2.4)
-    for axis, (name, result) in zip(axes, results.items(), strict=True):
-        seconds = {n: v["seconds"] for n, v in result["contestants"].items()}
-        medians = {n: 1e3 * s["median"] for n, s in seconds.items()}
-        errors = [
-            [1e3 * abs(s["median"] - s["quartiles"][end]) for s in seconds.values()]
-            for end in (0, 1)
-        ]
-        harness.bars(axis, medians, "ms a train step", errors=errors)
-        axis.set_title(f"({name})")
-    return figure
-
-
 def main(arguments: list[str] | None = None, *, isolate: bool = True) -> None:
-    """Measures, prints the table and writes it, the picture and the numbers."""
+    """Measures, prints the table and writes it, and the numbers."""
     parser = harness.contest_parser(__doc__, "train_step", "a,b")
     parser.add_argument("--adjoints", default=",".join(ADJOINTS))
     parser.add_argument("--rounds", type=positive, default=7, help="turns of each")
@@ -220,7 +205,7 @@ def main(arguments: list[str] | None = None, *, isolate: bool = True) -> None:
     parser.add_argument("--remat", action="store_true", help="recompute blocks")
     flags = parser.parse_args(arguments)
     official_slate.check(flags.official)
-    contestants.report(flags, lambda c: contest(c, flags, isolate), draw, table)
+    contestants.report(flags, lambda c: contest(c, flags, isolate), table)
 
 
 if __name__ == "__main__":

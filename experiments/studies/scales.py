@@ -29,10 +29,9 @@ _KEEP_ALL = {"keep_checkpoints": 1_000}
 def slate(scale: str) -> Base:
     """Returns the configuration file of SLATE and what a scale changes of it.
 
-    "cpu" is configs/scenes.py at 32x32 with three objects, four slots and 2,000 steps,
-    two minutes on a core: how training begins. "folder" is the same of
-    configs/folder.py, with its seven slots; "gpu" the whole of scenes.py; "paper"
-    CLEVR-Mirror as published, whose images you bring.
+    "cpu" is configs/scenes.py at 32x32 with three objects, four slots and 2,000 steps;
+    "folder" the same of configs/folder.py; "gpu" the whole of scenes.py; "paper"
+    CLEVR-Mirror as published.
     """
     if scale == "smoke":
         changes = {**_SMOKE, "diagnostics.every": 2, "diagnostics.num_examples": 2}
@@ -60,11 +59,7 @@ def slate(scale: str) -> Base:
 
 
 def trained_slate(scale: str) -> Base:
-    """Returns the same for studies of what slots hold, which need trained ones.
-
-    "cpu" and "folder" train four times as long with half the batch: at "cpu" three and
-    a half minutes.
-    """
+    """Returns the same for what slots hold: "cpu" and "folder" train longer."""
     file, changes = slate(scale)
     if scale in ("cpu", "folder"):
         changes = changes | {

@@ -79,9 +79,7 @@ def main(study: Study, argv: Sequence[str] | None = None, **how) -> None:
 
 
 def command(
-    doc: str,
-    run: Callable[[argparse.Namespace], object],
-    argv: Sequence[str] | None,
+    doc: str, run: Callable[[argparse.Namespace], object], argv: Sequence[str] | None
 ) -> None:
     """Reads the flags of a study or of all, fills their defaults in, and runs it.
 
