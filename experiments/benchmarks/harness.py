@@ -185,9 +185,8 @@ def choices(
     names = text.split(between)
     for name in names:
         if name not in possible:
-            raise UserError(
-                f"{flag} must be some of {', '.join(possible)}, got {name!r}"
-            )
+            known = ", ".join(possible)
+            raise UserError(f"{flag} must be some of {known}, got {name!r}")
     return names
 
 
@@ -207,22 +206,6 @@ def jax_facts() -> dict[str, Any]:
         "device": device.device_kind,
         "versions": run.versions(),
         "matmul_precision": jax.config.jax_default_matmul_precision,  # pyright: ignore
-    }
-
-
-def about(flags: argparse.Namespace, facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Date, hardware, versions and flags; the facts are of those measured."""
-    versions: dict[str, str] = {}
-    for known in facts:
-        versions = known["versions"] | versions
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    cores = cores or os.cpu_count() or 1
-    return {
-        "date": datetime.date.today().isoformat(),
-        "hardware": {"device": facts[0]["device"], "cpu": cpu_name(), "cores": cores},
-        "versions": versions,
-        # Folders are this machine's own.
-        "flags": {k: v for k, v in vars(flags).items() if not isinstance(v, Path)},
     }
 
 
@@ -251,14 +234,25 @@ def write(
       text: of the page, in Markdown.
       picture: OUT.png.
     """
-    numbers = about(flags, facts) | {"results": results}
-    hardware, versions = numbers["hardware"], numbers["versions"]
+    versions: dict[str, str] = {}
+    for known in facts:
+        versions = known["versions"] | versions
+    date, device = datetime.date.today().isoformat(), facts[0]["device"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    hardware = {"device": device, "cpu": cpu_name(), "cores": cores or os.cpu_count()}
+    numbers = {
+        "date": date,
+        "hardware": hardware,
+        "versions": versions,
+        # Folders are this machine's own.
+        "flags": {k: v for k, v in vars(flags).items() if not isinstance(v, Path)},
+        "results": results,
+    }
     where = f"{hardware['cores']} core(s) of {hardware['cpu']}"
-    if hardware["device"] != "cpu":
-        where = f"{hardware['device']}; host: {where}"
+    where = where if device == "cpu" else f"{device}; host: {where}"
     names = {"jax": "JAX", "torch": "PyTorch"}
     packages = ", ".join(f"{names[k]} {versions[k]}" for k in names if k in versions)
-    page = f"{where}; {packages}; {numbers['date']}.\n\n{text}\n"
+    page = f"{where}; {packages}; {date}.\n\n{text}\n"
     print("\n" + page)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     # OUT may have dots of its own.
@@ -285,3 +279,10 @@ def between(seconds: Mapping[str, Any], scale: float = 1.0) -> str:
     """Median and quartiles of `spread`, as a cell of a table."""
     values = (seconds["median"], *seconds["quartiles"])
     return "{} ({} to {})".format(*(rounded(scale * value) for value in values))
+
+
+def ranged(span: Mapping[str, float] | None, digits: int = 2) -> str:
+    """Median and range of `span`, as a cell of a table; empty without any."""
+    keys = ("median", "low", "high")
+    values = [f"{span[key]:.{digits}f}" for key in keys] if span else []
+    return "{} ({} to {})".format(*values) if values else ""

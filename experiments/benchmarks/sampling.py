@@ -101,7 +101,6 @@ def table(results: dict[str, Any]) -> str:
     for name, result in results.items():
         for contestant, values in result["contestants"].items():
             speedup, peak = values.get("speedup"), values["peak_bytes"]
-            faster = "{median:.1f} ({low:.1f} to {high:.1f})"
             rows.append(
                 [
                     f"({name})",
@@ -109,7 +108,7 @@ def table(results: dict[str, Any]) -> str:
                     harness.between(values["seconds"]),
                     rounded(values["tokens_per_second"]),
                     f"{peak / 2**20:.0f}" if peak else "",
-                    faster.format(**speedup) if speedup else "",
+                    harness.ranged(speedup, 1),
                 ]
             )
     return markdown(header, rows)

@@ -180,19 +180,14 @@ def table(results: dict[str, Any]) -> str:
                     f"({name})",
                     contestant,
                     harness.between(values["seconds"], 1e3),
-                    ratio_cell(ratios.get("PyTorch")),
-                    ratio_cell(ratios.get(ALLOCATOR)),
+                    harness.ranged(ratios.get("PyTorch")),
+                    harness.ranged(ratios.get(ALLOCATOR)),
                     rounded(values["flops"] / 1e9) if "flops" in values else "",
                     f"{floor / values['seconds']['median']:.0%}" if floor else "",
                     f"{peak / 2**20:.0f}" if peak else "",
                 ]
             )
     return markdown(header, rows)
-
-
-def ratio_cell(ratio: dict[str, float] | None) -> str:
-    """A ratio and its range."""
-    return "{median:.2f} ({low:.2f} to {high:.2f})".format(**ratio) if ratio else ""
 
 
 def main(arguments: list[str] | None = None, *, isolate: bool = True) -> None:
