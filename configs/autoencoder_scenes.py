@@ -7,7 +7,7 @@ Cost and expected result: eight minutes on one core of an Intel Xeon (AVX-512), 
     steps/s. Foreground ARI of the decoder's masks with seeds 0, 1, 2 (256 validation
     scenes): 0.90, 0.89, 0.85 from one start, 0.93, 0.94, 0.91 from the best of three
     (`evaluation.masks.starts`); `:vanilla` 0.78, 0.84, 0.77 and 0.81, 0.86, 0.83.
-    README.md beside this file says what was tried.
+    experiments/results/notes/locatello.md says what was tried.
 """
 
 from configs import base

@@ -7,8 +7,8 @@ Cost: 6.3 minutes on two cores of an AMD EPYC (AVX-512), with another process on
 Expected result (256 validation scenes): foreground ARI of the attention masks 0.49 with
     seed 0, squared error of the dVAE 6.6 and through the slots 62.4, summed over an
     image. Earlier versions, with other sums in the last digit, gave 0.37 to 0.73; 5.6
-    to 9.0; 25.8 to 69.2: expect that spread. README.md beside this file says what was
-    tried and what limits it.
+    to 9.0; 25.8 to 69.2: expect that spread.
+    experiments/results/notes/scenes.md says what was tried and what limits it.
 """
 
 from configs import base

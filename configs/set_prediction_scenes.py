@@ -7,7 +7,8 @@ Cost and expected result: four and a half minutes on one core of an Intel Xeon
     (AVX-512). Average precision over three seeds 0.779 ± 0.017 at any distance, 0.576 ±
     0.022 within 1 and 0.211 ± 0.031 within 0.5 (512 validation scenes); `:vanilla`
     0.676, 0.284, 0.038; with a single iteration (`:vanilla1`) 0.301, 0.025, 0.002,
-    or from learned slots 0.645, 0.453, 0.131: README.md beside this file.
+    or from learned slots 0.645, 0.453, 0.131:
+    experiments/results/notes/locatello.md.
 """
 
 from configs import base

@@ -1,6 +1,6 @@
 """Records what official SLATE computes, for tests/test_interop.py.
 
-    python -m record_official --official=DIR --out=tests/official
+    python tests/record_official.py --official=DIR --out=tests/official
 
 Needs PyTorch and a checkout of github.com/singhgautam/slate in DIR, both by hand and
 neither for the tests. A few seconds on one core. Writes small arrays and no code: what
@@ -264,17 +264,11 @@ def training(model: Any) -> dict[str, np.ndarray]:
     import torch  # pyright: ignore[reportMissingImports]
 
     model.train()
+    groups = {"dvae": [], "main": []}
+    for name, parameter in tensors(model).items():
+        groups["dvae" if "dvae" in name else "main"].append(parameter)
     optimizer = torch.optim.Adam(
-        [
-            {
-                "params": [p for n, p in tensors(model).items() if chosen(n)],
-                "lr": RATES[group],
-            }
-            for group, chosen in (
-                ("dvae", lambda name: "dvae" in name),
-                ("main", lambda name: "dvae" not in name),
-            )
-        ]
+        [{"params": groups[group], "lr": RATES[group]} for group in groups]
     )
     before = {n: p.detach().clone() for n, p in tensors(model).items()}
     result = collections.defaultdict(list)
@@ -297,11 +291,9 @@ def training(model: Any) -> dict[str, np.ndarray]:
             "norm": norm.numpy(),
             **{f"noise/{k}": v for k, v in noise_arrays(drawn).items()},
         }
-        trained = tensors(model)
-        change = {
-            n: p.detach().double() - before[n].double() for n, p in trained.items()
-        }
-        values["gradients"] = summaries({n: p.grad for n, p in trained.items()})
+        now = tensors(model)
+        change = {n: now[n].detach().double() - before[n].double() for n in now}
+        values["gradients"] = summaries({n: p.grad for n, p in now.items()})
         values["changes"] = summaries(change)
         for key, value in values.items():
             result[f"training/{key}"].append(value)
@@ -320,11 +312,9 @@ def summaries(named: Mapping[str, Any]) -> np.ndarray:
 def moments(values: np.ndarray) -> np.ndarray:
     """Returns count, mean, standard deviation, minimum, maximum and kurtosis."""
     values = np.asarray(values, np.float64).reshape(-1)
-    centred, std = values - values.mean(), values.std()
-    kurtosis = (centred**4).mean() / std**4 if std > 0 else 0
-    return np.array(
-        [values.size, values.mean(), std, values.min(), values.max(), kurtosis]
-    )
+    mean, std = values.mean(), values.std()
+    kurtosis = ((values - mean) ** 4).mean() / std**4 if std > 0 else 0
+    return np.array([values.size, mean, std, values.min(), values.max(), kurtosis])
 
 
 def initial_statistics() -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The documents name every file, and their links lead somewhere."""
+"""The documents name every file, their links lead somewhere, and their Python runs."""
 
 import pathlib
 import re
@@ -9,6 +9,20 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # pytest collects the tests of these folders; their README is that of tests/.
 TESTS = ROOT / "tests"
+
+
+# All Python blocks of a README run in order, as a reader would type them.
+READMES = ("implicit_slots/models/README.md", "implicit_slots/fixed_point/README.md")
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_python_of_a_readme_runs(readme):
+    blocks = BLOCK.findall((ROOT / readme).read_text())
+    assert len(blocks) >= 3
+    names = {"__name__": readme}
+    for block in blocks:
+        exec(compile(block, readme, "exec"), names)
 
 
 def tracked(pattern):

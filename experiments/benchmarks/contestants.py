@@ -11,7 +11,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from experiments.benchmarks import harness
 from implicit_slots.runtime.allocator import keep_freed_memory
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.training import run
 
 PAUSE = 0.3  # seconds between turns
 
@@ -45,6 +45,20 @@ class Bench(NamedTuple):
     chained: bool
 
 
+def jax_bench(step: Callable[[], Any], **facts: Any) -> Bench:
+    """Returns the `Bench` of a step in JAX, after two steps to warm up."""
+    for _ in range(2):
+        jax.block_until_ready(step())
+    facts = harness.jax_facts() | facts
+    chained = facts["platform"] != "cpu"
+    return Bench(step, jax.block_until_ready, facts, jax_peak, chained)
+
+
+def jax_peak() -> int | None:
+    """The most bytes in use on JAX's device so far; None on a CPU."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
 # Of this process, which is a worker's own unless nothing is isolated.
 _benches: dict[str, Bench] = {}
 
@@ -59,9 +73,6 @@ class Contestant:
       steps: in one turn.
       keep_memory: set up the C library's allocator as implicit_slots.main does.
       isolate: use a process, and not a thread of this one.
-
-    Raises:
-      UserError: if the builder raises one.
     """
 
     def __init__(
@@ -93,21 +104,16 @@ class Contestant:
         try:
             return self._executor.submit(function, *arguments).result()
         except BrokenProcessPool as error:
-            raise UserError(
-                f"the process of {self.name!r} died; is there enough memory?"
-            ) from error
+            what = f"the process of {self.name!r} died; is there enough memory?"
+            raise UserError(what) from error
 
 
 def executor(*, keep_memory: bool = True, isolate: bool = True) -> Executor:
     """One fresh process, set up like a run's; a thread of this one if not isolated."""
     if not isolate:
         return ThreadPoolExecutor(1)
-    return ProcessPoolExecutor(
-        1,
-        mp_context=get_context("spawn"),
-        initializer=_set_up,
-        initargs=(keep_memory,),
-    )
+    context = get_context("spawn")
+    return ProcessPoolExecutor(1, context, _set_up, (keep_memory,))
 
 
 def _set_up(keep_memory: bool) -> None:
@@ -124,17 +130,14 @@ def _prepare(name: str, builder: Callable[..., Bench], *arguments: Any) -> dict:
 
 def _turn(name: str, steps: int) -> list[float]:
     bench = _benches[name]
-    if bench.chained:
+    parts = 1 if bench.chained else steps
+    seconds = []
+    for _ in range(parts):
         begin = time.perf_counter()
-        for _ in range(steps - 1):
+        for _ in range(steps // parts - 1):
             bench.step()
         bench.wait(bench.step())
-        return [(time.perf_counter() - begin) / steps]
-    seconds = []
-    for _ in range(steps):
-        begin = time.perf_counter()
-        bench.wait(bench.step())
-        seconds.append(time.perf_counter() - begin)
+        seconds.append((time.perf_counter() - begin) * parts / steps)
     return seconds
 
 
@@ -142,20 +145,8 @@ def _finish(name: str) -> int | None:
     return _benches.pop(name).peak()
 
 
-def check_platforms(contestants: list[Contestant]) -> None:
-    """Refuses to compare what runs on different kinds of devices.
-
-    Raises:
-      UserError: naming them.
-    """
-    platforms = {c.facts["platform"]: c.name for c in contestants}
-    if len(platforms) > 1:
-        where = ", ".join(f"{name} on {place}" for place, name in platforms.items())
-        raise UserError(f"the contestants run on different devices: {where}")
-
-
 def alternate(
-    contestants: list[Contestant], rounds: int, *, pause: float = PAUSE
+    contestants: Sequence[Contestant], rounds: int, *, pause: float = PAUSE
 ) -> dict[str, list[list[float]]]:
     """Lets the contestants take turns; returns seconds by contestant, round, step."""
     turns: dict[str, list[list[float]]] = {c.name: [] for c in contestants}
@@ -164,25 +155,64 @@ def alternate(
         for contestant in contestants[:: -1 if number % 2 else 1]:
             time.sleep(pause)
             turns[contestant.name].append(contestant.turn())
-        line = ", ".join(
-            f"{n} {statistics.median(t[-1]):.4g} s" for n, t in turns.items()
-        )
-        print(f"  round {number + 1}: {line}", file=sys.stderr, flush=True)
+        medians = [f"{n} {statistics.median(t[-1]):.4g} s" for n, t in turns.items()]
+        print(f"  round {number + 1}:", *medians, file=sys.stderr, flush=True)
     return turns
 
 
-def jax_facts() -> dict[str, Any]:
-    """Returns what JAX runs on in this process."""
-    device = jax.devices()[0]
+def compete(contestants: Sequence[Contestant], rounds: int) -> dict[str, Any]:
+    """Lets contestants take turns and ends them.
+
+    Returns:
+      By contestant: times, facts, the peak of its memory.
+
+    Raises:
+      UserError: if they run on different kinds of devices, naming them.
+    """
+    platforms = {c.facts["platform"]: c.name for c in contestants}
+    if len(platforms) > 1:
+        where = ", ".join(f"{name} on {place}" for place, name in platforms.items())
+        raise UserError(f"the contestants run on different devices: {where}")
+    turns = alternate(contestants, rounds)
     return {
-        "platform": device.platform,
-        "device": device.device_kind,
-        "versions": run.versions(),
-        "matmul_precision": jax.config.jax_default_matmul_precision,  # pyright: ignore
+        contestant.name: {
+            "seconds": harness.spread(turns[contestant.name]),
+            "facts": contestant.facts,
+            "peak_bytes": contestant.close(),
+        }
+        for contestant in contestants
     }
 
 
-def jax_peak() -> int | None:
-    """The most bytes in use on JAX's device so far; None on a CPU."""
-    statistics_ = jax.devices()[0].memory_stats() or {}
-    return statistics_.get("peak_bytes_in_use")
+def compare(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """The ratio of two contestants' times; see `harness.ratio`."""
+    return harness.ratio(one["seconds"]["turns"], other["seconds"]["turns"])
+
+
+def report(
+    flags: Any,
+    contest: Callable[[harness.Configuration], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+) -> None:
+    """Measures every configuration of the flags; writes table and numbers.
+
+    Args:
+      flags: of the script.
+      contest: lets the contestants of a configuration take turns; see `compete`.
+      table: of the results, in Markdown.
+    """
+    results, facts = {}, []
+    for configuration in harness.pick(flags):
+        announce(configuration)
+        found = contest(configuration)
+        facts += [contestant["facts"] for contestant in found.values()]
+        results[configuration.name] = {
+            "sizes": str(configuration),
+            "contestants": found,
+        }
+    harness.write(flags, facts, results, table(results))
+
+
+def announce(configuration: harness.Configuration) -> None:
+    """Says which configuration is measured now."""
+    print(f"({configuration.name}) {configuration}", file=sys.stderr, flush=True)

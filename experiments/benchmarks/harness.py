@@ -1,4 +1,4 @@
-"""What the benchmarks share: sizes, statistics, flags, reports."""
+"""What the benchmarks share: sizes, statistics, flags, pages."""
 
 import argparse
 import datetime
@@ -6,19 +6,28 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from matplotlib.figure import Figure
 
 from configs import base
+from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.errors import UserError
+from implicit_slots.runtime.versions import versions
+from implicit_slots.training.optimizer import build_optimizer
+from implicit_slots.training.step import build_steps
 
 DVAE_FEATURES = 64
 PRECISIONS = ("float32", "bfloat16")  # of our products
+RESULTS = Path("experiments/results")
+MARKERS = "osDv^<>P*X"
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ CONFIGURATIONS = {
 def build_config(
     configuration: Configuration,
     *,
-    adjoint: str,
+    adjoint: str = "implicit",
     precision: str = "float32",
     **changes: Any,
 ) -> Config:
@@ -74,9 +83,6 @@ def build_config(
       adjoint: "implicit" or "vanilla", a variant of configs/base.py.
       precision: of the products.
       changes: keys of the section `model`.
-
-    Raises:
-      UserError: if there is no such adjoint.
     """
     config = base.get_config("benchmark", base.scenes())
     config.batch_size = configuration.batch
@@ -94,10 +100,14 @@ def build_config(
     config.model.solver.max_steps = configuration.iterations
     config.model.update(changes)
     config.precision = precision
-    try:
-        return base.set_variant(config, adjoint)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return base.set_variant(config, adjoint)
+
+
+def build_run(config: Config) -> tuple[Any, Any, Any, Any]:
+    """Returns a run's graphdef, parameters, optimiser and steps, ready to compile."""
+    graphdef, params = split_model(build(config))
+    optimizer = build_optimizer(config.optimizer, params, num_steps=config.num_steps)
+    return graphdef, params, optimizer, build_steps(graphdef, optimizer, config)
 
 
 def draw_images(configuration: Configuration) -> np.ndarray:
@@ -109,38 +119,40 @@ def draw_images(configuration: Configuration) -> np.ndarray:
 
 def spread(turns: list[list[float]]) -> dict[str, Any]:
     """Median and quartiles of all steps, and the steps."""
-    flat = [seconds for turn in turns for seconds in turn]
-    low, median, high = np.quantile(flat, [0.25, 0.5, 0.75]).tolist()
+    everything = [seconds for turn in turns for seconds in turn]
+    low, median, high = np.quantile(everything, [0.25, 0.5, 0.75]).tolist()
     return {"median": median, "quartiles": [low, high], "turns": turns}
+
+
+def span(values: Sequence[float]) -> dict[str, float]:
+    """Median and range."""
+    median = statistics.median(values)
+    return {"median": median, "low": min(values), "high": max(values)}
 
 
 def ratio(turns: list[list[float]], others: list[list[float]]) -> dict[str, float]:
     """Median and range over the rounds of the ratio of the medians in a round."""
-    ratios = [
-        statistics.median(turn) / statistics.median(other)
-        for turn, other in zip(turns, others, strict=True)
-    ]
-    return {
-        "median": statistics.median(ratios),
-        "low": min(ratios),
-        "high": max(ratios),
-    }
+    pairs = zip(turns, others, strict=True)
+    return span([statistics.median(one) / statistics.median(two) for one, two in pairs])
 
 
-def build_parser(description: str | None, out: str, configurations: str):
-    """A parser with the flags that every benchmark has."""
+def build_parser(doc: str | None, out: str) -> argparse.ArgumentParser:
+    """A parser with the flag that every benchmark has."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--configurations",
-        default=configurations,
-        help="of " + ",".join(CONFIGURATIONS),
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS / out)
+    return parser
+
+
+def contest_parser(doc: str | None, out: str, configurations: str):
+    """A parser with the flags of all that compare ours with the official code."""
+    parser = build_parser(doc, out)
+    known = "of " + ",".join(CONFIGURATIONS)
+    parser.add_argument("--configurations", default=configurations, help=known)
     parser.add_argument("--batch", type=positive, help="instead of the configuration's")
     parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
     parser.add_argument("--official", type=Path, help="checkout of official SLATE")
-    parser.add_argument("--out", type=Path, default=Path("experiments/results") / out)
     return parser
 
 
@@ -157,13 +169,9 @@ def pick(flags: argparse.Namespace) -> list[Configuration]:
     Raises:
       UserError: if one does not exist.
     """
-    chosen = []
-    for name in choices("--configurations", flags.configurations, CONFIGURATIONS):
-        configuration = CONFIGURATIONS[name]
-        if flags.batch is not None:
-            configuration = replace(configuration, batch=flags.batch)
-        chosen.append(configuration)
-    return chosen
+    names = choices("--configurations", flags.configurations, CONFIGURATIONS)
+    chosen = [CONFIGURATIONS[name] for name in names]
+    return [replace(c, batch=flags.batch or c.batch) for c in chosen]
 
 
 def choices(
@@ -177,36 +185,27 @@ def choices(
     names = text.split(between)
     for name in names:
         if name not in possible:
-            raise UserError(
-                f"{flag} must be some of {', '.join(possible)}, got {name!r}"
-            )
+            known = ", ".join(possible)
+            raise UserError(f"{flag} must be some of {known}, got {name!r}")
     return names
 
 
-def all_facts(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The facts of every contestant of every configuration."""
-    return [
-        contestant["facts"]
-        for result in results.values()
-        for contestant in result["contestants"].values()
-    ]
+def script(main: Callable[[], None]) -> None:
+    """Runs a script; what the user can put right is a sentence."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
-def about(flags: argparse.Namespace, facts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Date, hardware, versions and flags; the facts are the contestants'."""
-    versions: dict[str, str] = {}
-    for known in facts:
-        versions = known["versions"] | versions
-    hardware = {
-        "device": facts[0]["device"],
-        "cpu": cpu_name(),
-        "cores": core_count(),
-    }
+def jax_facts() -> dict[str, Any]:
+    """What JAX runs on in this process."""
+    device = jax.devices()[0]
     return {
-        "date": datetime.date.today().isoformat(),
-        "hardware": hardware,
-        "versions": versions,
-        "flags": {k: v for k, v in vars(flags).items() if k not in ("official", "out")},
+        "platform": device.platform,
+        "device": device.device_kind,
+        "versions": versions(),
+        "matmul_precision": jax.config.jax_default_matmul_precision,  # pyright: ignore
     }
 
 
@@ -219,80 +218,71 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def core_count() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def report(
-    flags: argparse.Namespace,
-    contest: Callable[[Configuration], dict[str, Any]],
-    draw: Callable[[dict[str, Any], Path], None],
-    table: Callable[[dict[str, Any]], str],
-) -> None:
-    """Measures every configuration of the flags; writes picture, table and numbers.
-
-    Args:
-      flags: of the script.
-      contest: lets the contestants of a configuration take turns.
-      draw: makes the picture of the results at a path.
-      table: of the results, in Markdown.
-    """
-    results = {
-        configuration.name: {
-            "sizes": str(configuration),
-            "contestants": contest(configuration),
-        }
-        for configuration in pick(flags)
-    }
-    draw(results, beside(flags.out, "png"))
-    write(flags, all_facts(results), results, table(results))
-
-
 def write(
     flags: argparse.Namespace,
-    facts: list[dict[str, Any]],
-    results: dict[str, Any],
-    table: str,
+    facts: Sequence[dict[str, Any]],
+    results: Any,
+    text: str,
+    picture: Figure | None = None,
 ) -> None:
-    """Prints the table; writes it as OUT.md, and the numbers as OUT.json.
+    """Prints a page; writes it as OUT.md, the numbers as OUT.json, a picture.
 
     Args:
       flags: of the script.
       facts: of those who were measured, ours first.
-      results: by configuration.
-      table: in Markdown.
+      results: as JSON takes them.
+      text: of the page, in Markdown.
+      picture: OUT.png.
     """
-    numbers = about(flags, facts) | {"results": results}
-    hardware, versions = numbers["hardware"], numbers["versions"]
+    versions: dict[str, str] = {}
+    for known in facts:
+        versions = known["versions"] | versions
+    date, device = datetime.date.today().isoformat(), facts[0]["device"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    hardware = {"device": device, "cpu": cpu_name(), "cores": cores or os.cpu_count()}
+    numbers = {
+        "date": date,
+        "hardware": hardware,
+        "versions": versions,
+        # Folders are this machine's own.
+        "flags": {k: v for k, v in vars(flags).items() if not isinstance(v, Path)},
+        "results": results,
+    }
     where = f"{hardware['cores']} core(s) of {hardware['cpu']}"
-    if hardware["device"] != "cpu":
-        where = f"{hardware['device']}; host: {where}"
+    where = where if device == "cpu" else f"{device}; host: {where}"
     names = {"jax": "JAX", "torch": "PyTorch"}
-    packages = ", ".join(
-        f"{n} {versions[k]}" for k, n in names.items() if k in versions
-    )
-    text = f"{where}; {packages}; {numbers['date']}.\n\n{table}\n"
-    print("\n" + text)
-    beside(flags.out, "md").write_text(text)
-    beside(flags.out, "json").write_text(json.dumps(numbers, indent=1) + "\n")
-    print(f"wrote {flags.out}.md, .json and .png")
-
-
-def beside(out: Path, suffix: str) -> Path:
-    """OUT.suffix, whatever dots OUT has, in a folder that exists."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out.parent / f"{out.name}.{suffix}"
+    packages = ", ".join(f"{names[k]} {versions[k]}" for k in names if k in versions)
+    page = f"{where}; {packages}; {date}.\n\n{text}\n"
+    print("\n" + page)
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    # OUT may have dots of its own.
+    Path(f"{flags.out}.md").write_text(page)
+    Path(f"{flags.out}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    if picture:
+        picture.savefig(f"{flags.out}.png", dpi=130)
+    print(f"wrote {flags.out}.md, .json{' and .png' if picture else ''}")
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table, without the columns in which nothing stands."""
+    kept = [i for i, _ in enumerate(header) if any(row[i] for row in rows)]
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line[i] for i in kept) + " |" for line in lines)
 
 
 def rounded(number: float) -> str:
     """Three digits, and no exponent for what is large."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def between(seconds: Mapping[str, Any], scale: float = 1.0) -> str:
+    """Median and quartiles of `spread`, as a cell of a table."""
+    values = (seconds["median"], *seconds["quartiles"])
+    return "{} ({} to {})".format(*(rounded(scale * value) for value in values))
+
+
+def ranged(span: Mapping[str, float] | None, digits: int = 2) -> str:
+    """Median and range of `span`, as a cell of a table; empty without any."""
+    keys = ("median", "low", "high")
+    values = [f"{span[key]:.{digits}f}" for key in keys] if span else []
+    return "{} ({} to {})".format(*values) if values else ""

@@ -1,17 +1,14 @@
 """What masks cost to score, against the forward pass of the model that makes them.
 
+    python -m experiments.benchmarks.metrics [--turns=5] [--batch=4] [--out=OUT]
+
 Question: are foreground ARI and matching, for a batch of 64 images of 128x128 and 12
-slots, well below the model's own forward time?
-Command: python -m experiments.benchmarks.metrics --out=experiments/results
-Cost: two minutes on one CPU core. The model is that of configs/base.py (the paper's) at
-128x128, `--batch` images at a time and scaled up to 64; turns alternate.
+slots, well below the model's own forward time? Two minutes on one CPU core. The model
+is that of configs/base.py (the paper's) at 128x128, `--batch` images at a time and
+scaled up to 64; turns alternate. Writes OUT.md and OUT.json.
 """
 
-import argparse
 import functools
-import json
-import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from configs import base
+from experiments.benchmarks import harness
 from implicit_slots.evaluation.metrics import overlap
 from implicit_slots.evaluation.metrics.locality import locality
 from implicit_slots.evaluation.metrics.segmentation import (
@@ -45,20 +43,15 @@ def contestants(batch: int) -> dict[str, tuple[Callable[[], object], float]]:
 
     @jax.jit
     def fg_ari(attention, true):
-        return adjusted_rand_index(
-            true,
-            attention_to_masks(attention, SIDE, SIDE),
-            max_true=OBJECTS,
-            num_predicted=SLOTS,
-            foreground_only=True,
-        )
+        masks = attention_to_masks(attention, SIDE, SIDE)
+        sizes = {"max_true": OBJECTS, "num_predicted": SLOTS}
+        return adjusted_rand_index(true, masks, foreground_only=True, **sizes)
 
     everything = jax.jit(functools.partial(score_masks, max_true=OBJECTS))
     where = jax.jit(functools.partial(locality, max_true=OBJECTS))
     match = jax.jit(overlap.match)
     section = base.get_config("model", base.scenes()).model
-    model = build_model(section, resolution=SIDE, seed=0)
-    graphdef, params = nnx.split(model)
+    graphdef, params = nnx.split(build_model(section, resolution=SIDE, seed=0))
 
     @jax.jit
     def forward(params, image):
@@ -77,16 +70,15 @@ def contestants(batch: int) -> dict[str, tuple[Callable[[], object], float]]:
     }
 
 
-def main() -> None:
-    """Times all in turn and writes metrics.json and metrics.md."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=4)
-    arguments = parser.parse_args()
-    timed = contestants(arguments.batch)
+def main(arguments: list[str] | None = None) -> None:
+    """Times all in turn and writes OUT.json and OUT.md."""
+    parser = harness.build_parser(__doc__, "metrics")
+    parser.add_argument("--turns", type=harness.positive, default=5)
+    parser.add_argument("--batch", type=harness.positive, default=4)
+    flags = parser.parse_args(arguments)
+    timed = contestants(flags.batch)
     seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for turn in range(arguments.turns + 1):
+    for turn in range(flags.turns + 1):
         for name, (run, scale) in timed.items():
             began = time.perf_counter()
             jax.block_until_ready(run())
@@ -94,23 +86,15 @@ def main() -> None:
                 seconds[name].append(scale * (time.perf_counter() - began))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     whole = medians["forward pass"]
-    lines = [
-        f"{IMAGES} images of {SIDE}x{SIDE}, {SLOTS} slots, {OBJECTS} objects; "
-        f"{jax.devices()[0].device_kind} ({platform.machine()}), "
-        f"jax {jax.__version__}; "
-        f"medians of {arguments.turns} alternating turns; the forward pass is that of "
-        f"{arguments.batch} images, scaled up.",
-        "",
-        "| | seconds | share of the forward pass |",
-        "|---|---|---|",
-        *(f"| {n} | {s:.4f} | {s / whole:.2%} |" for n, s in medians.items()),
-    ]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "metrics.md").write_text("\n".join(lines) + "\n")
-    record = {"seconds": seconds, "medians": medians, "jax": jax.__version__}
-    (arguments.out / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
-    print("\n".join(lines))
+    rows = [[n, f"{s:.4f}", f"{s / whole:.2%}"] for n, s in medians.items()]
+    text = (
+        f"{IMAGES} images of {SIDE}x{SIDE}, {SLOTS} slots, {OBJECTS} objects; medians "
+        f"of {flags.turns} alternating turns; the forward pass is that of "
+        f"{flags.batch} images, scaled up.\n\n"
+    ) + harness.markdown(["", "seconds", "share of the forward pass"], rows)
+    results = {"seconds": seconds, "medians": medians}
+    harness.write(flags, [harness.jax_facts()], results, text)
 
 
 if __name__ == "__main__":
-    main()
+    harness.script(main)

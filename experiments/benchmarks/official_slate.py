@@ -33,14 +33,9 @@ def check(directory: Path | None) -> None:
         raise UserError("--official needs PyTorch: pip install torch")
 
 
-def use(directory: Path) -> None:
-    """Makes the official modules importable, in this process alone."""
-    sys.path.insert(0, str(directory))
-
-
 def build(directory: Path, configuration: Configuration) -> Any:
     """Returns the official model, freshly initialised, on `device`."""
-    use(directory)
+    sys.path.insert(0, str(directory))
     import slate  # pyright: ignore[reportMissingImports]
 
     arguments = types.SimpleNamespace(

@@ -10,25 +10,23 @@ decoder's cross-entropy; the slots are those after the run's own number of itera
 and for the trained model also after --steps, where most images have converged.
 
 Time is the median of rounds that take each adjoint in turn, forward and backward pass;
-memory is XLA's own account of temporary buffers. Writes solver_comparison.png, .md and
-.json into --out.
+memory is XLA's own account of temporary buffers. Writes OUT.png, OUT.md and OUT.json.
 """
 
-import argparse
-import datetime
-import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from flax import nnx
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
+from experiments.benchmarks import harness
+from experiments.benchmarks.harness import markdown, positive
 from implicit_slots.data import registry
 from implicit_slots.fixed_point import (
     GMRES,
@@ -53,13 +51,7 @@ from implicit_slots.models.build import build_model
 from implicit_slots.models.images import as_float
 from implicit_slots.models.slate import SLATE, with_bos
 from implicit_slots.models.slot_attention import Problem
-from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.versions import versions
-from implicit_slots.training import checkpoint
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import LogFormatter
+from implicit_slots.training.checkpoint import load
 
 # Tolerance zero: every solver goes on to --steps, or until nothing improves any more.
 FORWARD: dict[str, tuple[type[Solver], dict[str, Any]]] = {
@@ -69,37 +61,23 @@ FORWARD: dict[str, tuple[type[Solver], dict[str, Any]]] = {
     "Anderson, no restart": (Anderson, {"restart": False}),
     "Broyden": (Broyden, {}),
 }
-BACKWARD: dict[str, tuple[str, Adjoint]] = {
-    "Unrolled": ("unrolled", Unrolled()),
-    "Unrolled, remat": ("unrolled", Unrolled(remat=True)),
-    **{f"Truncated {k}": ("truncated", Truncated(steps=k)) for k in (2, 4, 8)},
-    **{f"Neumann {k}": ("neumann", Neumann(terms=k)) for k in (1, 2, 4, 8, 16, 32)},
-    **{f"Phantom {k}": ("phantom", Phantom(steps=k, damping=0.5)) for k in (4, 16, 64)},
-    **{
-        f"Adaptive {rtol:g}": ("adaptive", Adaptive(max_terms=64, rtol=rtol))
-        for rtol in (1e-1, 1e-2)
-    },
-    **{
-        f"GMRES {k}": ("gmres", Implicit(solver=GMRES(max_steps=k, rtol=0.0)))
-        for k in (4, 8, 16, 32)
-    },
-    **{
-        f"BiCGSTAB {k}": ("bicgstab", Implicit(solver=BiCGSTAB(max_steps=k, rtol=0.0)))
-        for k in (8, 32)
-    },
-    **{
-        f"Anderson {k}": (
-            "anderson",
-            Implicit(solver=Anderson(max_steps=k, depth=5, restart=False)),
-        )
-        for k in (8, 32)
-    },
-    **{
-        f"Broyden {k}": ("broyden", Implicit(solver=Broyden(max_steps=k, memory=k)))
-        for k in (7, 32)
-    },
-    "Dense": ("dense", Implicit(solver=Dense())),
+# Named as families, with a number where there are several of one.
+BACKWARD: dict[str, Adjoint] = {
+    "Unrolled": Unrolled(),
+    "Unrolled, remat": Unrolled(remat=True),
+    **{f"Truncated {k}": Truncated(steps=k) for k in (2, 4, 8)},
+    **{f"Neumann {k}": Neumann(terms=k) for k in (1, 2, 4, 8, 16, 32)},
+    **{f"Phantom {k}": Phantom(steps=k, damping=0.5) for k in (4, 16, 64)},
+    **{f"Adaptive {t:g}": Adaptive(max_terms=64, rtol=t) for t in (1e-1, 1e-2)},
 }
+SOLVERS = {
+    **{f"GMRES {k}": GMRES(max_steps=k, rtol=0.0) for k in (4, 8, 16, 32)},
+    **{f"BiCGSTAB {k}": BiCGSTAB(max_steps=k, rtol=0.0) for k in (8, 32)},
+    **{f"Anderson {k}": Anderson(max_steps=k, depth=5, restart=False) for k in (8, 32)},
+    **{f"Broyden {k}": Broyden(max_steps=k, memory=k) for k in (7, 32)},
+    "Dense": Dense(),
+}
+BACKWARD |= {name: Implicit(solver=solver) for name, solver in SOLVERS.items()}
 # Errors below it are drawn at it.
 ROUNDING = 1e-7
 SMOKE = ("Broyden", "Neumann 2", "Dense")
@@ -157,61 +135,51 @@ def compare_forward(case: Case, names: list[str], steps: int) -> dict[str, np.nd
 
 def spectra(case: Case, solver: Solver) -> dict[str, list[float]]:
     """Radius and norm of J at the slots, and the residual there, per image."""
-    f, params, x, z0 = case.problem
+    f, arguments = case.problem.f, case.problem[1:]
 
     @jax.jit
     def measure(params, x, z0):
         found = fixed_point(f, params, x, z0, solver=solver, adjoint=Neumann())
-        arguments = f, params, x, found.value, jax.random.key(1)
-        return (
-            diagnostics.spectral_radius(*arguments),
-            diagnostics.spectral_norm(*arguments),
-            found.stats.residual,
-        )
+        at = f, params, x, found.value, jax.random.key(1)
+        return {
+            "spectral_radius": diagnostics.spectral_radius(*at),
+            "spectral_norm": diagnostics.spectral_norm(*at),
+            "residual": found.stats.residual,
+        }
 
-    names = ("spectral_radius", "spectral_norm", "residual")
-    values = measure(params, x, z0)
-    return {name: np.asarray(v).tolist() for name, v in zip(names, values, strict=True)}
+    return {name: np.asarray(v).tolist() for name, v in measure(*arguments).items()}
 
 
 def gradient_quality(case: Case, adjoint: Adjoint, solver: Solver) -> dict[str, Any]:
     """Relative error and cosine of the parameter gradient, and backward failures."""
-    f, params, x, z0 = case.problem
+    how: Any = {"solver": solver, "adjoint": adjoint}
 
     @jax.jit
     def judge(params, x, z0, g):
-        return diagnostics.gradient_error(
-            f, params, x, z0, g, solver=solver, adjoint=adjoint
-        )
+        return diagnostics.gradient_error(case.problem.f, params, x, z0, g, **how)
 
-    error = judge(params, x, z0, case.g)
+    error = judge(*case.problem[1:], case.g)
     quality = {
-        "relative_error": np.asarray(error.params_error).tolist(),
-        "cosine": np.asarray(error.params_cosine).tolist(),
-        "ratio": np.asarray(error.params_ratio).tolist(),
+        "relative_error": error.params_error,
+        "cosine": error.params_cosine,
+        "ratio": error.params_ratio,
     }
     if adjoint.measures:
 
-        @jax.jit
-        def report(probe):
-            def loss(probe):
-                found = fixed_point(
-                    *case.problem, solver=solver, adjoint=adjoint, probe=probe
-                )
-                return jnp.sum(found.value * case.g)
+        def loss(probe):
+            found = fixed_point(*case.problem, **how, probe=probe)
+            return jnp.sum(found.value * case.g)
 
-            return jax.grad(loss)(probe)
-
-        stats = report(backward_probe(len(z0)))
-        quality |= {n: np.asarray(v).tolist() for n, v in stats._asdict().items()}
-    return quality
+        probe = backward_probe(len(case.problem.z0))
+        quality |= jax.jit(jax.grad(loss))(probe)._asdict()
+    return {name: np.asarray(values).tolist() for name, values in quality.items()}
 
 
 def costs(
     case: Case, adjoints: dict[str, Adjoint], solver: Solver, rounds: int
 ) -> dict[str, dict[str, float]]:
     """Milliseconds and temporary megabytes of forward and backward pass together."""
-    f, params, x, z0 = case.problem
+    f, arguments = case.problem.f, (*case.problem[1:], case.g)
     compiled, found = {}, {}
     for name, adjoint in adjoints.items():
 
@@ -220,16 +188,16 @@ def costs(
             return jnp.sum(value * g)
 
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
-        compiled[name] = gradient.lower(params, x, z0, case.g).compile()
+        compiled[name] = gradient.lower(*arguments).compile()
         memory: Any = compiled[name].memory_analysis()
         found[name] = {"megabytes": memory.temp_size_in_bytes / 2**20}
-        jax.block_until_ready(compiled[name](params, x, z0, case.g))
     seconds: dict[str, list[float]] = {name: [] for name in adjoints}
-    for _ in range(rounds):
+    for turn in range(rounds + 1):
         for name, gradient in compiled.items():
             begin = time.perf_counter()
-            jax.block_until_ready(gradient(params, x, z0, case.g))
-            seconds[name].append(time.perf_counter() - begin)
+            jax.block_until_ready(gradient(*arguments))
+            if turn:  # The first one warms up.
+                seconds[name].append(time.perf_counter() - begin)
     for name, values in seconds.items():
         found[name]["milliseconds"] = 1e3 * statistics.median(values)
     return found
@@ -237,64 +205,51 @@ def costs(
 
 def forward_table(curves: dict[str, dict[str, np.ndarray]]) -> str:
     """Median evaluations to a residual, and the share of images that get there."""
-    lines = [
-        "| model | solver | evaluations to 1e-2 | to 1e-4 | images at 1e-4 "
-        "| residual at 7 | at the end |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    header = ["model", "solver", "evaluations to 1e-2", "to 1e-4", "images at 1e-4"]
+    rows = []
     for model, by_solver in curves.items():
         for name, curve in by_solver.items():
             reach = []
             for level in (1e-2, 1e-4):
                 met = curve <= level
-                first = np.where(met.any(1), met.argmax(1) + 1.0, np.inf)
-                median = np.median(first)
+                median = np.median(np.where(met.any(1), met.argmax(1) + 1.0, np.inf))
                 reach.append(f"{median:.0f}" if np.isfinite(median) else "never")
-            lines.append(
-                f"| {model} | {name} | {reach[0]} | {reach[1]} "
-                f"| {(curve[:, -1] <= 1e-4).mean():.0%} "
-                f"| {np.median(curve[:, min(6, curve.shape[1] - 1)]):.1e} "
-                f"| {np.median(curve[:, -1]):.1e} |"
+            middle = np.median(curve, axis=0)
+            at_7 = middle[min(6, len(middle) - 1)]
+            share = f"{(curve[:, -1] <= 1e-4).mean():.0%}"
+            rows.append(
+                [model, name, *reach, share, f"{at_7:.1e}", f"{middle[-1]:.1e}"]
             )
-    return "\n".join(lines)
+    return markdown([*header, "residual at 7", "at the end"], rows)
 
 
 def backward_table(quality: dict[str, Any], cost: dict[str, Any]) -> str:
     """One row per adjoint: error and cosine for both models, time, memory."""
-    models = list(quality)
-    lines = [
-        "| adjoint | "
-        + " | ".join(f"error, {m} | cosine, {m}" for m in models)
-        + " | ms | MB |",
-        "|---|" + "---|---|" * len(models) + "---|---|",
-    ]
+    header = ["adjoint"]
+    for model in quality:
+        header += [f"error, {model}", f"cosine, {model}"]
+    rows = []
     for name, spent in cost.items():
-        cells = []
-        for model in models:
-            values = quality[model][name]
-            cells += [
-                f"{np.median(values['relative_error']):.1e}",
-                f"{np.median(values['cosine']):.4f}",
-            ]
-        lines.append(
-            f"| {name} | "
-            + " | ".join(cells)
-            + f" | {spent['milliseconds']:.1f} | {spent['megabytes']:.1f} |"
-        )
-    return "\n".join(lines)
+        cells = [name]
+        for found in quality.values():
+            cells.append(f"{np.median(found[name]['relative_error']):.1e}")
+            cells.append(f"{np.median(found[name]['cosine']):.4f}")
+        cells += [f"{spent['milliseconds']:.1f}", f"{spent['megabytes']:.1f}"]
+        rows.append(cells)
+    return markdown([*header, "ms", "MB"], rows)
 
 
-def draw(curves, quality, cost, path: Path) -> None:
+def draw(curves, quality, cost) -> Figure:
     """Residual against evaluations above, gradient error against cost below."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
-    for axis, (model, by_solver) in zip(axes[0], curves.items(), strict=True):
+    figure = Figure(figsize=(11, 8.5), layout="constrained")
+    above, below = figure.subplots(2, 2)
+    for axis, (model, by_solver) in zip(above, curves.items(), strict=True):
         for name, curve in by_solver.items():
             evaluations = np.arange(1, curve.shape[1] + 1)
-            (line,) = axis.plot(evaluations, np.median(curve, axis=0), label=name)
-            low, high = np.quantile(curve, [0.25, 0.75], axis=0)
-            axis.fill_between(
-                evaluations, low, high, color=line.get_color(), alpha=0.15, linewidth=0
-            )
+            low, middle, high = np.quantile(curve, [0.25, 0.5, 0.75], axis=0)
+            (line,) = axis.plot(evaluations, middle, label=name)
+            colour = line.get_color()
+            axis.fill_between(evaluations, low, high, color=colour, alpha=0.15, lw=0)
         axis.set(
             yscale="log",
             xlabel="evaluations of f",
@@ -302,27 +257,28 @@ def draw(curves, quality, cost, path: Path) -> None:
             title=f"Forward, {model}: median and quartiles of images",
         )
         axis.grid(alpha=0.3)
-    axes[0][0].legend(frameon=False)
+    above[0].legend(frameon=False)
     families: dict[str, list[str]] = {}
     for name in cost:
-        families.setdefault(BACKWARD[name][0], []).append(name)
+        families.setdefault(name.partition(" ")[0].strip(",").lower(), []).append(name)
     trained = list(quality)[1]
     for axis, key, label in (
-        (axes[1][0], "milliseconds", "milliseconds, forward and backward"),
-        (axes[1][1], "megabytes", "temporary memory, megabytes"),
+        (below[0], "milliseconds", "milliseconds, forward and backward"),
+        (below[1], "megabytes", "temporary memory, megabytes"),
     ):
-        points: list[tuple[str, float, float]] = []
-        for number, (family, names) in enumerate(families.items()):
+        for marker, (family, names) in zip(
+            harness.MARKERS, families.items(), strict=False
+        ):
             xs = [cost[name][key] for name in names]
             errors = [np.median(quality[trained][n]["relative_error"]) for n in names]
             ys = np.maximum(errors, ROUNDING)
-            axis.plot(
-                xs, ys, marker="osDv^<>P*X"[number % 10], linewidth=0.8, label=family
-            )
-            points += [
-                (name.rpartition(" ")[2], x, y)
-                for name, x, y in zip(names, xs, ys, strict=True)
-            ]
+            axis.plot(xs, ys, marker=marker, linewidth=0.8, label=family)
+            # The first and the last number of each family.
+            for place in {0, len(names) - 1}:
+                text, point = names[place].rpartition(" ")[2], (xs[place], ys[place])
+                axis.annotate(
+                    text, point, (4, 3), textcoords="offset points", fontsize=7
+                )
         axis.set(
             xscale="log",
             yscale="log",
@@ -330,51 +286,28 @@ def draw(curves, quality, cost, path: Path) -> None:
             ylabel="parameter gradient's relative error to the exact one",
             title=f"Backward, {trained}",
         )
-        _annotate(axis, points)
         axis.xaxis.set_major_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
         axis.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
         axis.grid(alpha=0.3)
-    axes[1][1].legend(frameon=False, fontsize=8, ncols=2)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def _annotate(axis, points: list[tuple[str, float, float]]) -> None:
-    """Writes the labels that do not cover one another."""
-    written: list[np.ndarray] = []
-    for text, x, y in points:
-        place = axis.transData.transform((x, y))
-        if any(np.all(np.abs(place - other) < (22, 14)) for other in written):
-            continue
-        written.append(place)
-        axis.annotate(
-            text,
-            (x, y),
-            xytext=(4, 3),
-            textcoords="offset points",
-            fontsize=7,
-            color="0.35",
-        )
+    below[1].legend(frameon=False, fontsize=8, ncols=2)
+    return figure
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints both tables and writes them, the picture and the numbers."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.build_parser(__doc__, "solver_comparison")
     parser.add_argument("--workdir", type=Path, default=Path("runs/scenes"))
-    parser.add_argument("--out", type=Path, default=Path("experiments/results"))
-    parser.add_argument("--images", type=int, default=32, help="for the forward part")
-    parser.add_argument("--judged", type=int, default=8, help="for the backward part")
-    parser.add_argument("--steps", type=int, default=60, help="evaluations of f")
-    parser.add_argument("--rounds", type=int, default=15, help="of the timing")
+    parser.add_argument("--images", type=positive, default=32, help="forward part's")
+    parser.add_argument("--judged", type=positive, default=8, help="backward part's")
+    parser.add_argument("--steps", type=positive, default=60, help="evaluations of f")
+    parser.add_argument("--rounds", type=positive, default=15, help="of the timing")
     parser.add_argument("--smoke", action="store_true", help="a few of each, quickly")
     flags = parser.parse_args(arguments)
     wanted = SMOKE if flags.smoke else (*FORWARD, *BACKWARD)
     forward = [name for name in FORWARD if name in wanted]
-    adjoints = {name: pair[1] for name, pair in BACKWARD.items() if name in wanted}
+    adjoints = {name: one for name, one in BACKWARD.items() if name in wanted}
 
-    config, trained = checkpoint.load(flags.workdir)
+    config, trained = load(flags.workdir)
     untrained = build_model(
         config.model, resolution=config.data.resolution, seed=config.seed
     )
@@ -382,56 +315,32 @@ def main(arguments: list[str] | None = None) -> None:
     batch = source.batch(np.arange(min(flags.images, len(source))))
     image = as_float(jnp.asarray(batch["image"]))
     solver = Picard(max_steps=config.model.solver.max_steps)
-    curves, quality, where = {}, {}, {}
-    cases = {
-        name: build_case(model, image)
-        for name, model in (("untrained", untrained), ("trained", trained))
-    }
-    for name, case in cases.items():
-        where[name] = spectra(case, solver)
-        print(
-            f"{name}: median spectral radius "
-            f"{np.median(where[name]['spectral_radius']):.2f}, norm "
-            f"{np.median(where[name]['spectral_norm']):.2f}",
-            flush=True,
-        )
-        curves[name] = compare_forward(case, forward, flags.steps)
-    settings = [
+    models = {"untrained": untrained, "trained": trained}
+    cases = {name: build_case(model, image) for name, model in models.items()}
+    curves = {n: compare_forward(c, forward, flags.steps) for n, c in cases.items()}
+    quality: dict[str, Any] = {}
+    for name, forward_solver in (
         ("untrained", solver),
         ("trained", solver),
         ("trained", Picard(max_steps=flags.steps)),
-    ]
-    for name, forward_solver in settings:
-        judged = cases[name].first(flags.judged)
+    ):
         setting = f"{name}, {forward_solver.max_steps} iterations"
-        quality[setting] = {}
-        for adjoint_name, adjoint in adjoints.items():
-            values = gradient_quality(judged, adjoint, forward_solver)
-            quality[setting][adjoint_name] = values
-            error = np.median(values["relative_error"])
-            print(f"{setting}: {adjoint_name}: gradient error {error:.2e}", flush=True)
+        print(setting, flush=True)
+        judged = cases[name].first(flags.judged)
+        quality[setting] = {
+            n: gradient_quality(judged, adjoint, forward_solver)
+            for n, adjoint in adjoints.items()
+        }
     # Of the trained model: time and memory depend on shapes, and on a solve's steps.
     cost = costs(cases["trained"], adjoints, solver, flags.rounds)
-
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "versions": versions(),
+    results = {
         "run": {
             "name": config.name,
             "steps": config.num_steps,
             "slots": [config.model.num_slots, config.model.slot_size],
             "iterations": config.model.solver.max_steps,
         },
-        "flags": {
-            k: str(v) for k, v in vars(flags).items() if k not in ("workdir", "out")
-        },
-    }
-    tables = forward_table(curves) + "\n\n" + backward_table(quality, cost) + "\n"
-    print("\n" + tables)
-    flags.out.mkdir(parents=True, exist_ok=True)
-    (flags.out / "solver_comparison.md").write_text(tables)
-    numbers = about | {
-        "spectra": where,
+        "spectra": {name: spectra(case, solver) for name, case in cases.items()},
         "forward": {
             model: {n: np.median(curve, axis=0).tolist() for n, curve in by.items()}
             for model, by in curves.items()
@@ -439,13 +348,10 @@ def main(arguments: list[str] | None = None) -> None:
         "backward": quality,
         "cost": cost,
     }
-    (flags.out / "solver_comparison.json").write_text(json.dumps(numbers))
-    draw(curves, quality, cost, flags.out / "solver_comparison.png")
-    print(f"wrote {flags.out}/solver_comparison.png, .md and .json")
+    text = forward_table(curves) + "\n\n" + backward_table(quality, cost)
+    picture = draw(curves, quality, cost)
+    harness.write(flags, [harness.jax_facts()], results, text, picture)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    harness.script(main)

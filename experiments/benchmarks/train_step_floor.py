@@ -1,28 +1,16 @@
 """The arithmetic of SLATE's train step, and the time below which no device does it."""
 
+import math
 from typing import Any, NamedTuple
 
 from experiments.benchmarks.harness import DVAE_FEATURES, Configuration
 
-
-class Peaks(NamedTuple):
-    """What a device's data sheet says: dense products per second, bytes per second.
-
-    Attributes:
-      bfloat16: floating-point operations in bfloat16.
-      tensor32: in float32 on tensor cores (TF32), XLA's default for float32.
-      bandwidth: of the memory.
-    """
-
-    bfloat16: float
-    tensor32: float
-    bandwidth: float
-
-
+# What data sheets say: dense products/s in bfloat16 and on tensor cores (TF32, XLA's
+# default for float32), two operations each multiply-add; bytes/s of the memory.
 PEAKS = {
-    "H200": Peaks(989e12, 494e12, 4.8e12),
-    "H100": Peaks(989e12, 494e12, 3.35e12),
-    "A100": Peaks(312e12, 156e12, 2.0e12),
+    "H200": (989e12, 494e12, 4.8e12),
+    "H100": (989e12, 494e12, 3.35e12),
+    "A100": (312e12, 156e12, 2.0e12),
 }
 
 
@@ -36,11 +24,6 @@ class Product(NamedTuple):
     inputs: int
     outputs: int
     taps: int = 1
-
-    @property
-    def multiplications(self) -> int:
-        """Multiply-adds of one forward pass."""
-        return self.rows * self.inputs * self.outputs * self.taps
 
 
 def products(configuration: Configuration) -> list[Product]:
@@ -84,7 +67,7 @@ def count_flops(configuration: Configuration, adjoint: str) -> int:
     a product (norms, softmax, random numbers, Adam) is not counted.
     """
     c, d, n = configuration, configuration.width, configuration.tokens
-    dense = sum(product.multiplications for product in products(c))
+    dense = sum(math.prod(product) for product in products(c))
     attention = c.blocks * c.batch * (n * n * d + 2 * n * c.slots * d)
     iteration = c.batch * c.slots * (2 * n * d + 9 * d * d)
     steps = c.iterations
@@ -111,8 +94,8 @@ def floor_seconds(
     """The time below which no step goes; None on a device of unknown peak."""
     if "matmul_flops" in facts:
         return flops / facts["matmul_flops"]
-    for name, peaks in PEAKS.items():
+    for name, (bfloat16, tensor32, bandwidth) in PEAKS.items():
         if name in facts["device"]:
-            peak = peaks.bfloat16 if precision == "bfloat16" else peaks.tensor32
-            return max(flops / peak, traffic / peaks.bandwidth)
+            peak = bfloat16 if precision == "bfloat16" else tensor32
+            return max(flops / peak, traffic / bandwidth)
     return None

@@ -8,37 +8,19 @@ hours on two cores with every run new; each study alone stays within two.
 """
 
 import argparse
+import importlib
 from collections.abc import Sequence
 
-from experiments.studies import (
-    basins,
-    fig3_solvers,
-    fig5_tricks,
-    fig6_iterations,
-    fig7_properties,
-    fig8_discovery,
-    fig9_deletion,
-    fig10_locality,
-    fig11_neumann_terms,
-    study,
-    table3_reconstruction,
-)
+from experiments.studies import study
 from implicit_slots.runtime.files import write_whole
 
+NAMES = (
+    *("fig3_solvers", "table3_reconstruction", "fig5_tricks", "fig6_iterations"),
+    *("fig7_properties", "fig8_discovery", "fig9_deletion", "fig10_locality"),
+    *("fig11_neumann_terms", "basins"),
+)
 STUDIES: tuple[study.Study, ...] = tuple(
-    module.STUDY
-    for module in (
-        fig3_solvers,
-        table3_reconstruction,
-        fig5_tricks,
-        fig6_iterations,
-        fig7_properties,
-        fig8_discovery,
-        fig9_deletion,
-        fig10_locality,
-        fig11_neumann_terms,
-        basins,
-    )
+    importlib.import_module(f"experiments.studies.{name}").STUDY for name in NAMES
 )
 
 

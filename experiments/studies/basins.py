@@ -16,25 +16,23 @@ import json
 from collections.abc import Iterator
 
 from experiments.studies import drawing, scales, study
+from experiments.studies.drawing import at, by_arm
 from experiments.studies.probes import ITERATIONS
 from experiments.studies.runs import Arm
-from experiments.studies.scales import VANILLA
-from experiments.studies.statistics import Rule
+from experiments.studies.statistics import Rule, score_rule
+from experiments.studies.table import Measurement, Table
 from implicit_slots.runtime.workdir import CONFIG_FILE
 
 GROWTH = "cross_entropy, most / trained iterations"
+AT, COUNTS = "iterations at test time", sorted({*ITERATIONS, 7})
 
 
 def arms(scale: str) -> list[Arm]:
     """Both gradients."""
-    base = scales.trained_slate(scale)
-    return [
-        scales.arm(base, "vanilla", VANILLA, ["fixed_points", "iterations"]),
-        scales.arm(base, "implicit", {}, ["fixed_points", "iterations"]),
-    ]
+    return scales.both(scales.trained_slate(scale), "fixed_points", "iterations")
 
 
-def growth(table: study.Table) -> Iterator[study.Measurement]:
+def growth(table: Table) -> Iterator[Measurement]:
     """Cross-entropy after the most iterations over that after the trained ones."""
     for arm in table.arms():
         for one in table.runs(arm):
@@ -53,31 +51,6 @@ def growth(table: study.Table) -> Iterator[study.Measurement]:
                 )
 
 
-def draw(table: study.Table):
-    """Over iterations at test time, and by arm."""
-
-    def over(metric: str, label: str, counts, *, log: bool = False) -> drawing.Panel:
-        labels = ("iterations at test time", label)
-        return drawing.over_counts(table, metric, counts, labels, log_x=True, log=log)
-
-    counts = sorted({*ITERATIONS, 7})
-    return drawing.panels(
-        over("cross_entropy", "cross-entropy, nats", counts),
-        over("attention/fg_ari", "foreground ARI, attention", counts),
-        over("residual", "‖f(z)−z‖ / ‖f(z)‖", range(1, 101), log=True),
-        drawing.by_arm(table, "fixed_points", "distinct fixed points of an image"),
-        drawing.by_arm(table, "unconverged", "starts that settle nowhere"),
-        drawing.by_arm(table, "mask_agreement", "ARI of masks between starts"),
-    )
-
-
-def _rule(claim: str, metric: str, expected) -> Rule:
-    better = "higher" if metric == "mask_agreement" else "lower"
-    return Rule(
-        *(claim, metric, "implicit", "vanilla", expected, 0.05, "difference", better)
-    )
-
-
 STUDY = study.Study(
     name="basins",
     title="Basins and path independence",
@@ -93,11 +66,34 @@ STUDY = study.Study(
         *(GROWTH, "residual_last"),
     ),
     rules=(
-        _rule("fewer of implicit's starts settle nowhere", "unconverged", "lower"),
-        _rule("its starts agree more on masks", "mask_agreement", "higher"),
+        Rule(
+            "fewer of implicit's starts settle nowhere",
+            *("unconverged", "implicit", "vanilla", "lower", 0.05, "difference"),
+        ),
+        score_rule(
+            "its starts agree more on masks", "mask_agreement", "implicit", "vanilla"
+        ),
         Rule("it bears 100 iterations better", GROWTH, "implicit", "vanilla", "lower"),
     ),
-    draw=draw,
+    panels=(
+        drawing.over(
+            at("cross_entropy", COUNTS), (AT, "cross-entropy, nats"), xscale="log"
+        ),
+        drawing.over(
+            at("attention/fg_ari", COUNTS),
+            (AT, "foreground ARI, attention"),
+            xscale="log",
+        ),
+        drawing.over(
+            at("residual", range(1, 101)),
+            (AT, "‖f(z)−z‖ / ‖f(z)‖"),
+            xscale="log",
+            yscale="log",
+        ),
+        by_arm("fixed_points", "distinct fixed points of an image"),
+        by_arm("unconverged", "starts that settle nowhere"),
+        by_arm("mask_agreement", "ARI of masks between starts"),
+    ),
     derive=growth,
 )
 

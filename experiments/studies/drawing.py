@@ -1,4 +1,8 @@
-"""How studies draw: lines with their seeds, values by arm, pictures by step."""
+"""How studies draw: lines with their seeds, values by arm, pictures by step.
+
+A `Panel` draws one part of a figure from a study's table. The settings that panels take
+are those of matplotlib's `Axes.set`: `yscale="log"`, `title="same time"`.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -7,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.studies.runs import PROBE_FOLDER, Done
-from experiments.studies.study import Table
+from experiments.studies.table import Curve, Table
 from implicit_slots.drawing import grids
 from implicit_slots.drawing.figures import LINES
 
@@ -15,19 +19,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Panel = Callable[["Axes"], None]
+Panel = Callable[["Axes", Table], None]
 
 
-def panels(*draw: Panel, columns: int = 3) -> "Figure":
+def figure(table: Table, *panels: Panel, columns: int = 3) -> "Figure":
     """Returns a figure of panels, row by row."""
     from matplotlib.figure import Figure
 
-    columns = min(columns, len(draw))
-    rows = math.ceil(len(draw) / columns)
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.1 * columns, 3.1 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, panel in zip(axes, draw, strict=False):
-        panel(axis)
+    for axis, panel in zip(axes, panels, strict=False):
+        panel(axis, table)
         axis.tick_params(which="both", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
         axis.xaxis.label.set_size(8)
@@ -35,7 +39,7 @@ def panels(*draw: Panel, columns: int = 3) -> "Figure":
         axis.title.set_size(9)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=6.5, frameon=False)
-    for axis in axes[len(draw) :]:
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
     return figure
 
@@ -47,185 +51,144 @@ def style(place: int) -> dict[str, Any]:
     return {"color": colour, "ls": dash, "marker": ("", "o", "s", "^")[again], "ms": 3}
 
 
+def middle(curves: Iterable[Curve]) -> Curve:
+    """The median over seeds; runs that stopped early leave it to the others."""
+    by_step: dict[int, list[float]] = {}
+    for steps, values in curves:
+        for step, value in zip(steps, values, strict=True):
+            by_step.setdefault(int(step), []).append(value)
+    steps = sorted(by_step)
+    return np.array(steps), np.array([median(by_step[step]) for step in steps])
+
+
+def median(values: Iterable[float]) -> float:
+    """The median of what is not NaN; NaN of nothing."""
+    found = np.array([*values], float)
+    return float(np.nanmedian(found)) if np.isfinite(found).any() else math.nan
+
+
 def along(
-    table: Table,
     metric: str,
     label: str,
-    *,
     split: str | None = None,
-    arms: Sequence[str] | None = None,
-    log: bool = False,
-    title: str = "",
+    *,
+    beginning: str = "",
+    **settings: Any,
 ) -> Panel:
     """A metric along training: the median over seeds, thin lines for the seeds.
 
     Args:
-      table: the study's.
       metric: of which.
       label: of the axis, with unit.
       split: of the metric.
-      arms: which; all if not given.
-      log: a logarithmic axis.
-      title: of the panel.
+      beginning: of the names of the arms that are drawn.
+      settings: of the axes.
     """
 
-    def draw(axis: "Axes") -> None:
-        for place, arm in enumerate(arms or table.arms()):
-            curves = table.curves(arm, metric, split)
-            for x, y in curves.values():
-                colour = style(place)["color"]
-                axis.plot(x, y, lw=0.5, alpha=0.4, color=colour)
-            # Runs that stopped early leave the median to the others.
-            steps = sorted({int(x) for xs, _ in curves.values() for x in xs})
-            middle = [
-                np.nanmedian(
-                    [y[xs == step][0] for xs, y in curves.values() if step in xs]
-                )
-                if any(np.isfinite(y[xs == step]).any() for xs, y in curves.values())
-                else math.nan
-                for step in steps
-            ]
-            axis.plot(steps, middle, lw=1.4, label=arm, **style(place))
-        if log:
-            axis.set_yscale("log")
-        axis.set(xlabel="training step", ylabel=label, title=title)
+    def draw(axis: "Axes", table: Table) -> None:
+        arms = [arm for arm in table.arms() if arm.startswith(beginning)]
+        for place, arm in enumerate(arms):
+            curves = table.curves(arm, metric, split).values()
+            for x, y in curves:
+                axis.plot(x, y, lw=0.5, alpha=0.4, color=style(place)["color"])
+            axis.plot(*middle(curves), lw=1.4, label=arm, **style(place))
+        axis.set(xlabel="training step", ylabel=label, **settings)
 
     return draw
 
 
-def by_arm(
-    table: Table,
-    metric: str,
-    label: str,
-    *,
-    arms: Sequence[str] | None = None,
-    log: bool = False,
-    title: str = "",
-) -> Panel:
+def by_arm(metric: str, label: str, **settings: Any) -> Panel:
     """The last value of every run, by arm: a dot a run, a cross where it diverged."""
 
-    def draw(axis: "Axes") -> None:
-        names = list(arms or table.arms())
+    def draw(axis: "Axes", table: Table) -> None:
+        names = table.arms()
         for place, arm in enumerate(names):
             values = np.array(list(table.last(arm, metric).values()))
             known = values[np.isfinite(values)]
-            colour = LINES[0][0]
+            colour, lost = LINES[0][0], LINES[1][0]
             axis.plot(np.full(len(known), place), known, "o", ms=4, color=colour)
             if len(known):
                 axis.plot(place, np.median(known), "_", ms=16, color="black")
-            for lost in range(len(values) - len(known)):
-                axis.plot(
-                    place + 0.12 * lost,
-                    0.97,
-                    "x",
-                    color=LINES[1][0],
-                    transform=axis.get_xaxis_transform(),
-                )
+            above = axis.get_xaxis_transform()
+            for count in range(len(values) - len(known)):
+                x = place + 0.12 * count
+                axis.plot(x, 0.97, "x", color=lost, transform=above)
         axis.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=7)
         axis.set_xlim(-0.5, len(names) - 0.5)
-        if log:
-            axis.set_yscale("log")
-        axis.set(ylabel=label, title=title)
+        axis.set(ylabel=label, **settings)
 
     return draw
 
 
-def against(
-    table: Table,
-    lines: Mapping[str, Mapping[float, str]],
-    metric: str,
-    labels: tuple[str, str],
-    *,
-    log: bool = False,
-    title: str = "",
-) -> Panel:
-    """The last value over a number that arms differ by.
+def over_arms(metric: str, labels: tuple[str, str], **settings: Any) -> Panel:
+    """The last values of arms "NAME@NUMBER" over the number, a line a name.
 
     Args:
-      table: the study's.
-      lines: for each line the arm at each number.
       metric: of which.
       labels: of the two axes.
-      log: a logarithmic axis of values.
-      title: of the panel.
+      settings: of the axes.
     """
 
-    def draw(axis: "Axes") -> None:
-        for place, (name, by_number) in enumerate(lines.items()):
-            xs = sorted(by_number)
-            values = [list(table.last(by_number[x], metric).values()) for x in xs]
-            for x, found in zip(xs, values, strict=True):
-                axis.plot([x] * len(found), found, ls="", **_dot(place))
-            middle = [
-                np.nanmedian(v) if np.isfinite(v).any() else math.nan for v in values
-            ]
-            axis.plot(xs, middle, lw=1.4, label=name, **style(place))
-        if log:
-            axis.set_yscale("log")
-        axis.set(xlabel=labels[0], ylabel=labels[1], title=title)
+    def draw(axis: "Axes", table: Table) -> None:
+        lines: dict[str, dict[float, str]] = {}
+        for arm in table.arms():
+            name, _, number = arm.partition("@")
+            lines.setdefault(name, {})[float(number)] = arm
+        for place, (name, arms) in enumerate(lines.items()):
+            medians = []
+            dots = {"color": style(place)["color"], "marker": "o", "ms": 3, "ls": ""}
+            for number in sorted(arms):
+                found = list(table.last(arms[number], metric).values())
+                axis.plot([number] * len(found), found, alpha=0.6, **dots)
+                medians.append(median(found))
+            axis.plot(sorted(arms), medians, lw=1.4, label=name, **style(place))
+        axis.set(xlabel=labels[0], ylabel=labels[1], **settings)
 
     return draw
 
 
-def over_counts(
-    table: Table,
-    metric: str,
-    counts: Iterable[int],
-    labels: tuple[str, str],
-    *,
-    log_x: bool = False,
-    log: bool = False,
-) -> Panel:
-    """The last values of "METRIC@COUNT" over the counts, medians over seeds, by arm.
+def over(metrics: Mapping[int, str], labels: tuple[str, str], **settings: Any) -> Panel:
+    """The last values of several metrics over a number, medians over seeds, by arm.
 
     Args:
-      table: the study's.
-      metric: what stands before the "@".
-      counts: at which it may have been measured.
+      metrics: by the number; those that an arm lacks are left out.
       labels: of the two axes.
-      log_x: a logarithmic axis of counts.
-      log: a logarithmic axis of values.
+      settings: of the axes.
     """
 
-    def draw(axis: "Axes") -> None:
+    def draw(axis: "Axes", table: Table) -> None:
         for place, arm in enumerate(table.arms()):
-            values = {n: table.last(arm, f"{metric}@{n}").values() for n in counts}
-            middle = {n: np.nanmedian([*found]) for n, found in values.items() if found}
-            axis.plot([*middle], [*middle.values()], label=arm, **style(place))
-        if log_x:
-            axis.set_xscale("log")
-        if log:
-            axis.set_yscale("log")
-        axis.set(xlabel=labels[0], ylabel=labels[1])
+            values = {n: table.last(arm, m).values() for n, m in metrics.items()}
+            medians = {n: median(found) for n, found in values.items() if found}
+            axis.plot([*medians], [*medians.values()], label=arm, **style(place))
+        axis.set(xlabel=labels[0], ylabel=labels[1], **settings)
 
     return draw
 
 
-def _dot(place: int) -> dict[str, Any]:
-    return {"color": style(place)["color"], "marker": "o", "ms": 3, "alpha": 0.6}
+def at(metric: str, counts: Iterable[int]) -> dict[int, str]:
+    """The metrics "METRIC@COUNT", by the count, for `over`."""
+    return {count: f"{metric}@{count}" for count in counts}
 
 
-def scatter(
-    table: Table, x: str, y: str, labels: tuple[str, str], *, title: str = ""
-) -> Panel:
+def scatter(x: str, y: str, labels: tuple[str, str]) -> Panel:
     """Every run's last values of two metrics, a colour an arm."""
 
-    def draw(axis: "Axes") -> None:
+    def draw(axis: "Axes", table: Table) -> None:
         for place, arm in enumerate(table.arms()):
             xs, ys = table.last(arm, x), table.last(arm, y)
             seeds = sorted(xs.keys() & ys.keys())
-            marker = "osD^v<>PX*"[place % 10]
             axis.plot(
                 [xs[seed] for seed in seeds],
                 [ys[seed] for seed in seeds],
                 ls="",
-                marker=marker,
+                marker="osD^v<>PX*"[place % 10],
                 ms=5,
                 color=LINES[place % len(LINES)][0],
                 alpha=0.8,
                 label=arm,
             )
-        axis.set(xlabel=labels[0], ylabel=labels[1], title=title)
+        axis.set(xlabel=labels[0], ylabel=labels[1])
 
     return draw
 

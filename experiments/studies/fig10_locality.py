@@ -17,8 +17,8 @@ Cost: cpu 18 runs (without the smaller weight of the entropy) of three and a hal
 """
 
 from experiments.studies import drawing, scales, study
+from experiments.studies.drawing import along, scatter
 from experiments.studies.runs import Arm
-from experiments.studies.scales import VANILLA
 from experiments.studies.statistics import Rule
 
 REMEDIES = {
@@ -35,46 +35,23 @@ TRIED_AT = {
 }
 ENTROPY, AREA = "attention/token_entropy", "attention/area_ratio"
 SHADOW = "attention/shadow_contrast"
+NATS = "cross-entropy, nats per image"
 
 
 def arms(scale: str) -> list[Arm]:
     """Both gradients, and implicit with each remedy."""
     base = scales.trained_slate(scale)
     remedies = {name: REMEDIES[name] for name in TRIED_AT.get(scale, tuple(REMEDIES))}
-    return [
-        scales.arm(base, "vanilla", VANILLA, ["masks", "pictures"]),
-        scales.arm(base, "implicit", {}, ["masks", "pictures"]),
-        *(
-            scales.arm(base, name, changes, ["masks"])
-            for name, changes in remedies.items()
-        ),
-    ]
+    tried = [scales.arm(base, n, changes, ["masks"]) for n, changes in remedies.items()]
+    return [*scales.both(base, "masks", "pictures"), *tried]
 
 
-def draw(table: study.Table):
-    """Two Pareto pictures, then how maps change along training."""
-    cross_entropy = "cross-entropy, nats per image"
-    return drawing.panels(
-        drawing.scatter(
-            table,
-            "cross_entropy",
-            ENTROPY,
-            (cross_entropy, "entropy of attention, nats"),
-        ),
-        drawing.scatter(
-            table, "cross_entropy", AREA, (cross_entropy, "area of a map / object")
-        ),
-        drawing.scatter(
-            table,
-            "attention/fg_ari",
-            "decoder/fg_ari",
-            ("foreground ARI, attention", "foreground ARI, decoder"),
-        ),
-        drawing.along(table, ENTROPY, "entropy of attention, nats"),
-        drawing.along(
-            table, SHADOW, "attention on the shadow / other ground", log=True
-        ),
-        drawing.along(table, "decoder/token_entropy", "entropy of decoder masks, nats"),
+def remedy(name: str) -> tuple[Rule, Rule]:
+    """What decides about one remedy."""
+    loss = "cross_entropy"
+    return (
+        Rule(f"{name} sharpens", ENTROPY, name, "implicit", "lower"),
+        Rule("and costs nothing", loss, name, "implicit", "similar", 0.02),
     )
 
 
@@ -97,23 +74,21 @@ STUDY = study.Study(
                 ("they lie on shadows more", SHADOW),
             )
         ),
-        *(
-            rule
-            for name in REMEDIES
-            for rule in (
-                Rule(f"{name} sharpens", ENTROPY, name, "implicit", "lower"),
-                Rule(
-                    "and costs nothing",
-                    "cross_entropy",
-                    name,
-                    "implicit",
-                    "similar",
-                    0.02,
-                ),
-            )
-        ),
+        *(rule for name in REMEDIES for rule in remedy(name)),
     ),
-    draw=draw,
+    # Two Pareto pictures and the masks, then how maps change along training.
+    panels=(
+        scatter("cross_entropy", ENTROPY, (NATS, "entropy of attention, nats")),
+        scatter("cross_entropy", AREA, (NATS, "area of a map / object")),
+        scatter(
+            "attention/fg_ari",
+            "decoder/fg_ari",
+            ("foreground ARI, attention", "foreground ARI, decoder"),
+        ),
+        along(ENTROPY, "entropy of attention, nats"),
+        along(SHADOW, "attention on the shadow / other ground", yscale="log"),
+        along("decoder/token_entropy", "entropy of decoder masks, nats"),
+    ),
     more={"fig10_maps": lambda table: drawing.montage(table, ["vanilla", "implicit"])},
 )
 

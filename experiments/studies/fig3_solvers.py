@@ -12,7 +12,8 @@ Cost: cpu 15 runs of two and a half minutes on a core; gpu 15 runs (not measured
     20 runs of 250k steps.
 """
 
-from experiments.studies import drawing, scales, study
+from experiments.studies import scales, study
+from experiments.studies.drawing import along, by_arm
 from experiments.studies.runs import Arm
 from experiments.studies.scales import VANILLA
 from experiments.studies.statistics import Rule
@@ -43,24 +44,6 @@ def arms(scale: str) -> list[Arm]:
     return [scales.arm(base, name, changes) for name, changes in pairs.items()]
 
 
-def draw(table: study.Table):
-    """Curves along training, then what a step costs and the backward solve leaves."""
-    return drawing.panels(
-        drawing.along(
-            table, CROSS_ENTROPY, "cross-entropy, nats per image", split="validation"
-        ),
-        drawing.along(
-            table, "forward_residual", "‖f(z)−z‖ / ‖f(z)‖", split="train", log=True
-        ),
-        drawing.along(
-            table, "spectral_radius", "ρ(J), mean over images", split="validation"
-        ),
-        drawing.along(table, "grad_norm_l2", "gradient norm", split="train", log=True),
-        drawing.by_arm(table, "steps_per_second", "training steps per second"),
-        drawing.by_arm(table, "backward_residual", "residual of the backward solve"),
-    )
-
-
 STUDY = study.Study(
     name="fig3_solvers",
     title="Solvers: cross-entropy and residuals (Figs. 3a, 3b)",
@@ -75,12 +58,21 @@ STUDY = study.Study(
         *("steps_per_second", "backward_failed"),
     ),
     rules=(
-        Rule("IN beats vanilla", CROSS_ENTROPY, "IN", "vanilla", "lower"),
-        Rule("BN beats vanilla", CROSS_ENTROPY, "BN", "vanilla", "lower"),
-        Rule("BB beats vanilla", CROSS_ENTROPY, "BB", "vanilla", "lower"),
+        *(
+            Rule(f"{arm} beats vanilla", CROSS_ENTROPY, arm, "vanilla", "lower")
+            for arm in ("IN", "BN", "BB")
+        ),
         Rule("IB is worse than IN", CROSS_ENTROPY, "IB", "IN", "higher"),
     ),
-    draw=draw,
+    # Along training, then what a step costs and the backward solve leaves.
+    panels=(
+        along(CROSS_ENTROPY, "cross-entropy, nats per image", "validation"),
+        along("forward_residual", "‖f(z)−z‖ / ‖f(z)‖", "train", yscale="log"),
+        along("spectral_radius", "ρ(J), mean over images", "validation"),
+        along("grad_norm_l2", "gradient norm", "train", yscale="log"),
+        by_arm("steps_per_second", "training steps per second"),
+        by_arm("backward_residual", "residual of the backward solve"),
+    ),
 )
 
 if __name__ == "__main__":

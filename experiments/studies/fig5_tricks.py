@@ -14,7 +14,10 @@ Cost: cpu 30 runs of two minutes on a core; gpu 30 (not measured); paper 40 runs
     250k steps.
 """
 
+from typing import Any
+
 from experiments.studies import drawing, scales, study
+from experiments.studies.drawing import along
 from experiments.studies.runs import Arm
 from experiments.studies.scales import VANILLA
 from experiments.studies.statistics import Rule
@@ -50,82 +53,30 @@ def arms(scale: str) -> list[Arm]:
     ]
 
 
-def draw(table: study.Table):
-    """The Jacobian's norm and the gradient's, one panel for each gradient."""
-
-    def of(name):
-        return [arm for arm in table.arms() if arm.startswith(name)]
-
-    both = [
-        panel
-        for name in ("vanilla", "implicit")
-        for panel in (
-            drawing.along(
-                table,
-                "spectral_norm",
-                "σ_max(J)",
-                split="validation",
-                arms=of(name),
-                log=True,
-                title=name,
-            ),
-            drawing.along(
-                table,
-                "grad_norm_l2",
-                "gradient norm",
-                split="train",
-                arms=of(name),
-                log=True,
-                title=name,
-            ),
-            drawing.along(
-                table,
-                "cross_entropy",
-                "cross-entropy, nats per image",
-                split="validation",
-                arms=of(name),
-                title=name,
-            ),
-        )
-    ]
-    return drawing.panels(*both)
+def panels_of(name: str) -> tuple[drawing.Panel, ...]:
+    """The Jacobian's norm, the gradient's and the loss with one gradient."""
+    common: dict[str, Any] = {"beginning": name, "title": name}
+    nats = "cross-entropy, nats per image"
+    return (
+        along("spectral_norm", "σ_max(J)", "validation", yscale="log", **common),
+        along("grad_norm_l2", "gradient norm", "train", yscale="log", **common),
+        along("cross_entropy", nats, "validation", **common),
+    )
 
 
 def rules_of(trick: str) -> tuple[Rule, ...]:
     """What decides about one trick."""
     vanilla, implicit = f"vanilla, no {trick}", f"implicit, no {trick}"
-    norm = "spectral_norm"
+    norm, loss = "spectral_norm", "cross_entropy"
+    grows = f"vanilla's J grows without {trick}"
+    larger = f"without {trick} vanilla's J is larger"
+    spared = f"implicit does not need {trick}"
+    lower = f"without {trick} implicit has the lower cross-entropy"
     return (
-        Rule(
-            f"vanilla's J grows without {trick}",
-            norm,
-            vanilla,
-            "vanilla",
-            "higher",
-            0.2,
-        ),
-        Rule(
-            f"implicit does not need {trick}",
-            "cross_entropy",
-            implicit,
-            "implicit",
-            "similar",
-        ),
-        Rule(
-            f"without {trick} vanilla's J is larger",
-            norm,
-            vanilla,
-            implicit,
-            "higher",
-            0.2,
-        ),
-        Rule(
-            f"without {trick} implicit has the lower cross-entropy",
-            "cross_entropy",
-            implicit,
-            vanilla,
-            "lower",
-        ),
+        Rule(grows, norm, vanilla, "vanilla", "higher", 0.2),
+        Rule(spared, loss, implicit, "implicit", "similar"),
+        Rule(larger, norm, vanilla, implicit, "higher", 0.2),
+        Rule(lower, loss, implicit, vanilla, "lower"),
     )
 
 
@@ -140,7 +91,7 @@ STUDY = study.Study(
     ),
     summary=("cross_entropy", "slot_mse", "spectral_norm", "spectral_radius"),
     rules=tuple(rule for trick in ("clipping", "warm-up") for rule in rules_of(trick)),
-    draw=draw,
+    panels=(*panels_of("vanilla"), *panels_of("implicit")),
     more={"fig12_pictures": lambda table: drawing.montage(table, SHOWN)},
 )
 

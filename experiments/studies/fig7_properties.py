@@ -11,11 +11,9 @@ Cost: cpu 12 runs of five minutes on a core, with one iteration and three; gpu 1
     measured); paper 24 of 150k steps.
 """
 
-import numpy as np
-
 from experiments.studies import drawing, scales, study
 from experiments.studies.runs import Arm
-from experiments.studies.statistics import Rule
+from experiments.studies.statistics import score_rule
 from implicit_slots.evaluation.metrics.average_precision import THRESHOLDS
 
 METRICS = tuple(f"ap_{name}" for name in THRESHOLDS)
@@ -24,7 +22,7 @@ DECIDES = "ap_1"
 
 def arms(scale: str) -> list[Arm]:
     """Each gradient with one iteration, three and seven; cpu: one and three."""
-    base = scales.prediction(scale)
+    base = scales.locatello("set_prediction", scale)
     bases = {"vanilla": scales.vanilla_of(base), "implicit": base}
     counts = {"smoke": (3,), "cpu": (1, 3)}.get(scale, (1, 3, 7))
     return [
@@ -32,24 +30,6 @@ def arms(scale: str) -> list[Arm]:
         for name, one in bases.items()
         for count in counts
     ]
-
-
-def draw(table: study.Table):
-    """Precision over the threshold, along training, and by arm."""
-
-    def thresholds(axis):
-        for place, arm in enumerate(table.arms()):
-            found = [list(table.last(arm, metric).values()) for metric in METRICS]
-            middle = [np.nanmedian(values) if values else np.nan for values in found]
-            axis.plot(range(len(METRICS)), middle, label=arm, **drawing.style(place))
-        axis.set_xticks(range(len(METRICS)), ["∞", "1", "0.5", "0.25", "0.125"])
-        axis.set(xlabel="distance threshold", ylabel="average precision", ylim=(0, 1))
-
-    return drawing.panels(
-        thresholds,
-        drawing.along(table, DECIDES, "average precision within 1", split="validation"),
-        drawing.by_arm(table, DECIDES, "average precision within 1"),
-    )
 
 
 STUDY = study.Study(
@@ -60,36 +40,25 @@ STUDY = study.Study(
     metrics=(*METRICS, "huber", "fg_ari", "forward_residual"),
     summary=(*METRICS, "huber"),
     rules=(
-        Rule(
-            "implicit predicts better",
-            DECIDES,
-            "implicit@3",
-            "vanilla@3",
-            "higher",
-            by="difference",
-            better="higher",
+        score_rule("implicit predicts better", DECIDES, "implicit@3", "vanilla@3"),
+        score_rule(
+            "more iterations help implicit", DECIDES, "implicit@3", "implicit@1"
         ),
-        Rule(
-            "more iterations help implicit",
-            DECIDES,
-            "implicit@3",
-            "implicit@1",
-            "higher",
-            by="difference",
-            better="higher",
-        ),
-        Rule(
-            "more than three help further",
-            DECIDES,
-            "implicit@7",
-            "implicit@3",
-            "higher",
-            0.02,
-            by="difference",
-            better="higher",
+        score_rule(
+            "more than three help further", DECIDES, "implicit@7", "implicit@3", 0.02
         ),
     ),
-    draw=draw,
+    panels=(
+        drawing.over(
+            dict(enumerate(METRICS)),
+            ("distance threshold", "average precision"),
+            ylim=(0, 1),
+            xticks=range(len(METRICS)),
+            xticklabels=["∞", "1", "0.5", "0.25", "0.125"],
+        ),
+        drawing.along(DECIDES, "average precision within 1", "validation"),
+        drawing.by_arm(DECIDES, "average precision within 1"),
+    ),
 )
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ import numpy as np
 
 from experiments.studies import drawing, scales, study
 from experiments.studies.runs import Arm
-from experiments.studies.scales import VANILLA
 from experiments.studies.statistics import Rule
+from experiments.studies.table import Measurement, Table
 
 ROWS = 3  # images of each arm in the pictures
 SPILL, LEFT_SPILL = "spill_share", "one_left/spill_share"
@@ -35,15 +35,11 @@ AT_CROSS_ENTROPY = (SPILL, LEFT_SPILL, "counterfactual_error", "predictability")
 
 def arms(scale: str) -> list[Arm]:
     """Both gradients."""
-    base = scales.trained_slate(scale)
-    probes = ["deletion", "masks", "fixed_points", "slots_left"]
-    return [
-        scales.arm(base, "vanilla", VANILLA, probes),
-        scales.arm(base, "implicit", {}, probes),
-    ]
+    probes = ("deletion", "masks", "fixed_points", "slots_left")
+    return scales.both(scales.trained_slate(scale), *probes)
 
 
-def matched(table: study.Table) -> Iterator[study.Measurement]:
+def matched(table: Table) -> Iterator[Measurement]:
     """Each metric where a run has reached the cross-entropy that both reach."""
     found = {arm: table.curves(arm, "cross_entropy", "probe") for arm in table.arms()}
     for seed in set.intersection(*(set(curves) for curves in found.values())):
@@ -58,50 +54,24 @@ def matched(table: study.Table) -> Iterator[study.Measurement]:
                 curve = table.curves(arm, metric, "probe").get(seed)
                 if curve is not None:
                     value = float(np.interp(step, *curve))
-                    yield study.Measurement(
+                    yield Measurement(
                         arm, seed, int(step), "derived", metric + MATCHED, value
                     )
 
 
-def draw(table: study.Table):
-    """Spill by the number of slots left; then the three explanations."""
+def by_left(metric: str, label: str) -> drawing.Panel:
+    """A metric over the number of slots that are left."""
+    panel = drawing.over(drawing.at(metric, range(1, 33)), ("slots left", label))
 
-    def by_left(metric: str, label: str) -> drawing.Panel:
-        def panel(axis):
-            for place, arm in enumerate(table.arms()):
-                names = {
-                    row.metric
-                    for row in table.rows
-                    if row.arm == arm and row.metric.startswith(f"{metric}@")
-                }
-                left = sorted(int(name.rpartition("@")[2]) for name in names)
-                values = [
-                    np.nanmedian(list(table.last(arm, f"{metric}@{n}").values()))
-                    for n in left
-                ]
-                axis.plot(left, values, label=arm, **drawing.style(place))
-            axis.invert_xaxis()
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.set(xlabel="slots left", ylabel=label)
+    def draw(axis, table: Table) -> None:
+        panel(axis, table)
+        axis.invert_xaxis()
+        axis.xaxis.get_major_locator().set_params(integer=True)
 
-        return panel
-
-    return drawing.panels(
-        by_left(SPILL, "share of the change that spills"),
-        by_left("counterfactual_error", "error against the true deletion"),
-        drawing.scatter(
-            table,
-            "cross_entropy",
-            LEFT_SPILL,
-            ("cross-entropy, nats", "spill share, one slot left"),
-        ),
-        drawing.along(table, "predictability", "R² of a slot from the others"),
-        drawing.by_arm(table, "jacobian_coupling", "‖J off the blocks‖² / ‖J‖²"),
-        drawing.by_arm(table, LEFT_SPILL + MATCHED, "spill share, one left, matched"),
-    )
+    return draw
 
 
-def pictures(table: study.Table):
+def pictures(table: Table):
     """Images of the first seed, and their renders as slots go one by one."""
     found = {
         arm: drawing.arrays_of(table.runs(arm)[0], "slots_left") for arm in table.arms()
@@ -148,7 +118,18 @@ STUDY = study.Study(
         _rule("and at matched cross-entropy", "predictability" + MATCHED, 0.02),
         _rule("they are coupled more through J", "jacobian_coupling", 0.02),
     ),
-    draw=draw,
+    panels=(
+        by_left(SPILL, "share of the change that spills"),
+        by_left("counterfactual_error", "error against the true deletion"),
+        drawing.scatter(
+            "cross_entropy",
+            LEFT_SPILL,
+            ("cross-entropy, nats", "spill share, one slot left"),
+        ),
+        drawing.along("predictability", "R² of a slot from the others"),
+        drawing.by_arm("jacobian_coupling", "‖J off the blocks‖² / ‖J‖²"),
+        drawing.by_arm(LEFT_SPILL + MATCHED, "spill share, one left, matched"),
+    ),
     more={"fig9_pictures": pictures},
     derive=matched,
 )

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,8 +23,8 @@ import numpy as np
 from experiments.benchmarks.solver_comparison import build_case, gradient_quality
 from experiments.studies.runs import PROBE_FOLDER
 from implicit_slots.data import registry
-from implicit_slots.data.source import DataError
-from implicit_slots.evaluation.groups import GROUPS, masks
+from implicit_slots.data.source import DataError, Source
+from implicit_slots.evaluation import groups
 from implicit_slots.evaluation.steps import build_evaluation_steps
 from implicit_slots.evaluation.subject import Findings, Subject
 from implicit_slots.fixed_point import GMRES, Adjoint, Implicit, Neumann, Unrolled
@@ -38,7 +38,8 @@ from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import write_whole
 from implicit_slots.training import checkpoint
 
-Rows = list[dict[str, Any]]
+Rows = Iterable[tuple[int, str, float | None]]  # step, metric, value
+Probe = Callable[[pathlib.Path], Rows]
 
 # Whose parameter gradients are compared with the exact one.
 GRADIENTS: Mapping[str, Adjoint] = {
@@ -46,13 +47,12 @@ GRADIENTS: Mapping[str, Adjoint] = {
     "gmres": Implicit(solver=GMRES(max_steps=60, rtol=1e-2)),
     "unrolled": Unrolled(),
 }
-NUM_JUDGED = 4  # images; the oracle forms each one's Jacobian
+NUM_IMAGES = 4  # in pictures; of gradients, whose oracle forms each one's Jacobian
 # Numbers of iterations at test time, up to the run's
 # config.evaluation.fixed_points.iterations; what it was trained with is added.
 ITERATIONS = (1, 2, 3, 5, 10, 20, 50, 100)
 # How many initial slots an image is tried with.
 STARTS = (1, 3, 10)
-NUM_PICTURES = 4
 
 
 def subject(config: Config, model: Any) -> Subject:
@@ -86,7 +86,7 @@ def along_training(
         yield step, dataclasses.replace(first, params=split_model(model)[1])
 
 
-def group(name: str, *, last: bool = False) -> Callable[[pathlib.Path], Rows]:
+def group(name: str, *, last: bool = False) -> Probe:
     """Returns a probe that is one group of an evaluation's numbers.
 
     Args:
@@ -95,35 +95,28 @@ def group(name: str, *, last: bool = False) -> Callable[[pathlib.Path], Rows]:
     """
 
     def probe(workdir: pathlib.Path) -> Rows:
-        rows: Rows = []
         for step, subject in along_training(workdir, last=last):
             findings = Findings()
-            GROUPS[name](subject, findings)
+            groups.GROUPS[name](subject, findings)
             for metric, value in findings.metrics().items():
-                rows.append(row(step, metric, value["mean"]))
+                yield step, metric, value["mean"]
             for curve, drawn in findings.curves.items():
-                pairs = zip(drawn["x"], drawn["series"]["median"], strict=True)
-                rows += [row(step, f"{curve}@{x:g}", y) for x, y in pairs]
-        return rows
+                for x, y in zip(drawn["x"], drawn["series"]["median"], strict=True):
+                    yield step, f"{curve}@{x:g}", y
 
     return probe
 
 
 def gradients(workdir: pathlib.Path) -> Rows:
     """Cosine to the exact gradient and relative error, at each checkpoint's slots."""
-    rows: Rows = []
     for step in checkpoint.saved_steps(workdir):
         config, model = checkpoint.load(workdir, step)
-        source = registry.build(config.data, "validation")
-        batch = source.batch(np.arange(NUM_JUDGED))
-        image = as_float(jnp.asarray(batch["image"]))
+        image = images_of(registry.build(config.data, "validation"))
         case = build_case(model, image)
         for name, adjoint in GRADIENTS.items():
             found = gradient_quality(case, adjoint, model.slot_attention.solver)
             for quantity in ("cosine", "relative_error", "ratio"):
-                value = float(np.median(found[quantity]))
-                rows.append(row(step, f"{quantity}: {name}", value))
-    return rows
+                yield step, f"{quantity}: {name}", float(np.median(found[quantity]))
 
 
 def iterations(workdir: pathlib.Path) -> Rows:
@@ -138,74 +131,74 @@ def iterations(workdir: pathlib.Path) -> Rows:
 def starts(workdir: pathlib.Path) -> Rows:
     """Masks of the best of several initial slots, by how many are tried."""
     config, model = checkpoint.load(workdir)
-    if config.model.initial_slots == "learned":
-        return []  # All starts are one.
-    return masks_at(workdir, config, model, "evaluation.masks.starts", STARTS)
+    # Of learned ones all are one.
+    tried = () if config.model.initial_slots == "learned" else STARTS
+    return masks_at(workdir, config, model, "evaluation.masks.starts", tried)
 
 
 def masks_at(
     workdir: pathlib.Path, config: Config, model: Any, key: str, values: Sequence[int]
 ) -> Rows:
     """The last checkpoint's masks and cross-entropy where a key has other values."""
-    (step,) = checkpoint.saved_steps(workdir)[-1:]
+    step = checkpoint.saved_steps(workdir)[-1]
     params = split_model(model)[1]
-    rows: Rows = []
     for value in values:
         config.update_from_flattened_dict({key: value})
         again = dataclasses.replace(subject(config, build(config)), params=params)
         findings = Findings()
-        masks(again, findings)
+        groups.masks(again, findings)
         for metric, found in findings.metrics().items():
             if metric in ("cross_entropy", "attention/fg_ari", "decoder/fg_ari"):
-                rows.append(row(step, f"{metric}@{value}", found["mean"]))
-    return rows
+                yield step, f"{metric}@{value}", found["mean"]
 
 
 def pictures(workdir: pathlib.Path) -> Rows:
     """Images, renders and masks at each checkpoint, as arrays for a figure."""
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for step, subject in along_training(workdir):
-        batch = subject.source.batch(np.arange(NUM_PICTURES))
-        image = as_float(jnp.asarray(batch["image"]))
+        arrays["image"] = image = images_of(subject.source)
         encoded = subject.steps.encode(subject.params, image, 0)
-        arrays["image"] = np.asarray(image)
-        arrays[f"attention/{step}"] = np.asarray(encoded.attention)
+        arrays[f"attention/{step}"] = encoded.attention
         present = np.ones(encoded.slots.shape[:2], bool)
         if hasattr(model_class(subject.config.model.name), "render"):
             rendered = subject.steps.render(subject.params, encoded.slots, present)
             forced = subject.steps.read(
                 subject.params, encoded.tokens, encoded.slots, present
             )
-            arrays[f"slots/{step}"] = np.asarray(rendered)
-            arrays[f"decoder/{step}"] = np.asarray(forced.attention)
-    save(workdir, "pictures", arrays)
-    return []
+            arrays[f"slots/{step}"] = rendered
+            arrays[f"decoder/{step}"] = forced.attention
+    return save(workdir, "pictures", arrays)
 
 
 def slots_left(workdir: pathlib.Path) -> Rows:
     """Renders of the last checkpoint with an image's first K, …, 1 slots alone."""
     ((_, subject),) = along_training(workdir, last=True)
-    batch = subject.source.batch(np.arange(NUM_PICTURES))
-    image = as_float(jnp.asarray(batch["image"]))
+    image = images_of(subject.source)
     slots = subject.steps.encode(subject.params, image, 0).slots
     count = slots.shape[1]
-    arrays = {"image": np.asarray(image)}
+    arrays: dict[str, Any] = {"image": image}
     for left in range(count, 0, -1):
         present = jnp.broadcast_to(jnp.arange(count) < left, slots.shape[:2])
-        render = subject.steps.render(subject.params, slots, present)
-        arrays[f"left/{left}"] = np.asarray(render)
-    save(workdir, "slots_left", arrays)
-    return []
+        arrays[f"left/{left}"] = subject.steps.render(subject.params, slots, present)
+    return save(workdir, "slots_left", arrays)
 
 
-def save(workdir: pathlib.Path, probe: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a probe's arrays; `drawing.arrays_of` reads them."""
+def images_of(source: Source) -> jax.Array:
+    """The first images of a source, in [0, 1]."""
+    batch = source.batch(np.arange(NUM_IMAGES))
+    return as_float(jnp.asarray(batch["image"]))
+
+
+def save(workdir: pathlib.Path, probe: str, arrays: Mapping[str, Any]) -> Rows:
+    """Writes a probe's arrays, which `drawing.arrays_of` reads; returns no numbers."""
     folder = workdir / PROBE_FOLDER
     folder.mkdir(exist_ok=True)
-    np.savez_compressed(folder / f"{probe}.npz", **arrays)  # pyright: ignore
+    found = {name: np.asarray(array) for name, array in arrays.items()}
+    np.savez_compressed(folder / f"{probe}.npz", **found)  # pyright: ignore
+    return ()
 
 
-PROBES: Mapping[str, Callable[[pathlib.Path], Rows]] = {
+PROBES: Mapping[str, Probe] = {
     "masks": group("masks"),
     "rendering": group("rendering", last=True),
     "deletion": group("deletion"),
@@ -219,12 +212,6 @@ PROBES: Mapping[str, Callable[[pathlib.Path], Rows]] = {
 }
 
 
-def row(step: int, metric: str, value: float | None) -> dict[str, Any]:
-    """A measurement; what is not finite is null, as in metrics.jsonl."""
-    known = value is not None and np.isfinite(value)
-    return {"step": step, "metric": metric, "value": value if known else None}
-
-
 def main(argv: list[str] | None = None) -> None:
     """Runs one probe."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
@@ -234,7 +221,13 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     compiling.enable_cache()
     try:
-        rows = PROBES[options.probe](options.workdir)
+        # What is not finite is null, as in metrics.jsonl.
+        rows = [
+            {"step": step, "metric": metric, "value": value}
+            if value is not None and np.isfinite(value)
+            else {"step": step, "metric": metric, "value": None}
+            for step, metric, value in PROBES[options.probe](options.workdir)
+        ]
     except (UserError, DataError) as error:
         sys.exit(f"error: {error}")
     folder = options.workdir / PROBE_FOLDER

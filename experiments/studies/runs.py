@@ -222,11 +222,8 @@ def train_all(
         and (left := {m: c for m, c in wanted.items() if not m.exists()})
     }
     names = {workdir: f"{arm.name}, seed {seed}" for arm, seed, workdir in plan}
-    print(
-        f"{len(by_place)} runs, {len(by_place) - len(todo)} there already, "
-        f"{jobs} at a time, in {root}",
-        flush=True,
-    )
+    there = len(by_place) - len(todo)
+    print(f"{len(by_place)} runs, {there} there already, {jobs} at a time, in {root}")
     free: queue.Queue[int] = queue.Queue()
     for place in range(jobs) if jobs > 1 else (-1,):
         free.put(place)
@@ -240,7 +237,10 @@ def train_all(
             for marker, command in todo[workdir].items():
                 if stop or outcome(workdir):
                     break
-                make_one(workdir, command, marker, place, start)
+                log = workdir.with_name(f"{workdir.name}.log")
+                with log.open("a") as file:
+                    file.write(f"$ {shlex.join(command)}\n")
+                _finish(workdir, marker, log, start(command, log, place))
         except BaseException:
             stop.append(workdir)
             raise
@@ -253,31 +253,16 @@ def train_all(
         for count, future in enumerate(as_completed(pending), 1):
             workdir, seconds = pending[future], future.result()
             left = (time.perf_counter() - began) / count * (len(todo) - count)
-            print(
-                f"[{count:3}/{len(todo)}] {names[workdir]:<32} "
-                f"{outcome(workdir) or 'finished'} after {seconds:.0f} s; "
-                f"about {left / 60:.0f} min left",
-                flush=True,
-            )
+            end = f"{outcome(workdir) or 'finished'} after {seconds:.0f} s"
+            text = f"[{count:3}/{len(todo)}] {names[workdir]:<32} {end}"
+            print(f"{text}; about {left / 60:.0f} min left", flush=True)
     return [Done(arm.name, seed, w, outcome(w), arm.probes) for arm, seed, w in plan]
 
 
-def make_one(
-    workdir: pathlib.Path,
-    command: list[str],
-    marker: pathlib.Path,
-    place: int,
-    start: Launch,
+def _finish(
+    workdir: pathlib.Path, marker: pathlib.Path, log: pathlib.Path, code: int
 ) -> None:
-    """Runs one command of a run, and writes down a divergence.
-
-    Raises:
-      UserError: if it failed for another reason, or was stopped.
-    """
-    log = workdir.with_name(f"{workdir.name}.log")
-    with log.open("a") as file:
-        file.write(f"$ {shlex.join(command)}\n")
-    code = start(command, log, place)
+    """Writes down a divergence; raises `UserError` on what else went wrong."""
     if code == STOPPED:
         raise UserError("told to stop; the same command goes on where it was")
     if code == 0 and marker.exists():

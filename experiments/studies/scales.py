@@ -1,13 +1,4 @@
-"""How large a study is: what the arms of each scale have in common.
-
-| scale | what | for |
-|---|---|---|
-| smoke | four steps of toy models, one seed | continuous integration |
-| cpu | the embedded scenes at 32x32, minutes a run, three seeds | two cores |
-| folder | the same on your images (`--set=data.path=DIR`), three seeds | two cores |
-| gpu | the small configurations whole, three seeds | one GPU |
-| paper | the published models and data sets, four seeds | accelerators, your images |
-"""
+"""How large a study is: what the arms of each scale have in common; see README.md."""
 
 from collections.abc import Mapping, Sequence
 
@@ -38,10 +29,9 @@ _KEEP_ALL = {"keep_checkpoints": 1_000}
 def slate(scale: str) -> Base:
     """Returns the configuration file of SLATE and what a scale changes of it.
 
-    "cpu" is configs/scenes.py at 32x32 with three objects, four slots and 2,000 steps,
-    two minutes on a core: how training begins. "folder" is the same of
-    configs/folder.py, with its seven slots; "gpu" the whole of scenes.py; "paper"
-    CLEVR-Mirror as published, whose images you bring.
+    "cpu" is configs/scenes.py at 32x32 with three objects, four slots and 2,000 steps;
+    "folder" the same of configs/folder.py; "gpu" the whole of scenes.py; "paper"
+    CLEVR-Mirror as published.
     """
     if scale == "smoke":
         changes = {**_SMOKE, "diagnostics.every": 2, "diagnostics.num_examples": 2}
@@ -69,11 +59,7 @@ def slate(scale: str) -> Base:
 
 
 def trained_slate(scale: str) -> Base:
-    """Returns the same for studies of what slots hold, which need trained ones.
-
-    "cpu" and "folder" train four times as long with half the batch: at "cpu" three and
-    a half minutes.
-    """
+    """Returns the same for what slots hold: "cpu" and "folder" train longer."""
     file, changes = slate(scale)
     if scale in ("cpu", "folder"):
         changes = changes | {
@@ -88,26 +74,17 @@ def trained_slate(scale: str) -> Base:
     return file, changes
 
 
-def discovery(scale: str) -> Base:
-    """Returns the same of the autoencoder."""
-    return _of_locatello("autoencoder", scale)
-
-
-def prediction(scale: str) -> Base:
-    """Returns the same of the set predictor.
+def locatello(name: str, scale: str) -> Base:
+    """Returns the same of "autoencoder" or "set_prediction".
 
     Raises:
-      UserError: for a folder: not every one has attributes.
+      UserError: for the set predictor on a folder: not every one has attributes.
     """
-    if scale == "folder":
+    if (name, scale) == ("set_prediction", "folder"):
         raise UserError(
             "properties of objects are not studied on a folder of images; choose "
             "another --scale, or another study"
         )
-    return _of_locatello("set_prediction", scale)
-
-
-def _of_locatello(name: str, scale: str) -> Base:
     file = f"configs/{name}_scenes.py"
     if scale == "smoke":
         masks = {"data.with_masks": name == "set_prediction"}
@@ -121,6 +98,11 @@ def _of_locatello(name: str, scale: str) -> Base:
 
 
 VANILLA: Mapping[str, object] = {"model.adjoint.name": "unrolled"}
+
+
+def both(base: Base, *probes: str) -> list[Arm]:
+    """Returns the arms of both gradients, alike in all else."""
+    return [arm(base, "vanilla", VANILLA, probes), arm(base, "implicit", {}, probes)]
 
 
 def vanilla_of(base: Base) -> Base:

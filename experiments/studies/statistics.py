@@ -47,6 +47,18 @@ class Rule(NamedTuple):
     ranks_diverged: bool = True
 
 
+def score_rule(
+    claim: str,
+    metric: str,
+    a: str,
+    b: str,
+    least: float = 0.05,
+    expected: Literal["lower", "higher", "similar"] = "higher",
+) -> Rule:
+    """Returns a rule about a score in [0, 1]: more is better, differences count."""
+    return Rule(claim, metric, a, b, expected, least, "difference", "higher")
+
+
 class Effect(NamedTuple):
     """How one arm compares with another.
 
@@ -68,7 +80,7 @@ class Effect(NamedTuple):
 def paired_effect(
     a: Mapping[int, float], b: Mapping[int, float], rule: Rule
 ) -> Effect | None:
-    """Compares two arms over the seeds that both have.
+    """Compares two arms over the seeds that both have; None without any.
 
     The interval is the percentile bootstrap of the median over pairs, with a fixed
     seed. Of three pairs it is nearly always the range, and holds the true median less
@@ -78,9 +90,6 @@ def paired_effect(
       a: a value for each seed; NaN if the run diverged.
       b: the same.
       rule: how they are compared.
-
-    Returns:
-      None without a common seed.
     """
     seeds = sorted(a.keys() & b.keys())
     if not seeds:

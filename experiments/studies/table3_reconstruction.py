@@ -13,32 +13,20 @@ Cost: cpu 6 runs of three and a half minutes on a core; gpu 6 (not measured); pa
     of 250k steps.
 """
 
+from typing import Any
+
 from experiments.studies import drawing, scales, study
+from experiments.studies.drawing import by_arm
 from experiments.studies.runs import Arm
-from experiments.studies.scales import VANILLA
 from experiments.studies.statistics import Rule
 
+PAIR: Any = ("implicit", "vanilla", "lower")
 SHOWN = ("slots/mse", "dvae/mse", "slots/psnr", "slots/frechet_random", "slots/fid")
 
 
 def arms(scale: str) -> list[Arm]:
     """Both gradients."""
-    base = scales.trained_slate(scale)
-    return [
-        scales.arm(base, "vanilla", VANILLA, ["rendering", "pictures"]),
-        scales.arm(base, "implicit", {}, ["rendering", "pictures"]),
-    ]
-
-
-def draw(table: study.Table):
-    """Both errors, and what of them is the dVAE's."""
-    return drawing.panels(
-        drawing.by_arm(table, "slots/mse", "squared error through the slots"),
-        drawing.by_arm(table, "dvae/mse", "squared error of the dVAE alone"),
-        drawing.by_arm(
-            table, "slots/frechet_random", "Fréchet distance, random network"
-        ),
-    )
+    return scales.both(scales.trained_slate(scale), "rendering", "pictures")
 
 
 STUDY = study.Study(
@@ -49,23 +37,16 @@ STUDY = study.Study(
     metrics=("slots/*", "dvae/*", "cross_entropy"),
     summary=SHOWN,
     rules=(
-        Rule(
-            "implicit has the lower squared error",
-            "slots/mse",
-            "implicit",
-            "vanilla",
-            "lower",
-        ),
-        Rule("implicit has the lower FID", "slots/fid", "implicit", "vanilla", "lower"),
-        Rule(
-            "implicit is nearer by the random network",
-            "slots/frechet_random",
-            "implicit",
-            "vanilla",
-            "lower",
-        ),
+        Rule("implicit has the lower squared error", "slots/mse", *PAIR),
+        Rule("implicit has the lower FID", "slots/fid", *PAIR),
+        Rule("implicit is nearer by the random network", "slots/frechet_random", *PAIR),
     ),
-    draw=draw,
+    # Both errors, and what of them is the dVAE's.
+    panels=(
+        by_arm("slots/mse", "squared error through the slots"),
+        by_arm("dvae/mse", "squared error of the dVAE alone"),
+        by_arm("slots/frechet_random", "Fréchet distance, random network"),
+    ),
     more={"table3_pictures": lambda table: drawing.montage(table, table.arms())},
 )
 

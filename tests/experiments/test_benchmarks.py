@@ -16,12 +16,7 @@ from experiments.benchmarks import (
     train_step,
     train_step_floor,
 )
-from experiments.benchmarks.contestants import (
-    Bench,
-    Contestant,
-    alternate,
-    check_platforms,
-)
+from experiments.benchmarks.contestants import Bench, Contestant, alternate, compete
 from experiments.benchmarks.harness import CONFIGURATIONS
 from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime.errors import UserError
@@ -31,10 +26,9 @@ from implicit_slots.training.step import build_steps
 
 
 def written(out, capsys):
-    """The numbers of OUT.json; OUT.md was printed and there is a picture."""
+    """The numbers of OUT.json; OUT.md was printed."""
     table = (out.parent / f"{out.name}.md").read_text()
     assert table in capsys.readouterr().out
-    assert (out.parent / f"{out.name}.png").stat().st_size > 3_000
     numbers = json.loads((out.parent / f"{out.name}.json").read_text())
     assert numbers["versions"]["jax"] == jax.__version__
     assert numbers["hardware"]["cores"] >= 1 and numbers["hardware"]["cpu"]
@@ -73,18 +67,17 @@ def test_sampling(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_memory(tmp_path, capsys):
-    sizes = "--configurations=tiny --iterations=15,3 --repeats=1".split()
+    sizes = "--configurations=tiny --iterations=15,3".split()
     adjoints = "neumann 1", "unrolled"
     memory.main(
         [f"--out={tmp_path / 'm'}", f"--adjoints={';'.join(adjoints)}", *sizes],
         isolate=False,
     )
     result, table = written(tmp_path / "m", capsys)
+    assert (tmp_path / "m.png").stat().st_size > 3_000
     rows = {(row["adjoint"], row["iterations"]): row for row in result["rows"]}
     assert list(rows) == [(name, count) for name in adjoints for count in (3, 15)]
-    assert all(row["seconds"] > 0 for row in rows.values())
-    # Rows of memory and of time, under the iterations in order.
-    assert table.count("| neumann 1 |") == 2
+    # Under the iterations in order.
     assert "temporary MB, at iterations | 3 | 15 |" in table
     few, many = (rows["neumann 1", count]["temporary_bytes"] for count in (3, 15))
     assert many < 1.5 * few
@@ -230,11 +223,5 @@ def test_different_devices_are_not_compared():
     pair = [
         Contestant(name, build, name, steps=1, isolate=False) for name in ("cpu", "gpu")
     ]
-    check_platforms(pair[:1])
     with pytest.raises(UserError, match="different devices: cpu on cpu, gpu on gpu"):
-        check_platforms(pair)
-
-
-def test_what_this_version_lacks_is_one_sentence():
-    with pytest.raises(UserError, match="variant must be one of implicit, vanilla"):
-        harness.build_config(CONFIGURATIONS["tiny"], adjoint="explicit")
+        compete(pair, rounds=1)

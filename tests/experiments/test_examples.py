@@ -1,12 +1,13 @@
 """The scripts run, and what they print and write is what they say."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 
 from experiments.benchmarks import solver_comparison
-from experiments.examples import digits_deq
+from experiments.examples import digits_deq, own_models
 from implicit_slots.fixed_point import Implicit
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.training.checkpoint import load, saved_steps
@@ -20,13 +21,12 @@ def workdir(smoke_run):
 @pytest.mark.slow
 def test_solver_comparison(workdir, tmp_path, capsys):
     sizes = "--images=3 --judged=2 --steps=9 --rounds=2".split()
-    solver_comparison.main(
-        ["--smoke", f"--workdir={workdir}", f"--out={tmp_path}", *sizes]
-    )
+    out = tmp_path / "solver_comparison"
+    solver_comparison.main(["--smoke", f"--workdir={workdir}", f"--out={out}", *sizes])
     table = (tmp_path / "solver_comparison.md").read_text()
     assert table in capsys.readouterr().out
     assert (tmp_path / "solver_comparison.png").stat().st_size > 10_000
-    numbers = json.loads((tmp_path / "solver_comparison.json").read_text())
+    numbers = json.loads((tmp_path / "solver_comparison.json").read_text())["results"]
     for model in ("untrained", "trained"):
         assert len(numbers["spectra"][model]["spectral_radius"]) == 3
         for curve in numbers["forward"][model].values():
@@ -83,3 +83,11 @@ def test_digits(monkeypatch, capsys):
         assert accuracy > 0.8 and forward <= 30 and backward <= 20 and failed == 0
     # The penalty lowers the spectral radius, and with it the solver's steps.
     assert penalised[-1] < plain[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", own_models.EXAMPLES)
+def test_an_example_learns(example):
+    losses = own_models.train(*example())
+    assert all(map(math.isfinite, losses))
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])

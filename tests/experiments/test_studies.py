@@ -27,6 +27,7 @@ from experiments.studies import (
 )
 from experiments.studies.runs import Arm
 from experiments.studies.statistics import Rule, judge, paired_effect, sentence
+from experiments.studies.table import Measurement, Table, as_csv
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.training import run
 from implicit_slots.training.checks import check
@@ -309,7 +310,7 @@ def read(out):
     """A study's table, from what lies there."""
     arms = fig9_deletion.STUDY.arms("smoke")
     done = runs.train_all(arms, [0], out / "runs", jobs=1, start=failing(1))
-    return study.gather(fig9_deletion.STUDY, done)
+    return study.measure(fig9_deletion.STUDY, done)
 
 
 @pytest.mark.slow
@@ -336,22 +337,20 @@ def test_matching_compares_where_both_have_the_same_cross_entropy(smoke):
         ("implicit", (80, 40, 20, 10)),
     ):
         for step, value in zip(steps, entropies, strict=True):
+            rows.append(Measurement(arm, 0, int(step), "probe", "cross_entropy", value))
             rows.append(
-                study.Measurement(arm, 0, int(step), "probe", "cross_entropy", value)
+                Measurement(arm, 0, int(step), "probe", "spill_share", step / 300)
             )
-            rows.append(
-                study.Measurement(arm, 0, int(step), "probe", "spill_share", step / 300)
-            )
-    table = study.Table(tuple(rows), done)
+    table = Table(tuple(rows), done)
     found = {row.arm: row.value for row in fig9_deletion.matched(table)}
     assert found == pytest.approx({"vanilla": 1.0, "implicit": 0.5})
 
 
 def test_what_is_not_finite_is_an_empty_cell(tmp_path):
-    row = study.Measurement("a", 0, 1, "train", "loss", NAN)
-    text = study.as_csv([row, row._replace(value=1.5)])
+    row = Measurement("a", 0, 1, "train", "loss", NAN)
+    text = as_csv([row, row._replace(value=1.5)])
     assert text.splitlines()[1:] == ["a,0,1,train,loss,", "a,0,1,train,loss,1.5"]
     done = runs.Done("a", 0, tmp_path, "diverged")
-    table = study.Table((row._replace(value=3.0),), (done,))
+    table = Table((row._replace(value=3.0),), (done,))
     assert math.isnan(table.last("a", "loss")[0])
     assert dataclasses.replace(table, done=()).last("a", "loss") == {0: 3.0}

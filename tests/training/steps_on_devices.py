@@ -17,10 +17,10 @@ import traceback
 import jax
 import jax.numpy as jnp
 import numpy as np
+from collectives import read_collectives
 from flax import nnx
 
 from configs import scenes
-from experiments.benchmarks.collectives import read_collectives
 from implicit_slots.data.source import Source
 from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime import devices as mesh_devices
