@@ -71,6 +71,29 @@ def test_bad_data_writes_nothing(path, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_a_reader_that_leaves_ends_the_run_without_a_traceback(tmp_path):
+    """As `| head -1` does; the same command goes on."""
+    process = subprocess.Popen(
+        [
+            *[sys.executable, "-m", "implicit_slots.main"],
+            *["--config=configs/scenes.py:smoke", f"--workdir={tmp_path / 'run'}"],
+        ],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(timeout=300) == 1
+    assert "Traceback" not in said and "cannot be written" not in said
+    assert "the output is read no more; the same command resumes" in said
+
+
 def test_devices_must_divide_the_batch(tmp_path):
     result = command(
         "--config=configs/scenes.py",

@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Sequence
 
 from experiments.studies import study
-from implicit_slots.runtime.files import write_whole
+from implicit_slots.runtime.files import write_atomically
 
 NAMES = (
     *("fig3_solvers", "table3_reconstruction", "fig5_tricks", "fig6_iterations"),
@@ -37,7 +37,7 @@ def execute(options: argparse.Namespace, **how) -> None:
     for one in STUDIES:
         table = study.execute(one, options, **how)
         lines += [f"- [{one.title}]({one.name}.md): {study.verdict(one, table)}"]
-        write_whole(options.out / "README.md", "\n".join(lines) + "\n")
+        write_atomically(options.out / "README.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from implicit_slots.runtime.allocator import keep_freed_memory
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import build_mesh
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.files import write_whole
+from implicit_slots.runtime.files import write_atomically
 from implicit_slots.training import checkpoint
 
 Rows = Iterable[tuple[int, str, float | None]]  # step, metric, value
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = options.workdir / PROBE_FOLDER
     folder.mkdir(exist_ok=True)
     path = folder / f"{options.probe}.json"
-    write_whole(path, json.dumps(rows, indent=1) + "\n")
+    write_atomically(path, json.dumps(rows, indent=1) + "\n")
     print(f"{len(rows)} numbers in {path}; JAX {jax.__version__}")
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from implicit_slots.runtime.config import Config, flat
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.files import write_whole
+from implicit_slots.runtime.files import write_atomically
 from implicit_slots.runtime.workdir import (
     ABSENT,
     CONFIG_FILE,
@@ -269,7 +269,9 @@ def _finish(
         return
     if marker.name == SUMMARY_FILE and (workdir / REPLAY_FOLDER).exists():
         reason = "diverged: steps that are not finite"
-        write_whole(workdir / OUTCOME_FILE, json.dumps({"diverged": reason}) + "\n")
+        write_atomically(
+            workdir / OUTCOME_FILE, json.dumps({"diverged": reason}) + "\n"
+        )
         return
     last = log.read_text().strip().splitlines()[-1]
     raise UserError(f"a run ended with exit code {code}: {last}; all of it is in {log}")

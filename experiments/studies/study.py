@@ -32,7 +32,7 @@ from experiments.studies.statistics import Rule
 from experiments.studies.table import Measurement, Table, as_csv, gather
 from implicit_slots.drawing.figures import save_figure
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.files import write_whole
+from implicit_slots.runtime.files import write_atomically
 from implicit_slots.runtime.workdir import read_summary
 
 if TYPE_CHECKING:
@@ -161,10 +161,10 @@ def execute(
     print(f"{study.title} ({options.scale})", flush=True)
     done = runs.train_all(arms, seeds, out / "runs", jobs=options.jobs, start=start)
     table = measure(study, done)
-    write_whole(out / f"{study.name}.csv", as_csv(table.rows))
+    write_atomically(out / f"{study.name}.csv", as_csv(table.rows))
     for name, draw in {study.name: study.draw, **study.more}.items():
         save_figure(draw(table), out / name)
-    write_whole(out / f"{study.name}.md", page(study, options, table))
+    write_atomically(out / f"{study.name}.md", page(study, options, table))
     print(verdict(study, table))
     print(f"{out / study.name}.md, .csv, .png, .pdf")
     return table

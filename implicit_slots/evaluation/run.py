@@ -16,7 +16,7 @@ from implicit_slots.evaluation.groups import GROUPS, groups_of
 from implicit_slots.evaluation.steps import starts_of
 from implicit_slots.evaluation.subject import Findings, Subject
 from implicit_slots.runtime.config import Config
-from implicit_slots.runtime.files import finite, write_json, write_whole
+from implicit_slots.runtime.files import finite, write_atomically, write_json
 from implicit_slots.runtime.workdir import CONFIG_FILE, EVALUATION_FILE
 
 IMAGES_FILE = "images.csv"
@@ -78,7 +78,7 @@ def write(folder: pathlib.Path, findings: Findings, record: Mapping[str, Any]) -
         writer.writerow(["index", *names])
         for index in range(longest):
             writer.writerow([index, *(_cell(findings, n, index) for n in names)])
-        write_whole(folder / IMAGES_FILE, text.getvalue())
+        write_atomically(folder / IMAGES_FILE, text.getvalue())
     write_json(folder / EVALUATION_FILE, record)
 
 

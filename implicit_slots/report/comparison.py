@@ -14,7 +14,7 @@ from implicit_slots.report.plots import SERIES, Line, Panel, plot
 from implicit_slots.report.render import render
 from implicit_slots.runtime.config import flat
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.files import write_whole
+from implicit_slots.runtime.files import write_atomically
 from implicit_slots.runtime.workdir import (
     CONFIG_FILE,
     EVALUATION_FILE,
@@ -108,7 +108,7 @@ def write_comparison(
         plots=_plots(by_name),
         legend=[(*kind, name) for kind, name in zip(kinds, names, strict=True)],
     )
-    write_whole(path, page)
+    write_atomically(path, page)
     return path
 
 

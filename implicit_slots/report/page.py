@@ -17,7 +17,7 @@ from implicit_slots.report.curves import Curves, kind_of, plots, read_curves
 from implicit_slots.report.evaluation import evaluations
 from implicit_slots.report.render import duration, number, render, to_number
 from implicit_slots.runtime.config import flat
-from implicit_slots.runtime.files import write_whole
+from implicit_slots.runtime.files import write_atomically
 from implicit_slots.runtime.workdir import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
 
 EARLIER_PICTURES = 6
@@ -65,7 +65,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
         config=json.dumps(config, indent=2),
     )
     path = workdir / "report.html"
-    write_whole(path, page)
+    write_atomically(path, page)
     return path
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_atomically(file: Path, text: str) -> None:
     """Writes a file so that it is there whole or not at all."""
     temporary = file.with_suffix(".partial")
     with temporary.open("w", encoding="utf-8") as stream:
@@ -38,7 +38,7 @@ def expand(path: str) -> Path:
 
 def write_json(file: Path, values: Any) -> None:
     """Writes JSON whole or not at all; what is not finite becomes null."""
-    write_whole(file, json.dumps(finite(values), indent=2) + "\n")
+    write_atomically(file, json.dumps(finite(values), indent=2) + "\n")
 
 
 def finite(tree: Any) -> Any:

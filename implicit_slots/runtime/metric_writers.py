@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from implicit_slots.runtime.files import finite, write_whole
+from implicit_slots.runtime.files import finite, write_atomically
 from implicit_slots.runtime.workdir import METRICS_FILE, writing
 
 
@@ -41,7 +41,7 @@ class MetricWriter:
             ]
             lines = "".join(json.dumps(line) + "\n" for line in self.history)
             with writing(workdir):
-                write_whole(self._path, lines)
+                write_atomically(self._path, lines)
         self._tensorboard = _tensorboard(workdir)
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:

@@ -21,7 +21,7 @@ from implicit_slots.runtime import processes
 from implicit_slots.runtime.compiling import runs_once
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.files import write_whole
+from implicit_slots.runtime.files import write_atomically
 from implicit_slots.runtime.workdir import CONFIG_FILE, read_config
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.state import TrainState, initial_state
@@ -101,7 +101,7 @@ class Checkpoints:
             # A checkpoint that a kill leaves without is whole all the same.
             if processes.is_main():
                 sums = json.dumps(_checksums(self.folder / str(step)))
-                write_whole(self.folder / str(step) / CHECKSUM_FILE, sums)
+                write_atomically(self.folder / str(step) / CHECKSUM_FILE, sums)
         except Exception as error:  # Orbax raises whatever its storage layer raises
             if processes.lost_another(error):
                 raise

@@ -20,7 +20,7 @@ from implicit_slots.runtime import processes
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import build_mesh, replicate, shard_batch
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.files import write_whole
+from implicit_slots.runtime.files import write_atomically
 from implicit_slots.training import nonfinite
 from implicit_slots.training.checkpoint import Checkpoints, Damaged
 from implicit_slots.training.nonfinite import REPLAY_FOLDER
@@ -123,7 +123,7 @@ def run(
         ]
     text = "\n".join([*_table(rows), "", *last])
     print(text)
-    write_whole(folder / REPORT_FILE, text + "\n")
+    write_atomically(folder / REPORT_FILE, text + "\n")
     print(f"written to {folder / REPORT_FILE}")
     return {"step": step, "failed": failed}
 

@@ -35,7 +35,7 @@ from implicit_slots.runtime.compiling import Program
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import replicated, state_sharding
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.files import write_json, write_whole
+from implicit_slots.runtime.files import write_atomically, write_json
 from implicit_slots.runtime.metric_writers import MetricWriter
 from implicit_slots.runtime.versions import versions
 from implicit_slots.runtime.workdir import (
@@ -286,7 +286,7 @@ def introduce(parts: Parts, state: TrainState, workdir: pathlib.Path) -> None:
     if train is not None and processes.is_main():
         with writing(workdir):
             text = table_of_parameters(state.params)
-            write_whole(workdir / PARAMETERS_FILE, text + "\n")
+            write_atomically(workdir / PARAMETERS_FILE, text + "\n")
 
 
 def summarise(parts: Parts, validation: HeldOut, state: TrainState) -> dict[str, Any]:

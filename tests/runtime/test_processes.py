@@ -38,6 +38,8 @@ try:
 except UserError as error:
     failure = str(error)
 answers = [processes.agree(True), processes.agree(index == 0), processes.is_main()]
+# Process 1 sees another file system: it sees fewer checkpoints, or more.
+answers += [processes.of_main(seen[index]) for seen in ([[20, 10], [10]], [[], [5]])]
 processes.say("said once")
 print(json.dumps([told, answers, failure]), flush=True)
 if index:
@@ -182,7 +184,7 @@ def test_two_processes_agree_and_neither_waits_for_one_that_left():
         lines = [line for line in output.splitlines() if "[Gloo]" not in line]
         told, answers, failure = json.loads(lines[-1])
         assert told == f"process {index} of 2"
-        assert answers == [True, False, index == 0]
+        assert answers == [True, False, index == 0, [20, 10], []]
         assert failure == FAILURES[index]
         assert lines[:-1] == ["said once"][index:]
         assert started[index].returncode == 1, errors

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from implicit_slots.data.source import DataError
-from implicit_slots.runtime.files import expand, write_whole
+from implicit_slots.runtime.files import expand, write_atomically
 
 MANIFEST = "manifest.json"
 BLOCKS = "blocks.npy"
@@ -144,7 +144,7 @@ def open_fields(folder: Path, names: Collection[str]) -> dict[str, np.ndarray]:
 
 def write_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
     """Writes a manifest so that it is there whole or not at all."""
-    write_whole(file, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    write_atomically(file, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
 
 
 def shorten(folder: Path, fields: Mapping[str, np.ndarray], count: int) -> None:
