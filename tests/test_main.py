@@ -86,10 +86,11 @@ def test_a_reader_that_leaves_ends_the_run_without_a_traceback(tmp_path):
         text=True,
     )
     assert process.stdout is not None and process.stderr is not None
-    process.stdout.readline()
-    process.stdout.close()
-    said = process.stderr.read()
-    assert process.wait(timeout=300) == 1
+    with process:
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1
     assert "Traceback" not in said and "cannot be written" not in said
     assert "the output is read no more; the same command resumes" in said
 
