@@ -19,7 +19,7 @@ from flax import nnx
 
 from configs import base
 from experiments.benchmarks import harness
-from implicit_slots.evaluation.metrics import overlap
+from implicit_slots.evaluation.metrics import iou
 from implicit_slots.evaluation.metrics.locality import locality
 from implicit_slots.evaluation.metrics.segmentation import (
     adjusted_rand_index,
@@ -49,7 +49,7 @@ def contestants(batch: int) -> dict[str, tuple[Callable[[], object], float]]:
 
     everything = jax.jit(functools.partial(score_masks, max_true=OBJECTS))
     where = jax.jit(functools.partial(locality, max_true=OBJECTS))
-    match = jax.jit(overlap.match)
+    match = jax.jit(iou.match)
     section = base.get_config("model", base.scenes()).model
     graphdef, params = nnx.split(build_model(section, resolution=SIDE, seed=0))
 

@@ -25,8 +25,8 @@ from experiments.studies.runs import PROBE_FOLDER
 from implicit_slots.data import registry
 from implicit_slots.data.source import DataError, Source
 from implicit_slots.evaluation import groups
+from implicit_slots.evaluation.findings import Findings, Subject
 from implicit_slots.evaluation.steps import build_evaluation_steps
-from implicit_slots.evaluation.subject import Findings, Subject
 from implicit_slots.fixed_point import GMRES, Adjoint, Implicit, Neumann, Unrolled
 from implicit_slots.models.build import build, model_class, split_model
 from implicit_slots.models.images import as_float

@@ -12,13 +12,21 @@ import numpy as np
 
 from implicit_slots.data.source import Batch
 from implicit_slots.evaluation.catalogue import describe
+from implicit_slots.evaluation.findings import (
+    Findings,
+    Subject,
+    curve,
+    joined,
+    kept_rows,
+    kept_values,
+)
 from implicit_slots.evaluation.metrics import (
     deletion,
     fixed_points,
     frechet,
     inception,
     interdependence,
-    overlap,
+    iou,
 )
 from implicit_slots.evaluation.metrics.average_precision import (
     THRESHOLDS,
@@ -28,14 +36,6 @@ from implicit_slots.evaluation.metrics.average_precision import (
 )
 from implicit_slots.evaluation.metrics.segmentation import upsample
 from implicit_slots.evaluation.steps import classes_of, starts_of
-from implicit_slots.evaluation.subject import (
-    Findings,
-    Subject,
-    curve,
-    joined,
-    kept_rows,
-    kept_values,
-)
 from implicit_slots.models.build import model_class
 from implicit_slots.models.images import as_float
 from implicit_slots.runtime.devices import replicated
@@ -298,10 +298,10 @@ def _regions(subject: Subject, batch: Batch, attention: jax.Array) -> deletion.R
     if "segmentation" not in batch:
         return deletion.mask_regions(attention, height, width)
     true = jnp.asarray(batch["segmentation"])
-    objects = overlap.one_hot_objects(true, subject.config.data.max_objects)
+    objects = iou.one_hot_objects(true, subject.config.data.max_objects)
     weights = upsample(attention, height, width)
     weights = weights.reshape(*weights.shape[:2], -1)
-    matched = overlap.match(overlap.intersection_over_union(objects, weights))
+    matched = iou.match(iou.intersection_over_union(objects, weights))
     shadow = batch.get("shadow")
     return deletion.object_regions(
         true,

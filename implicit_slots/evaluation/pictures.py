@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from implicit_slots.drawing import figures, grids
+from implicit_slots.evaluation.findings import Findings, Subject
 from implicit_slots.evaluation.groups import groups_of
-from implicit_slots.evaluation.metrics import fixed_points, overlap
+from implicit_slots.evaluation.metrics import fixed_points, iou
 from implicit_slots.evaluation.metrics.average_precision import (
     THRESHOLDS,
     PrecisionRecall,
 )
 from implicit_slots.evaluation.metrics.segmentation import upsample
-from implicit_slots.evaluation.subject import Findings, Subject
 from implicit_slots.models.images import as_float
 
 # Iterations that a traversal shows, where they were made.
@@ -189,10 +189,10 @@ def draw_compositions(subject: Subject, folder: pathlib.Path) -> Pictures:
     weights = upsample(forced.attention, *batch["image"].shape[1:3])
     weights = weights.reshape(*weights.shape[:2], -1)
     if "segmentation" in batch:
-        objects = overlap.one_hot_objects(
+        objects = iou.one_hot_objects(
             jnp.asarray(batch["segmentation"]), subject.config.data.max_objects
         )
-        best = overlap.intersection_over_union(objects, weights).max(axis=1)
+        best = iou.intersection_over_union(objects, weights).max(axis=1)
         taken = best.argmax(axis=1)
     else:
         # The largest is likely the ground.

@@ -12,9 +12,9 @@ import numpy as np
 
 from implicit_slots.evaluation import catalogue
 from implicit_slots.evaluation.catalogue import describe
+from implicit_slots.evaluation.findings import Findings, Subject
 from implicit_slots.evaluation.groups import GROUPS, groups_of
 from implicit_slots.evaluation.steps import starts_of
-from implicit_slots.evaluation.subject import Findings, Subject
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.files import finite, write_atomically, write_json
 from implicit_slots.runtime.workdir import CONFIG_FILE, EVALUATION_FILE

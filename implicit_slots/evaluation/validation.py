@@ -32,10 +32,10 @@ from implicit_slots.evaluation.metrics.image_mean import image_means
 from implicit_slots.evaluation.metrics.segmentation import score_masks
 from implicit_slots.evaluation.setup import Setup
 from implicit_slots.fixed_point import diagnostics, fixed_point
+from implicit_slots.models.annealing import annealed
 from implicit_slots.models.build import model_class
 from implicit_slots.models.images import as_float, squared_error
 from implicit_slots.models.outputs import Output, Reconstruction, attention_entropy
-from implicit_slots.models.schedules import annealed
 from implicit_slots.models.set_prediction import CLASSES, REACH, encode_objects
 from implicit_slots.runtime.compiling import Bound
 from implicit_slots.runtime.config import Config

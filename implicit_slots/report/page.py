@@ -50,7 +50,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     splits = sorted({split for by_split in curves.values() for split in by_split})
     versions, command = summary.pop("versions", {}), summary.pop("command", None)
     page = render(
-        "report.html.j2",
+        "page.html.j2",
         heading=str(config.get("name") or workdir.resolve().name),
         settings=flat(config),
         finished=finished,

@@ -18,10 +18,10 @@ from jaxtyping import PyTree
 from implicit_slots.data.registry import Source, usage_of
 from implicit_slots.data.source import DataError
 from implicit_slots.drawing import grids
+from implicit_slots.evaluation.findings import Subject
 from implicit_slots.evaluation.groups import groups_of
 from implicit_slots.evaluation.run import evaluate_group
 from implicit_slots.evaluation.steps import EvaluationSteps
-from implicit_slots.evaluation.subject import Subject
 from implicit_slots.evaluation.validation import (
     HeldOut,
     at_once,

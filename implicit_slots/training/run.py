@@ -15,8 +15,8 @@ from implicit_slots.data import registry
 from implicit_slots.data.readers.frame_source import FrameSource
 from implicit_slots.evaluation import pictures
 from implicit_slots.evaluation import run as evaluation
+from implicit_slots.evaluation.findings import Subject
 from implicit_slots.evaluation.steps import build_evaluation_steps
-from implicit_slots.evaluation.subject import Subject
 from implicit_slots.evaluation.validation import (
     HeldOut,
     at_once,

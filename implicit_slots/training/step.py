@@ -13,9 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from implicit_slots.data.source import Batch
+from implicit_slots.models.annealing import annealed
 from implicit_slots.models.build import model_class
 from implicit_slots.models.images import as_float
-from implicit_slots.models.schedules import annealed
 from implicit_slots.runtime.compiling import Bound, bind
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import gathered, placed, replicated

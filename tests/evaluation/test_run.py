@@ -18,9 +18,9 @@ from implicit_slots.data import registry
 from implicit_slots.evaluation import groups
 from implicit_slots.evaluation import run as evaluation
 from implicit_slots.evaluation.catalogue import GROUPS, METRICS, describe
+from implicit_slots.evaluation.findings import Findings, Subject
 from implicit_slots.evaluation.metrics.segmentation import score_masks
 from implicit_slots.evaluation.steps import build_evaluation_steps
-from implicit_slots.evaluation.subject import Findings, Subject
 from implicit_slots.models.build import build, split_model
 from implicit_slots.models.images import as_float
 from implicit_slots.runtime.devices import build_mesh

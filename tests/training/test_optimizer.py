@@ -8,7 +8,7 @@ import pytest
 from reference import FLOAT32, relative_error
 
 from configs import base
-from implicit_slots.models.schedules import cosine
+from implicit_slots.models.annealing import cosine
 from implicit_slots.training.optimizer import (
     build_optimizer,
     build_plateau,

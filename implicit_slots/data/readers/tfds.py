@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from implicit_slots.data.readers.records import RecordFile
+from implicit_slots.data.readers.tfrecords import RecordFile
 from implicit_slots.data.source import DataError
 from implicit_slots.runtime.files import expand
 

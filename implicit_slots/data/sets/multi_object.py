@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 
 from implicit_slots.data.readers.frame_source import Frame, FrameSource, Progress
-from implicit_slots.data.readers.records import (
+from implicit_slots.data.readers.tfrecords import (
     GzipRecords,
     RecordFile,
     is_gzip,

@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Int
 
 from implicit_slots.data.readers.frame_source import Frame, FrameSource, Progress
-from implicit_slots.data.readers.records import parse_example
 from implicit_slots.data.readers.tfds import (
     Records,
     check_known,
@@ -20,6 +19,7 @@ from implicit_slots.data.readers.tfds import (
     first_line,
     instructions,
 )
+from implicit_slots.data.readers.tfrecords import parse_example
 from implicit_slots.data.sets.tfds_formats import (
     SHAPES3D_ROWS,
     SHAPES3D_SPLITS,

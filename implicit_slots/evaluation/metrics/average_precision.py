@@ -14,7 +14,7 @@ import numpy as np
 from clu import metrics
 from jaxtyping import Array, Bool, Float, Int
 
-from implicit_slots.evaluation.metrics.overlap import mean_over
+from implicit_slots.evaluation.metrics.iou import mean_over
 
 # Distances within which a position counts as right, in CLEVR's units (images show about
 # 6 of them); by the name that the metric has in logs.

@@ -6,7 +6,7 @@ To put numbers on Fig. 10 of Chang et al. (2022), whose maps look smeared.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from implicit_slots.evaluation.metrics.overlap import (
+from implicit_slots.evaluation.metrics.iou import (
     intersection_over_union,
     match,
     mean_over,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
-from implicit_slots.evaluation.metrics import overlap
+from implicit_slots.evaluation.metrics import iou
 from implicit_slots.evaluation.metrics.boundaries import boundary_f1
 
 # Share of an image's pixels from which on a slot counts as used.
@@ -62,7 +62,7 @@ def score_masks(
 
       - `ari`, `fg_ari`: see `adjusted_rand_index`; ARI has the background too, and is
         defined without objects.
-      - `miou`, `mbo` and, with classes, `mbo_class`: see overlap.py.
+      - `miou`, `mbo` and, with classes, `mbo_class`: see iou.py.
       - `soft_iou`: mIoU of the upsampled weights, before each pixel goes to one slot.
       - `boundary_f1`: see boundaries.py; NaN where the truth has no border.
       - `slots_used`: how many slots win at least 0.5 % of the pixels.
@@ -71,14 +71,12 @@ def score_masks(
     weights = upsample(attention, height, width)
     predicted = jnp.argmax(weights, axis=1).astype(jnp.int32)
     num_slots = attention.shape[1]
-    objects = overlap.one_hot_objects(segmentation, max_true)
+    objects = iou.one_hot_objects(segmentation, max_true)
     flat = predicted.reshape(len(predicted), 1, -1)
     won = (flat == jnp.arange(num_slots)[None, :, None]).astype(jnp.float32)
     present = objects.any(axis=2)
-    hard = overlap.intersection_over_union(objects, won)
-    soft = overlap.intersection_over_union(
-        objects, weights.reshape(*weights.shape[:2], -1)
-    )
+    hard = iou.intersection_over_union(objects, won)
+    soft = iou.intersection_over_union(objects, weights.reshape(*weights.shape[:2], -1))
 
     def rand_index(foreground_only):
         return adjusted_rand_index(
@@ -92,18 +90,18 @@ def score_masks(
     values = {
         "ari": rand_index(False),
         "fg_ari": rand_index(True),
-        "miou": overlap.mean_iou(hard, present),
-        "mbo": overlap.mean_best_overlap(hard, present),
-        "soft_iou": overlap.mean_iou(soft, present),
+        "miou": iou.mean_iou(hard, present),
+        "mbo": iou.mean_best_overlap(hard, present),
+        "soft_iou": iou.mean_iou(soft, present),
         "boundary_f1": boundary_f1(segmentation, predicted),
         "slots_used": jnp.sum(won.mean(axis=2) >= USED, axis=1, dtype=jnp.float32),
     }
     if classes is not None:
-        merged = overlap.merge_classes(objects, classes)
-        values["mbo_class"] = overlap.mean_best_overlap(
-            overlap.intersection_over_union(merged, won), merged.any(axis=2)
+        merged = iou.merge_classes(objects, classes)
+        values["mbo_class"] = iou.mean_best_overlap(
+            iou.intersection_over_union(merged, won), merged.any(axis=2)
         )
-    valid = overlap.scorable(attention, segmentation, max_true)
+    valid = iou.scorable(attention, segmentation, max_true)
     return {name: jnp.where(valid, value, jnp.nan) for name, value in values.items()}
 
 

@@ -10,7 +10,7 @@ from tfds_files import frame
 
 from implicit_slots.data import registry
 from implicit_slots.data.prepared import inspect, prepare
-from implicit_slots.data.readers.records import GzipRecords
+from implicit_slots.data.readers.tfrecords import GzipRecords
 from implicit_slots.data.sets import multi_object
 from implicit_slots.data.source import SPLITS, DataError
 

@@ -10,7 +10,7 @@ from reference import FLOAT32
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score, jaccard_score
 
-from implicit_slots.evaluation.metrics import overlap
+from implicit_slots.evaluation.metrics import iou
 from implicit_slots.evaluation.metrics.segmentation import USED, score_masks, upsample
 
 SIDE, GRID, SLOTS, MOST = 16, 4, 4, 6
@@ -127,7 +127,7 @@ def test_matching_reaches_scipys_optimum(shape):
     scores[1] = np.round(scores[1], 1)  # ties
     scores[2] = 0.0
     scores[3, 0] = 0.0  # an object that is not there
-    slots = np.asarray(overlap.match(jnp.asarray(scores)))
+    slots = np.asarray(iou.match(jnp.asarray(scores)))
     for found, of_image in zip(slots, scores, strict=True):
         taken = found[found >= 0]
         assert len(set(taken.tolist())) == len(taken)
@@ -142,7 +142,7 @@ def test_classes_are_united_once():
     masks = np.zeros((1, 4, 5), np.float32)
     masks[0, 0, 0] = masks[0, 1, 1:3] = masks[0, 2, 3] = 1  # the fourth is not there
     classes = np.array([[7, 2, 7, 2]], np.int32)
-    got = np.asarray(overlap.merge_classes(jnp.asarray(masks), jnp.asarray(classes)))
+    got = np.asarray(iou.merge_classes(jnp.asarray(masks), jnp.asarray(classes)))
     expected = [[1, 0, 0, 1, 0], [0, 1, 1, 0, 0], [0] * 5, [0] * 5]
     assert np.array_equal(got[0], expected)
 

@@ -14,8 +14,8 @@ import pytest
 from tensorflow_datasets import proto
 from tfds_files import frame
 
-from implicit_slots.data.readers import records
-from implicit_slots.data.readers.records import (
+from implicit_slots.data.readers import tfrecords
+from implicit_slots.data.readers.tfrecords import (
     GzipRecords,
     RecordFile,
     is_gzip,
@@ -277,4 +277,4 @@ def test_the_checksum_is_the_published_one():
     """RFC 3720's CRC-32C of 32 zeros, with TFRecord's mask."""
     crc = 0x8A9136AA
     mask = (((crc >> 15) | (crc << 17)) + 0xA282EAD8) % 2**32
-    assert records._checksum(bytes(32)) == mask
+    assert tfrecords._checksum(bytes(32)) == mask
