@@ -225,9 +225,8 @@ def adjoint() -> Config:
     section.steps = core.Truncated.steps  # truncated, phantom: applications or terms
     section.damping = core.Truncated.damping  # truncated, phantom: step length
     section.max_terms = core.Adaptive.max_terms  # adaptive
-    section.rtol = (
-        core.Adaptive.rtol
-    )  # adaptive: wanted relative error of the cotangent
+    # Adaptive: the relative error of the cotangent that is wanted.
+    section.rtol = core.Adaptive.rtol
     section.remat = core.Unrolled.remat  # unrolled, truncated: recompute, do not store
     # Implicit: how uᵀ = uᵀJ + gᵀ is solved.
     # No tolerance: what does not meet one within the steps trains with one term, and

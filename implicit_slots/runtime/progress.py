@@ -8,7 +8,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-SHOWN = ("loss", "mse", "cross_entropy", "fg_ari", "decoder_fg_ari", "ap_inf", "ap_0_5")
+SHOWN = (
+    *("loss", "mse", "cross_entropy", "fg_ari", "ari", "miou"),
+    *("decoder_fg_ari", "decoder_ari", "decoder_miou", "ap_inf", "ap_0_5"),
+)
 
 
 class Progress:
