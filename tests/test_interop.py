@@ -389,7 +389,7 @@ def initial():
     """Our initial parameters over as many seeds, in the official layout."""
     config, rngs = official_config(size=official.INITIAL_SIZE), nnx.Rngs
 
-    def build(key):
+    def draw(key):
         with pytest.MonkeyPatch().context() as patch:
             # A configuration's seed is a Python integer: it would be compiled in.
             patch.setattr(nnx, "Rngs", lambda params: rngs(params=key))
@@ -397,7 +397,7 @@ def initial():
 
     # The generator that compiles fastest.
     keys = [jax.random.key(seed, impl="rbg") for seed in range(OUR_SEEDS)]
-    compiled = jax.jit(build).lower(keys[0]).compile()
+    compiled = jax.jit(draw).lower(keys[0]).compile()
     seeds = [to_official(jax.tree.map(np.asarray, compiled(key))) for key in keys]
     return {
         name: np.stack([seed[name] for seed in seeds])
