@@ -6,6 +6,7 @@ Commands:
   verify   compares a prepared cache with its checksums, byte by byte.
 """
 
+import os
 import pathlib
 import sys
 
@@ -50,6 +51,10 @@ def main(argv: list[str]) -> None:
             run(split)
     except DataError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:
+        # Whoever read the output (`| head`) is gone.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit("the output is read no more; the same command goes on where it was")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on where it was")
 

@@ -159,7 +159,9 @@ def build(
       DataError: an unknown name, split or option, or data that cannot be used.
     """
     asked = request(config, split)
-    source = open_prepared(asked, keys) or open_files(asked, keys)
+    source = open_prepared(asked, keys)
+    if source is None:
+        source = open_files(asked, keys)
     check_cheaply(source)
     return source
 

@@ -114,7 +114,8 @@ def pack_objects(
 ) -> dict[str, np.ndarray]:
     """One scene's objects as arrays, padded with zeros to `max_objects`.
 
-    The keys are those of `scenes.objects`; `pixel_position` is in pixels of the frame.
+    The keys are those of `scenes.sampling.objects`; `pixel_position` is in pixels of
+    the frame.
 
     Args:
       objects: CLEVR's attributes by name: `color`, `material`, `shape` and `size` as

@@ -194,7 +194,7 @@ def _attended(
 def _upsample(
     attention: Float[np.ndarray, "batch slots rows columns"], height: int, width: int
 ) -> Float[np.ndarray, "batch slots {height} {width}"]:
-    """Bilinear, pixel centres at halves: as `evaluation.segmentation` scores it."""
+    """Bilinear, pixel centres at halves: as `metrics.segmentation` scores it."""
     batch, slots, rows, columns = attention.shape
     maps = attention.astype(np.float32).reshape(-1, rows, columns)
     resized = [

@@ -3,6 +3,7 @@
 Each is a function of a `Subject` that adds to `Findings`.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -86,11 +87,13 @@ def masks(subject: Subject, findings: Findings) -> None:
 def rendering(subject: Subject, findings: Findings) -> None:
     """Squared error, PSNR, SSIM and Fréchet distances of both reconstructions."""
     settings = subject.config.evaluation
-    features: dict[str, Any] = {"frechet_random": jax.jit(frechet.random_features)}
+    # Whole in every process, which otherwise could not fetch it.
+    compiled = functools.partial(jax.jit, out_shardings=replicated(subject.mesh))
+    features: dict[str, Any] = {"frechet_random": compiled(frechet.random_features)}
     if settings.inception:
         weights = inception.load(expand(settings.inception))
         weights = jax.device_put(weights, replicated(subject.mesh))
-        network = jax.jit(inception.features)
+        network = compiled(inception.features)
         features["fid"] = lambda images: network(weights, images)
     else:
         findings.absent["fid"] = NO_WEIGHTS

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 
 from implicit_slots.drawing import figures, grids
 from implicit_slots.evaluation.findings import Findings, Subject
@@ -18,6 +19,7 @@ from implicit_slots.evaluation.metrics.average_precision import (
 )
 from implicit_slots.evaluation.metrics.segmentation import upsample
 from implicit_slots.models.images import as_float
+from implicit_slots.runtime.workdir import writing
 
 # Iterations that a traversal shows, where they were made.
 SHOWN = (1, 2, 3, 5, 8, 20, 50, 100)
@@ -86,7 +88,7 @@ def draw_attention(subject: Subject, folder: pathlib.Path) -> Pictures:
     image = np.asarray(as_float(jnp.asarray(batch["image"])))
     maps = np.asarray(upsample(encoded.attention, *image.shape[1:3]))
     figure = figures.attention_figure(image, maps)
-    figures.save_figure(figure, folder / "attention_maps")
+    _save_figure(figure, folder / "attention_maps")
     caption = "Slot attention's shares; attention_maps.pdf and .svg are the same."
     title = "Attention as heat maps"
     return [{"file": "attention_maps.png", "title": title, "caption": caption}]
@@ -96,7 +98,7 @@ def draw_curves(findings: Findings, folder: pathlib.Path) -> None:
     """The curves of the report for papers: curves.png, .pdf and .svg."""
     named = ("residual", "mask_flips", "spill_share", "counterfactual_error")
     curves = [findings.curves[name] for name in named if name in findings.curves]
-    figures.save_figure(figures.curve_figure(curves), folder / "curves")
+    _save_figure(figures.curve_figure(curves), folder / "curves")
 
 
 def draw_precision(
@@ -108,7 +110,7 @@ def draw_precision(
         for name, limit in THRESHOLDS.items()
     }
     figure = figures.precision_figure(lines)
-    figures.save_figure(figure, folder / "precision_recall")
+    _save_figure(figure, folder / "precision_recall")
     caption = (
         "Of predicted objects, all images together, the most confident first; a line "
         "for each distance within which a position counts as right."
@@ -253,7 +255,7 @@ def _save_for_papers(
 ) -> None:
     """Rows of as many tiles as there are headings, as PNG, PDF and SVG."""
     rows = tiles.reshape(-1, len(headings), *tiles.shape[1:])
-    figures.save_figure(figures.tile_figure(rows.astype(np.float64), headings), path)
+    _save_figure(figures.tile_figure(rows.astype(np.float64), headings), path)
 
 
 def _save(
@@ -263,5 +265,11 @@ def _save(
     title: str,
     caption: str,
 ) -> dict[str, str]:
-    grids.save_png(picture, folder / f"{name}.png")
+    with writing(folder):
+        grids.save_png(picture, folder / f"{name}.png")
     return {"file": f"{name}.png", "title": title, "caption": caption}
+
+
+def _save_figure(figure: Figure, path: pathlib.Path) -> None:
+    with writing(path.parent):
+        figures.save_figure(figure, path)

@@ -109,7 +109,7 @@ def build_model(
     model = kind(
         resolution,
         **arguments,
-        slots=functools.partial(SlotAttention, **slots),
+        slots=functools.partial(_arguments(kind)["slots"], **slots),
         rngs=nnx.Rngs(params=jax.random.key(seed)),
     )
     set_precision(model, precision)

@@ -118,7 +118,7 @@ def encode_objects(objects: Mapping[str, Any], count: int) -> Properties:
     """Returns objects as vectors: position, one-hot attributes, 1; zeros for no object.
 
     Args:
-      objects: of a batch, see `data.base.Source.batch`: `position` in CLEVR's units,
+      objects: of a batch, see `data.source.Source.batch`: `position` in CLEVR's units,
         the codes of `CLASSES`, and `present`.
       count: how many vectors an image gets.
 

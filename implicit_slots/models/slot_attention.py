@@ -222,7 +222,10 @@ class SlotAttention(nnx.Module):
             )
         if attention_gain <= 0:
             raise InvalidValue(f"attention_gain must be positive, got {attention_gain}")
-        check_pair(solver, adjoint)
+        try:
+            check_pair(solver, adjoint)
+        except ValueError as error:
+            raise InvalidValue(str(error)) from error
         implicit = not isinstance(adjoint, Unrolled)
         if initial_slots == "learned" and implicit and not straight_through:
             raise InvalidValue(

@@ -21,7 +21,7 @@ def write_atomically(file: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keeps other processes from laying out or sealing the same folder meanwhile."""
+    """Keeps other processes out of the same work on a folder; they wait."""
     with (folder.parent / f".{folder.name}.lock").open("w") as file:
         # Some file systems have no locks, and Windows has others.
         with contextlib.suppress(OSError, ImportError):

@@ -36,11 +36,10 @@ class MetricWriter:
         if step is None:
             return
         if self._path.exists():
-            self.history = [
-                line for line in read_metrics(workdir) if line["step"] <= step
-            ]
-            lines = "".join(json.dumps(line) + "\n" for line in self.history)
             with writing(workdir):
+                written = read_metrics(workdir)
+                self.history = [line for line in written if line["step"] <= step]
+                lines = "".join(json.dumps(line) + "\n" for line in self.history)
                 write_atomically(self._path, lines)
         self._tensorboard = _tensorboard(workdir)
 

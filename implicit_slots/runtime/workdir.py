@@ -73,9 +73,9 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def writing(workdir: pathlib.Path) -> Iterator[None]:
-    """Says in a sentence that a file of the workdir cannot be written.
+    """Says in a sentence that a file of the workdir cannot be written or read.
 
-    To be put around nothing but calls that write there.
+    To be put around nothing but calls that do that.
 
     Raises:
       UserError: in place of an OSError.

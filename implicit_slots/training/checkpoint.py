@@ -22,7 +22,7 @@ from implicit_slots.runtime.compiling import runs_once
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import write_atomically
-from implicit_slots.runtime.workdir import CONFIG_FILE, read_config
+from implicit_slots.runtime.workdir import CONFIG_FILE, read_config, writing
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.state import TrainState, initial_state
 
@@ -32,7 +32,7 @@ DAMAGED_FOLDER = "damaged"
 CHECKSUM_FILE = "checksums.json"
 
 
-class Loop(TypedDict):
+class SavedLoop(TypedDict):
     """What a checkpoint holds of the loop, beside the state.
 
     Attributes:
@@ -83,14 +83,14 @@ class Checkpoints:
         """
         return processes.of_main(sorted(self._manager.all_steps(), reverse=True))
 
-    def save(self, state: TrainState, loop: Loop | None = None) -> None:
+    def save(self, state: TrainState, loop: SavedLoop | None = None) -> None:
         """Writes a checkpoint of the state at its step.
 
         Raises:
           UserError: if it cannot be written; those before it are as they were.
         """
         step = int(state.step)
-        loop = loop or Loop(window=[], best=None)
+        loop = loop or SavedLoop(window=[], best=None)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state._asdict()),
             loop=ocp.args.JsonSave(loop),
@@ -111,7 +111,7 @@ class Checkpoints:
                 "and start the same command again"
             ) from error
 
-    def read(self, step: int, like: TrainState) -> tuple[TrainState, Loop]:
+    def read(self, step: int, like: TrainState) -> tuple[TrainState, SavedLoop]:
         """Reads one checkpoint into the shapes and shardings of `like`.
 
         Raises:
@@ -129,7 +129,7 @@ class Checkpoints:
         try:
             with _silenced():
                 found = self._manager.restore(step, args=items)
-            found = TrainState(**found["state"]), Loop(**found["loop"])
+            found = TrainState(**found["state"]), SavedLoop(**found["loop"])
         except Exception as error:  # Orbax raises whatever its storage layer raises
             damage = _reason(error)
         if not processes.agree(not damage):
@@ -161,8 +161,9 @@ class Checkpoints:
         if processes.is_main():
             while target.exists():
                 target = target.with_name(f"{target.name}-again")
-            target.parent.mkdir(exist_ok=True)
-            (self.folder / str(step)).rename(target)
+            with writing(self.folder.parent):
+                target.parent.mkdir(exist_ok=True)
+                (self.folder / str(step)).rename(target)
         processes.barrier("set aside")
         self._manager.reload()
         return target
@@ -174,7 +175,7 @@ class Checkpoints:
 
 def restore(
     checkpoints: Checkpoints, like: TrainState, *, set_aside: bool
-) -> tuple[TrainState, Loop] | None:
+) -> tuple[TrainState, SavedLoop] | None:
     """Reads the latest checkpoint that is whole; None if there is none at all.
 
     Args:

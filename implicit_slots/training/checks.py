@@ -60,6 +60,7 @@ SIZES = (
     "head_size",
 )
 NOT_NEGATIVE = (
+    "seed",
     "diagnostics.every",
     "diagnostics.powers",
     "profile.start",
@@ -230,7 +231,9 @@ def check_slate(config: Config) -> None:
             f'config.precision="bfloat16"; this is a {jax.default_backend()} with '
             f"{config.precision}"
         )
-    tokens = (config.data.resolution // STRIDE) ** 2 * config.model.vocab_size
+    # A resolution below the stride is refused where the model is built.
+    side = max(config.data.resolution // STRIDE, 1)
+    tokens = side**2 * config.model.vocab_size
     most = MOST_WORDS // tokens
     if config.batch_size // config.accumulate > most:
         raise UserError(
@@ -321,8 +324,7 @@ def check_same_run(
             f"{path} is not a run's configuration; choose another --workdir"
         ) from error
     now = {**ABSENT, **flat(json.loads(config.to_json()))}
-    may_change = MAY_CHANGE
-    for key in sorted((before.keys() | now.keys()) - may_change):
+    for key in sorted((before.keys() | now.keys()) - MAY_CHANGE):
         if key.startswith("evaluation."):
             continue
         if not training and key.startswith("data.") and key != "data.resolution":

@@ -82,7 +82,7 @@ class Run:
 
 
 def train(
-    run: Run, state: TrainState, so_far: checkpoint.Loop, notice: Notice
+    run: Run, state: TrainState, so_far: checkpoint.SavedLoop, notice: Notice
 ) -> TrainState:
     """Trains to `config.num_steps`.
 
@@ -129,7 +129,7 @@ class _Loop:
         self,
         run: Run,
         state: TrainState,
-        so_far: checkpoint.Loop,
+        so_far: checkpoint.SavedLoop,
         notice: Notice,
         batches: device_batches.Feed,
         progress: Progress,
@@ -232,7 +232,7 @@ class _Loop:
         for group in groups_of(config.model.name):
             if due(config.evaluation[group].every):
                 with self._progress.paused():
-                    values = evaluate(run, self._state.evaluated, group)
+                    values = measure_group(run, self._state.evaluated, group)
                     self._write(step, "validation", values)
         if due(config.draw_every):
             with self._progress.paused():
@@ -285,11 +285,11 @@ class _Loop:
             self._run.checkpoints.save(self._state, self._record())
             self._saved = step
 
-    def _record(self) -> checkpoint.Loop:
+    def _record(self) -> checkpoint.SavedLoop:
         window = self._earlier
         if self._window:
             window = [float(leaf) for leaf in jax.tree.leaves(self._merged())]
-        return checkpoint.Loop(window=window, best=self._best)
+        return checkpoint.SavedLoop(window=window, best=self._best)
 
     def _merged(self) -> metrics.Collection:
         """The training metrics since the last logged step, merged in their order."""
@@ -319,7 +319,7 @@ def computed(collection: metrics.Collection) -> dict[str, float]:
         return {name: float(value) for name, value in collection.compute().items()}
 
 
-def evaluate(run: Run, params: PyTree, group: str) -> dict[str, float]:
+def measure_group(run: Run, params: PyTree, group: str) -> dict[str, float]:
     """Returns one group of an evaluation's numbers, on held-out images."""
     subject = Subject(
         config=run.config,

@@ -21,6 +21,7 @@ from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import build_mesh, replicate, shard_batch
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import write_atomically
+from implicit_slots.runtime.workdir import writing
 from implicit_slots.training import nonfinite
 from implicit_slots.training.checkpoint import Checkpoints, Damaged
 from implicit_slots.training.nonfinite import REPLAY_FOLDER
@@ -45,8 +46,6 @@ def write(
     folder = workdir / REPLAY_FOLDER
     index = int(state.faults.last) - 1
     if processes.is_main():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
         batches = TrainBatches(
             source, config.batch_size, config.seed, flip=usage_of(config.data)["flip"]
         )
@@ -54,11 +53,15 @@ def write(
             jax.tree_util.keystr(path, simple=True, separator="/"): leaf
             for path, leaf in jax.tree.leaves_with_path(batches[index])
         }
-        np.savez(folder / BATCH_FILE, **named)
+        with writing(workdir):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            np.savez(folder / BATCH_FILE, **named)
     processes.barrier("replay")
     none = Faults(*(0 * count for count in state.faults))
     before = state._replace(step=0 * state.step + index, faults=none)
-    checkpoints = Checkpoints(folder / "state", keep=1)
+    with writing(workdir):
+        checkpoints = Checkpoints(folder / "state", keep=1)
     checkpoints.save(before)
     checkpoints.close()
 
@@ -123,7 +126,8 @@ def run(
         ]
     text = "\n".join([*_table(rows), "", *last])
     print(text)
-    write_atomically(folder / REPORT_FILE, text + "\n")
+    with writing(workdir):
+        write_atomically(folder / REPORT_FILE, text + "\n")
     print(f"written to {folder / REPORT_FILE}")
     return {"step": step, "failed": failed}
 

@@ -52,12 +52,12 @@ from implicit_slots.training.checkpoint import (
     BEST_FOLDER,
     CHECKPOINT_FOLDER,
     Checkpoints,
-    Loop,
+    SavedLoop,
     restore,
 )
 from implicit_slots.training.checks import check, check_same_run, crowding
+from implicit_slots.training.parts import Parts, build_parts
 from implicit_slots.training.precompile import compile_ahead
-from implicit_slots.training.setup import Parts, prepare
 from implicit_slots.training.state import TrainState, first_state, initial_state
 
 PARAMETERS_FILE = "parameters.txt"
@@ -104,7 +104,7 @@ def run(
         with processes.together():
             check(config, mode, checkpoint)
             check_same_run(config, workdir, training=mode == "train")
-            parts = prepare(config, mode)
+            parts = build_parts(config, mode)
         if mode == "replay":
             like = first_state(config, parts.optimizer)
             return replay.run(config, workdir, parts.steps, like)
@@ -147,7 +147,8 @@ def train(
         writer = MetricWriter(workdir, step=int(state.step) if writes else None)
         stack.callback(writer.close)
         introduce(parts, state, workdir)
-        old = read_summary(workdir)
+        with writing(workdir):
+            old = read_summary(workdir)
         unfinished = int(state.step) < config.num_steps
         if unfinished:
             this = loop.Run(
@@ -240,7 +241,7 @@ def begin_to_compile(
 
 def first_or_latest(
     parts: Parts, workdir: pathlib.Path, checkpoints: Checkpoints
-) -> tuple[TrainState, Loop]:
+) -> tuple[TrainState, SavedLoop]:
     """Returns the state to train from, and what its checkpoint held of the loop.
 
     Raises:
@@ -252,7 +253,7 @@ def first_or_latest(
     state = jax.device_put(state, placement)
     found = restore(checkpoints, state, set_aside=True)
     if found is None:
-        return state, Loop(window=[], best=None)
+        return state, SavedLoop(window=[], best=None)
     state, so_far = found
     if int(state.step) > config.num_steps:
         raise UserError(
@@ -266,24 +267,21 @@ def first_or_latest(
 def introduce(parts: Parts, state: TrainState, workdir: pathlib.Path) -> None:
     """Says what is about to run, and writes down every array of the model."""
     config, train = parts.config, parts.train
+    assert train is not None
     devices = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
     if jax.process_count() > 1:
         devices += f" of {jax.process_count()} processes"
-    images = ", ".join(
-        f"{len(s):,} {name} images" for name, s in parts.held_out.items()
-    )
-    if train is not None:
-        images = f"{len(train):,} training images"
-        if isinstance(train, FrameSource | registry.Subset):
-            images += (
-                " decoded on the fly (`python -m implicit_slots.data prepare` with the "
-                "same --config makes that faster)"
-            )
+    images = f"{len(train):,} training images"
+    if isinstance(train, FrameSource | registry.Subset):
+        images += (
+            " decoded on the fly (`python -m implicit_slots.data prepare` with the "
+            "same --config makes that faster)"
+        )
     processes.say(f"{config.name}: {overview(state.params)}")
     processes.say(f"{images}, {devices}, workdir {workdir}")
     if note := crowding(config):
         processes.say(note)
-    if train is not None and processes.is_main():
+    if processes.is_main():
         with writing(workdir):
             text = table_of_parameters(state.params)
             write_atomically(workdir / PARAMETERS_FILE, text + "\n")
@@ -315,16 +313,15 @@ def evaluate(
       UserError: if the workdir has nothing to evaluate, or cannot be written.
     """
     config, mesh = parts.config, parts.mesh
-    nothing = UserError(f"{workdir} has no checkpoint to evaluate; train there first")
     if not (workdir / CHECKPOINT_FOLDER).is_dir():
-        raise nothing
+        raise nothing_to_evaluate(workdir)
     state = first_state(config, parts.optimizer)
     state = jax.device_put(state, state_sharding(state, mesh, config.sharding))
     name = BEST_FOLDER if checkpoint == "best" else CHECKPOINT_FOLDER
     with open_checkpoints(workdir, name, None) as checkpoints:
         found = restore(checkpoints, state, set_aside=False)
     if found is None:
-        raise nothing
+        raise nothing_to_evaluate(workdir)
     state, _ = found
     processes.say(f"resumed {workdir} at step {int(state.step)}")
     ((split, source),) = parts.held_out.items()
@@ -341,8 +338,7 @@ def evaluate(
     processes.say(f"evaluating {workdir} at step {int(state.step)} on {label}")
     findings = evaluation.evaluate(subject)
     folder = workdir / EVALUATION_FOLDER / label
-    with writing(workdir):
-        drawn = pictures.draw(subject, findings, folder)
+    drawn = pictures.draw(subject, findings, folder)
     about = {
         "label": label,
         "title": f"{split.capitalize()} split of {config.data.name}",
@@ -364,3 +360,8 @@ def evaluate(
     print(evaluation.table(record))
     print(f"report: {report}")
     return record
+
+
+def nothing_to_evaluate(workdir: pathlib.Path) -> UserError:
+    """What is said of a workdir without a checkpoint."""
+    return UserError(f"{workdir} has no checkpoint to evaluate; train there first")

@@ -27,6 +27,7 @@ from implicit_slots.models.build import (
     build_adjoint,
     build_model,
     build_solver,
+    defaults,
 )
 
 MODELS = {
@@ -50,6 +51,15 @@ def test_the_default_configuration_is_the_constructor_without_arguments(kind):
     config.num_slots = 3
     changed = described(lambda: build_model(config, resolution=128, seed=0))
     assert changed != built
+
+
+def test_a_section_without_a_key_has_the_models_own_default():
+    """SLATE's slots, not those of slot attention alone."""
+    section = base.model("slate")
+    for key in ("num_slots", "slot_mlp_size"):
+        del section[key]
+    model = nnx.eval_shape(lambda: build_model(section, resolution=16, seed=0))
+    assert model.slot_attention.num_slots == defaults("slate")["num_slots"] == 12
 
 
 def test_config_names_every_solver_and_adjoint():

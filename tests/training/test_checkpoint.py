@@ -13,7 +13,7 @@ from implicit_slots.runtime.errors import UserError
 from implicit_slots.training.checkpoint import (
     Checkpoints,
     Damaged,
-    Loop,
+    SavedLoop,
     restore,
 )
 from implicit_slots.training.state import Faults, TrainState
@@ -49,7 +49,7 @@ def test_what_is_read_is_what_was_written_and_is_no_pickle(checkpoints, monkeypa
         monkeypatch.setattr(pickle, name, refuse)
     # As the loop has them: float32, not finite, missing.
     window = [float(np.float32(1 / 3)), 16777217.0, float("nan"), float("inf")]
-    loop = Loop(window=window, best=None)
+    loop = SavedLoop(window=window, best=None)
     checkpoints.save(state(), loop)
     got, record = checkpoints.read(7, state(seed=1))
     assert_same(got, state())
@@ -103,6 +103,16 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_used(
         assert checkpoints.steps() == [5]
         checkpoints.save(state(9))  # It may come again.
         assert_same(checkpoints.read(9, state())[0], state(9))
+
+
+def test_a_folder_that_cannot_take_a_damaged_one_is_a_sentence(checkpoints, tmp_path):
+    for step in (5, 9):
+        checkpoints.save(state(step))
+    truncate(tmp_path / "checkpoints" / "9")
+    (tmp_path / "damaged").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot be written.*damaged"):
+        restore(checkpoints, state(), set_aside=True)
+    assert (tmp_path / "checkpoints" / "9").is_dir()
 
 
 def test_no_flipped_bit_goes_unnoticed(checkpoints, tmp_path):

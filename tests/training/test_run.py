@@ -98,7 +98,7 @@ def test_an_error_of_ours_is_not_shown_as_the_users(tmp_path, monkeypatch):
     def fail(*_):
         raise ValueError("shapes (3,) and (4,)")
 
-    monkeypatch.setattr("implicit_slots.training.setup.build_steps", fail)
+    monkeypatch.setattr("implicit_slots.training.parts.build_steps", fail)
     with pytest.raises(ValueError, match="shapes") as error:
         run(smoke(), tmp_path / "run")
     assert not isinstance(error.value, UserError)
@@ -251,6 +251,12 @@ def test_another_runs_workdir_is_refused_untouched(finished, changes, sentence):
         ({"diagnostics.every": -1}, r"diagnostics\.every must not be negative"),
         ({"diagnostics.krylov": 0}, r"diagnostics\.krylov must be at least 1, got 0"),
         ({"model.adjoint.terms": 0}, "model.adjoint: terms must be at least 1, got 0"),
+        ({"seed": -1}, r"seed must not be negative, got -1"),
+        ({"data.resolution": 2}, "image size must be divisible by 4, got 2"),
+        (
+            {"model.solver.name": "broyden", "model.adjoint.name": "unrolled"},
+            "Broyden cannot be unrolled",
+        ),
         ({"data.train_size": 0}, r"--config\.data\.train_size"),
         ({"optimizer.schedule": "x"}, r"optimizer\.schedule must be one of"),
     ],

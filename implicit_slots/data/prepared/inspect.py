@@ -31,7 +31,9 @@ def look(
       DataError: the data cannot be used, or there is no example.
     """
     asked = registry.request(config, split)
-    source = registry.open_prepared(asked) or registry.open_files(asked)
+    source = registry.open_prepared(asked)
+    if source is None:
+        source = registry.open_files(asked)
     if isinstance(source, MultiObject) and source.is_packed:
         found = itertools.islice(prepare.decoders(asked, source), count)
         examples = [decode() for decode in found]

@@ -1,6 +1,7 @@
 """Writes a data set into the cache at the training resolution, once."""
 
 import collections
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -64,14 +65,15 @@ def prepare(
     source = registry.open_prepared(asked, compare=True)
     if source is None:
         files = _open_or_download(asked, say)
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with lock(folder):
-                source = registry.open_prepared(asked, compare=True)
-                if source is None:
-                    return _write(asked, files, folder, progress, say, workers)
-        except OSError as error:
-            raise unwritable(folder, error) from error
+        with contextlib.ExitStack() as stack:
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock(folder))
+            except OSError as error:
+                raise unwritable(folder, error) from error
+            source = registry.open_prepared(asked, compare=True)
+            if source is None:
+                return _write(asked, files, folder, progress, say, workers)
     say(f"{split}: {len(source):,} examples, already prepared in {folder}")
     return source
 

@@ -89,7 +89,7 @@ class RecordFile:
         try:
             record = os.pread(self._number, end - start, start)[HEADER.size :]
         except OSError as error:
-            raise _damaged(self.path, number) from error
+            raise _unreadable(self.path, error) from error
         data, checksum = record[: -CHECKSUM.size], record[-CHECKSUM.size :]
         if checksum != CHECKSUM.pack(_checksum(data)):
             raise _damaged(self.path, number)
@@ -168,8 +168,10 @@ class GzipRecords:
                     number += 1
         except EOFError as error:
             raise _cut(self.path, number) from error
-        except (OSError, zlib.error) as error:
+        except (gzip.BadGzipFile, zlib.error) as error:
             raise _damaged(self.path, number) from error
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
 
 
 def _length(header: bytes, path: Path, number: int) -> int:
@@ -183,6 +185,10 @@ def _cut(path: Path, whole: int) -> DataError:
     return DataError(
         f"{path} is cut off after {whole} whole records; download it again"
     )
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be read: {error.strerror}")
 
 
 def _damaged(path: Path, number: int) -> DataError:

@@ -86,7 +86,7 @@ def object_regions(
 
     Args:
       segmentation: object k has id k + 1; 0 is the background.
-      matched: slot of each object, −1 for none: `overlap.match` of the decoder's masks,
+      matched: slot of each object, −1 for none: `iou.match` of the decoder's masks,
         since it is the decoder that a deletion concerns.
       num_slots: number of slots.
       shadow: the object whose shadow falls there, 0 for none, where that is known.

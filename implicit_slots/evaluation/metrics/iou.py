@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-OneHot = Float[Array, "batch objects pixels"]
-
 
 def one_hot_objects(
     true_ids: Int[Array, "batch height width"], max_true: int

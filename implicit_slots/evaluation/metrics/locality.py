@@ -27,7 +27,7 @@ def locality(
     """Measures the attention maps of the slots that have an object.
 
     Each object's slot is that of the matching by soft intersection over union
-    (`overlap.match`); a map is the slot's attention at the image's resolution, divided
+    (`iou.match`); a map is the slot's attention at the image's resolution, divided
     by its sum over pixels where shares are meant. Numbers are means over an image's
     objects that have a slot.
 

@@ -278,3 +278,12 @@ def test_the_checksum_is_the_published_one():
     crc = 0x8A9136AA
     mask = (((crc >> 15) | (crc << 17)) + 0xA282EAD8) % 2**32
     assert tfrecords._checksum(bytes(32)) == mask
+
+
+def test_a_file_that_is_gone_is_not_called_damaged(tmp_path):
+    """Nobody should download 10 GB again for a file that was moved."""
+    path = save(tmp_path / "x.tfrecords", SMALL, packed=True)
+    records = GzipRecords(path)
+    path.unlink()
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        list(records.read(0, 1))

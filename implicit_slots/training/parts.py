@@ -45,7 +45,7 @@ class Parts(NamedTuple):
     held_out: dict[str, registry.Source]
 
 
-def prepare(config: Config, mode: str) -> Parts:
+def build_parts(config: Config, mode: str) -> Parts:
     """Builds the model's shapes, the optimiser and the steps, and opens the data."""
     mesh = build_mesh(config.batch_size, parts=config.accumulate)
     # Shapes alone, which takes no time: a model that cannot be built is refused before
