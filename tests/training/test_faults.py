@@ -2,6 +2,7 @@
 
 import errno
 import json
+import pathlib
 import shutil
 import signal
 
@@ -11,10 +12,10 @@ from training.test_run import final_state, smoke
 
 from implicit_slots.data.source import DataError
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.metric_writers import MetricWriter, read_metrics
+from implicit_slots.runtime.metric_writers import read_metrics
 from implicit_slots.runtime.preemption import Preempted, noticed
-from implicit_slots.runtime.workdir import locked
-from implicit_slots.training import loop, run
+from implicit_slots.runtime.workdir import METRICS_FILE, locked
+from implicit_slots.training import loop, parts, run
 from implicit_slots.training.device_batches import Sent
 from implicit_slots.training.nonfinite import NonFiniteRun
 
@@ -118,10 +119,14 @@ def test_a_damaged_checkpoint_costs_only_time(smoke_run, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_disk_that_cannot_be_written_is_a_sentence(smoke_run, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "no room")
+    whole = pathlib.Path.open
 
-    monkeypatch.setattr(MetricWriter, "write", full)
+    def full(path, mode="r", *rest, **options):
+        if path.name == METRICS_FILE and mode == "a":
+            raise OSError(errno.ENOSPC, "no room")
+        return whole(path, mode, *rest, **options)
+
+    monkeypatch.setattr(pathlib.Path, "open", full)
     with pytest.raises(UserError, match=r"cannot be written: .* no room; put that "):
         run.run(smoke(), tmp_path / "run")
     monkeypatch.undo()
@@ -193,7 +198,7 @@ def test_too_many_bad_steps_stop_the_run(exploded):
 def test_the_bad_step_is_replayed_alone(exploded, capsys, monkeypatch):
     """From what the run left, without its data."""
     workdir, sentence = exploded
-    monkeypatch.setattr(run, "open_data", lambda *_: (None, {}))
+    monkeypatch.setattr(parts, "open_data", lambda *_: (None, {}))
     replayed = run.run(exploding(), workdir, mode="replay")
     said = capsys.readouterr().out
     assert replayed["step"] == 5
