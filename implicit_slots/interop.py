@@ -209,6 +209,11 @@ def _turned(params: dict) -> dict[str, np.ndarray]:
             "official SLATE draws its initial slots from a Gaussian: it has no place "
             'for learned ones (config.model.initial_slots must be "gaussian")'
         )
+    if "image_encoder" in params:
+        raise UserError(
+            "official SLATE's slots read the dVAE's tokens: it has no place for an image "
+            'encoder (config.model.inputs must be "tokens")'
+        )
     features = params["dvae"]["encoder"]["layers"][0]["norm"]["scale"].shape[0]
     if features != DVAE_FEATURES:
         raise UserError(

@@ -63,7 +63,7 @@ def gru(x, h, p):
     return (1 - z) * n + z * h
 
 
-def slot_attention(inputs, slots, p, *, iterations, heads, epsilon=1e-8):
+def slot_attention(inputs, slots, p, *, iterations, heads, epsilon=1e-8, damping=0.0):
     """Slot attention with heads for one example, as official SLATE has it.
 
     Args:
@@ -73,6 +73,7 @@ def slot_attention(inputs, slots, p, *, iterations, heads, epsilon=1e-8):
       iterations: applications of the step.
       heads: number of heads.
       epsilon: added before the attention is normalised over the inputs.
+      damping: added to the sum that normalises it.
 
     Returns:
       The slots [K, D] and the attention [K, N] summed over heads.
@@ -91,7 +92,7 @@ def slot_attention(inputs, slots, p, *, iterations, heads, epsilon=1e-8):
         joint = np.exp(logits - logits.max(axis=(0, 2), keepdims=True))
         attention = joint / joint.sum(axis=(0, 2), keepdims=True)
         weights = attention + epsilon
-        weights = weights / weights.sum(axis=1, keepdims=True)
+        weights = weights / (weights.sum(axis=1, keepdims=True) + damping)
         updates = np.concatenate(
             [weights[h].T @ v[:, c] for h, c in enumerate(part)], axis=1
         )

@@ -19,6 +19,7 @@ from implicit_slots.models.image_encoder import (
     KERNEL,
     ImageSlots,
     PositionEmbedding,
+    on_grid,
 )
 from implicit_slots.models.outputs import (
     Mixture,
@@ -160,7 +161,7 @@ class Autoencoder(ImageSlots):
         error = jnp.mean((2 * (image - mixture.image)) ** 2, axis=(1, 2, 3))
         return Output(
             {"reconstruction": error},
-            self.on_grid(slots.attention),
+            on_grid(slots.attention, self.encoder.side),
             slots.stats,
             reconstruction=mixture.image,
             masks=mixture.masks,

@@ -6,7 +6,6 @@ Layers begin as in their code (Keras): Glorot-uniform kernels, zero biases.
 
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
@@ -159,9 +158,12 @@ class ImageSlots(nnx.Module):
     ) -> Encoded:
         """Takes images in [0, 1] apart; the key draws the initial slots."""
         slots = self.attend(image, key)
-        return Encoded(None, slots.slots, self.on_grid(slots.attention), slots.stats)
+        attention = on_grid(slots.attention, self.encoder.side)
+        return Encoded(None, slots.slots, attention, slots.stats)
 
-    def on_grid(self, attention: jax.Array) -> jax.Array:
-        """Lays attention to the encoder's cells, [batch, slots, cells], on its grid."""
-        side = self.encoder.side
-        return attention.reshape(*attention.shape[:2], side, side)
+
+def on_grid(
+    attention: Float[Array, "batch slots cells"], side: int
+) -> Float[Array, "batch slots {side} {side}"]:
+    """Lays attention to the cells of a square grid on that grid, row by row."""
+    return attention.reshape(*attention.shape[:2], side, side)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from implicit_slots.fixed_point import BackwardStats
 from implicit_slots.models import layers
-from implicit_slots.models.image_encoder import ImageSlots
+from implicit_slots.models.image_encoder import ImageSlots, on_grid
 from implicit_slots.models.outputs import Output, Reconstruction
 from implicit_slots.models.slot_attention import SlotAttention
 from implicit_slots.runtime.errors import InvalidValue
@@ -94,7 +94,7 @@ class SetPredictor(ImageSlots):
         target = encode_objects(batch["objects"], predicted.shape[1])
         return Output(
             {"huber": set_distance(predicted, target)},
-            self.on_grid(slots.attention),
+            on_grid(slots.attention, self.encoder.side),
             slots.stats,
             predicted=predicted,
             coupling=slots.coupling,

@@ -4,7 +4,7 @@ Singh, Deng, Ahn 2022 (arXiv 2110.11405), as in the official code. Its loss is a
 over pixels and tokens, not a mean: see `Output`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,17 +15,18 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from implicit_slots.fixed_point import BackwardStats, Picard
-from implicit_slots.models import layers, noise
-from implicit_slots.models.dvae import DVAE, STRIDE, gumbel_softmax, most_probable
+from implicit_slots.models import generation, layers, noise
+from implicit_slots.models.dvae import DVAE, STRIDE, gumbel_softmax
+from implicit_slots.models.generation import BOS
+from implicit_slots.models.image_encoder import ImageEncoder, on_grid
 from implicit_slots.models.images import squared_error
 from implicit_slots.models.outputs import Encoded, Output, Reading, Reconstruction
-from implicit_slots.models.slot_attention import Problem, SlotAttention, SlotsOutput
+from implicit_slots.models.slot_attention import Problem, SlotAttention
 from implicit_slots.models.transformer import TransformerDecoder
 from implicit_slots.runtime.errors import InvalidValue
 
-# The token that begins every sequence; image tokens are shifted by one.
-BOS = 0
-GENERATION_STAGES = 4  # see `SLATE.generate`
+# What slot attention reads.
+INPUTS = ("tokens", "image")
 
 
 class SLATE(nnx.Module):
@@ -54,16 +55,26 @@ class SLATE(nnx.Module):
         neighbours similar vectors, see `layers.smooth_positions`.
       position_scale: standard deviation of the initial position embedding (1 as
         published; of the normal before its truncation).
+      inputs: what slot attention reads. "tokens", as published, are the embedded tokens
+        of the dVAE; "image" are a convolutional encoder's features of the pixels, as in
+        STEVE (Singh, Wu, Ahn 2022), and the dVAE makes the decoder's targets alone.
+      encoder_features: channels of that encoder.
+      encoder_strides: of its convolutions.
+      drop_tokens: in training, the decoder's input tokens of an image are dropped at a
+        rate drawn uniformly from 0 to this, so that it needs the slots. A dropped token
+        leaves its position.
       rngs: source of the initial parameters.
     """
 
-    # Its parameters' top-level names in the order in which a pass uses them.
+    # Its parameters' top-level names in the order in which a pass uses them; a model has
+    # the image's encoder or the tokens'.
     stages = (
         "dvae",
         "embedding",
         "positions",
         "encoder_norm",
         "encoder_mlp",
+        "image_encoder",
         "slot_attention",
         "slot_projection",
         "decoder",
@@ -96,6 +107,10 @@ class SLATE(nnx.Module):
         ),
         initial_positions: str = "normal",
         position_scale: float = 1.0,
+        inputs: str = "tokens",
+        encoder_features: int = 64,
+        encoder_strides: Sequence[int] = (2, 1),
+        drop_tokens: float = 0.0,
         rngs: nnx.Rngs,
     ):
         if resolution < STRIDE or resolution % STRIDE:
@@ -124,9 +139,22 @@ class SLATE(nnx.Module):
                 'initial_positions must be "normal" or "smooth", got '
                 f"{initial_positions!r}"
             )
-        self.encoder_norm = layers.LayerNorm(width)
-        self.encoder_mlp = layers.MLP(width, width, rngs=rngs)
-        self.slot_attention = slots(width, rngs=rngs)
+        if inputs not in INPUTS:
+            raise InvalidValue(f"inputs must be one of {INPUTS}, got {inputs!r}")
+        if not 0 <= drop_tokens <= 1:
+            raise InvalidValue(f"drop_tokens must be in [0, 1], got {drop_tokens}")
+        self.drop_tokens = drop_tokens
+        self.reads_image = inputs == "image"
+        self.slots_side, read = self.side, width
+        if self.reads_image:
+            self.image_encoder = ImageEncoder(
+                resolution, encoder_features, encoder_strides, rngs=rngs
+            )
+            self.slots_side, read = self.image_encoder.side, encoder_features
+        else:
+            self.encoder_norm = layers.LayerNorm(width)
+            self.encoder_mlp = layers.MLP(width, width, rngs=rngs)
+        self.slot_attention = slots(read, rngs=rngs)
         self.slot_projection = layers.Linear(
             self.slot_attention.slot_size, width, bias=False, rngs=rngs
         )
@@ -184,17 +212,23 @@ class SLATE(nnx.Module):
             self.dropout,
             None if deterministic else key_embed,
         )
-        slots = self.attend(
-            embedded[:, 1:], key_slots, probe=probe, coupling_key=coupling_key
+        slots = self.slot_attention(
+            self.slot_inputs(image, embedded[:, 1:]),
+            key=key_slots,
+            probe=probe,
+            coupling_key=coupling_key,
         )
+        shown = embedded[:, :-1]
+        if self.drop_tokens and not deterministic:
+            shown = self._dropped(shown, jax.random.fold_in(key, 5))
         logits = self.decode(
-            embedded[:, :-1], slots.slots, key=None if deterministic else key_decoder
+            shown, slots.slots, key=None if deterministic else key_decoder
         )
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         losses = {"mse": mse, "cross_entropy": cross_entropy.sum(axis=1)}
         return Output(
             losses,
-            self._on_grid(slots.attention),
+            on_grid(slots.attention, self.slots_side),
             slots.stats,
             reconstruction,
             coupling=slots.coupling,
@@ -206,19 +240,25 @@ class SLATE(nnx.Module):
         """Embeds a sequence that begins with BOS, with its positions."""
         return self.embedding(tokens) + self.positions[None, : tokens.shape[1]]
 
-    def attend(
+    def slot_inputs(
         self,
+        image: Float[Array, "batch height width 3"],
         embedded: Float[Array, "batch tokens dim"],
-        key: Key[Array, ""],
-        *,
-        probe: BackwardStats | None = None,
-        coupling_key: Key[Array, ""] | None = None,
-    ) -> SlotsOutput:
-        """Returns the slots of embedded image tokens (without BOS)."""
-        inputs = self.encoder_mlp(self.encoder_norm(embedded))
-        return self.slot_attention(
-            inputs, key=key, probe=probe, coupling_key=coupling_key
-        )
+    ) -> Float[Array, "batch inputs features"]:
+        """Returns what slot attention reads of images or their embedded tokens."""
+        if self.reads_image:
+            return self.image_encoder(image)
+        return self.encoder_mlp(self.encoder_norm(embedded))
+
+    def _dropped(self, embedded: jax.Array, key: Key[Array, ""]) -> jax.Array:
+        """Leaves of some tokens only the position, never of BOS, which comes first."""
+        key_rate, key_token = jax.random.split(key)
+        batch, length = embedded.shape[:2]
+        rate = self.drop_tokens * jax.random.uniform(key_rate, (batch, 1))
+        drop = jax.random.uniform(key_token, (batch, length)) < rate
+        drop = drop.at[:, 0].set(False)
+        positions = self.positions[None, :length].astype(embedded.dtype)
+        return jnp.where(drop[..., None], positions, embedded)
 
     def backward_probe(self, batch: int) -> BackwardStats | None:
         """See `SlotAttention`."""
@@ -229,11 +269,10 @@ class SLATE(nnx.Module):
     ) -> Problem:
         """Returns the fixed-point problem that images in [0, 1] pose slot attention.
 
-        From their most probable tokens, without dropout; the key draws initial slots.
+        Without noise in the tokens and without dropout; the key draws initial slots.
         """
-        _, embedded = self._tokens(image)
         return self.slot_attention.problem(
-            self.encoder_mlp(self.encoder_norm(embedded)),
+            self.slot_inputs(image, self._tokens(image)[1]),
             self.slot_attention.initial(len(image), key),
         )
 
@@ -261,65 +300,15 @@ class SLATE(nnx.Module):
         temperature: Float[Array, ""] | float | None = None,
         top_k: int | None = None,
     ) -> Int[Array, "batch rows columns"]:
-        """Generates image token ids from slots alone, one by one.
-
-        Each block keeps the keys and values of the tokens so far, so a token costs one
-        token's work. To be called under `jax.jit`: called without, it is compiled
-        again each time.
-
-        Args:
-          slots: of each image.
-          present: which of them the decoder sees, at least one; all if not given.
-          key: draws the tokens; without one each is the most probable.
-          temperature: divides the logits before a token is drawn (1 if not given);
-            above zero, which is checked of Python's numbers alone.
-          top_k: draw among this many of the most probable tokens; ties with the last
-            of them are let in.
-
-        Raises:
-          ValueError: if `top_k` is not between one and the size of the vocabulary, if
-            the temperature is not above zero, or if one is given without a key.
-        """
-        vocab_size = self.dvae.vocab_size
-        if top_k is not None and not 1 <= top_k <= vocab_size:
-            raise InvalidValue(f"top_k must be between 1 and {vocab_size}, got {top_k}")
-        if key is None and not (top_k is None and temperature is None):
-            raise InvalidValue("temperature and top_k are for drawing: give a key too")
-        temperature = 1.0 if temperature is None else temperature
-        if isinstance(temperature, int | float) and temperature <= 0:
-            raise InvalidValue(f"temperature must be above 0, got {temperature}")
-
-        def choose(logits, position):
-            if key is None:
-                return most_probable(logits)
-            if top_k is not None:
-                least = jax.lax.top_k(logits, top_k)[0][:, -1:]
-                logits = jnp.where(logits < least, -jnp.inf, logits)
-            key_token = jax.random.fold_in(key, position)
-            return noise.categorical(key_token, logits / temperature)
-
-        def extend(carry, position):
-            token, memory = carry
-            embedded = self.embedding(token) + self.positions[position][None]
-            features, memory = self.decoder.extend(embedded, memory, position)
-            chosen = choose(self.out(features), position)
-            return (chosen + 1, memory), chosen
-
-        # The memory grows in stages: a token then reads what it masks away as little
-        # as possible, which is worth a fifth of the time.
-        length = self.side**2
-        stages = min(GENERATION_STAGES, length)
-        ends = [length * (stage + 1) // stages for stage in range(stages)]
-        first = jnp.full(len(slots), BOS, jnp.int32)
-        carry = first, self.decoder.start(self.slot_projection(slots), present)
-        generated = []
-        for start, end in zip([0, *ends[:-1]], ends, strict=True):
-            token, memory = carry
-            carry = token, self.decoder.make_room(memory, end)
-            carry, ids = jax.lax.scan(extend, carry, jnp.arange(start, end))
-            generated.append(ids)
-        tokens = jnp.concatenate(generated).T
-        return tokens.reshape(len(slots), self.side, self.side)
+        """Generates image token ids from slots alone; see `generation.generate`."""
+        return generation.generate(
+            self,
+            slots,
+            present=present,
+            key=key,
+            temperature=temperature,
+            top_k=top_k,
+        )
 
     def reconstruct(
         self, image: Float[Array, "batch height width 3"], *, key: Key[Array, ""]
@@ -342,8 +331,9 @@ class SLATE(nnx.Module):
         The key draws the initial slots.
         """
         ids, embedded = self._tokens(image)
-        slots = self.attend(embedded, key)
-        return Encoded(ids, slots.slots, self._on_grid(slots.attention), slots.stats)
+        slots = self.slot_attention(self.slot_inputs(image, embedded), key=key)
+        attention = on_grid(slots.attention, self.slots_side)
+        return Encoded(ids, slots.slots, attention, slots.stats)
 
     def picture(
         self, tokens: Int[Array, "batch rows columns"]
@@ -387,11 +377,9 @@ class SLATE(nnx.Module):
             self.out(features), targets
         )
         return Reading(
-            cross_entropy.reshape(tokens.shape), self._on_grid(shares.swapaxes(1, 2))
+            cross_entropy.reshape(tokens.shape),
+            on_grid(shares.swapaxes(1, 2), self.side),
         )
-
-    def _on_grid(self, attention: jax.Array) -> jax.Array:
-        return attention.reshape(*attention.shape[:2], self.side, self.side)
 
 
 def with_bos(ids: Int[Array, "batch tokens"]) -> Int[Array, "batch longer"]:

@@ -28,6 +28,8 @@ from implicit_slots.fixed_point import (
 from implicit_slots.models import layers
 from implicit_slots.runtime.errors import InvalidValue
 
+UPDATES = ("mean", "damped")
+
 
 class SlotAttentionStep(nnx.Module):
     """One iteration: the map f whose fixed point the slots are.
@@ -40,6 +42,7 @@ class SlotAttentionStep(nnx.Module):
       epsilon: added to the attention before it is normalised over the inputs.
       attention_gain: Xavier's gain of the initial queries' and keys' projections; the
         logits begin its square times as large.
+      update: one of `UPDATES`, see `SlotAttention`.
       rngs: source of the initial parameters.
     """
 
@@ -52,10 +55,15 @@ class SlotAttentionStep(nnx.Module):
         num_heads: int,
         epsilon: float,
         attention_gain: float,
+        update: str = "mean",
         rngs: nnx.Rngs,
     ):
+        if update not in UPDATES:
+            raise InvalidValue(f"update must be one of {UPDATES}, got {update!r}")
         self.num_heads = num_heads
         self.epsilon = epsilon
+        # Added to the sum over the inputs.
+        self.damping = 1.0 if update == "damped" else 0.0
         self.norm_slots = layers.LayerNorm(slot_size)
         sharp = layers.xavier_uniform(attention_gain)
         self.project_q = layers.Linear(
@@ -94,7 +102,8 @@ class SlotAttentionStep(nnx.Module):
         joint = nnx.softmax(logits.reshape(*logits.shape[:2], -1), axis=-1)
         attention = joint.reshape(logits.shape)
         weights = attention + self.epsilon
-        weights = weights / weights.sum(axis=1, keepdims=True)
+        total = weights.sum(axis=1, keepdims=True)
+        weights = weights / (total + self.damping if self.damping else total)
         read = layers.product("bnhk,bni->bkhi", weights.astype(inputs.dtype), inputs)
         updates = layers.product(
             "bkhi,ihd->bkhd", read.astype(inputs.dtype), self._kernel(self.project_v)
@@ -187,8 +196,12 @@ class SlotAttention(nnx.Module):
       epsilon: see `SlotAttentionStep`.
       attention_gain: the same. With 1 the attention of some runs of the autoencoder
         stays even for thousands of steps; with 3 it did not in three seeds.
+      update: "mean" divides the attention of a slot by its sum over the inputs, as
+        published; "damped" by its sum and 1, so that a slot that sees little changes
+        little (Jia et al. 2023, BO-QSA).
       initial_slots: "gaussian" draws each slot from one Gaussian whose mean and
-        log-scale are parameters; "learned" starts each slot from its own vector.
+        log-scale are parameters; "gaussians" from a Gaussian of its own; "learned"
+        starts each slot from its own vector.
       straight_through: add z0 − stop_gradient(z0) to the result, so that the initial
         slots' parameters are trained (Jia et al. 2023, BO-QSA). Implicit adjoints
         give z0 exactly no gradient otherwise.
@@ -208,6 +221,7 @@ class SlotAttention(nnx.Module):
         epsilon: float = 1e-8,
         initial_slots: str = "gaussian",
         straight_through: bool = False,
+        update: str = "mean",
         attention_gain: float = 1.0,
         solver: Solver = Picard(max_steps=3),
         adjoint: Adjoint = Neumann(terms=1),
@@ -245,13 +259,14 @@ class SlotAttention(nnx.Module):
             num_heads=num_heads,
             epsilon=epsilon,
             attention_gain=attention_gain,
+            update=update,
             rngs=rngs,
         )
-        if initial_slots == "gaussian":
+        if initial_slots in ("gaussian", "gaussians"):
             # PyTorch's Xavier bound for a [1, 1, D] tensor is √(6 / (D + D)).
             bound = (3 / slot_size) ** 0.5
             draw = nnx.initializers.uniform(2 * bound)
-            shape = (1, 1, slot_size)
+            shape = (1, num_slots if initial_slots == "gaussians" else 1, slot_size)
             self.slot_mean = nnx.Param(draw(rngs.params(), shape) - bound)
             self.slot_log_scale = nnx.Param(draw(rngs.params(), shape) - bound)
         elif initial_slots == "learned":
@@ -259,7 +274,8 @@ class SlotAttention(nnx.Module):
             self.slot_vectors = nnx.Param(vectors)
         else:
             raise InvalidValue(
-                f'initial_slots must be "gaussian" or "learned", got {initial_slots!r}'
+                'initial_slots must be "gaussian", "gaussians" or "learned", got '
+                f"{initial_slots!r}"
             )
 
     def initial(

@@ -32,9 +32,21 @@ ABSENT: Mapping[str, object] = {
     "penalty.attention_entropy": 0.0,
     "penalty.slot_coupling": 0.0,
     "model.attention_gain": 1.0,
+    "model.update": "mean",
+    "model.inputs": "tokens",
+    "model.encoder_features": 64,
+    "model.encoder_strides": [2, 1],
+    "model.drop_tokens": 0.0,
     "optimize_programs": True,
     "evaluation.masks.starts": 1,
 }
+# Of them those that SLATE alone has: their absence elsewhere means nothing.
+OF_SLATE = (
+    "model.inputs",
+    "model.encoder_features",
+    "model.encoder_strides",
+    "model.drop_tokens",
+)
 # Between the workdir and the file whose data section takes the place of the run's.
 SEPARATOR = "\n"
 
@@ -133,6 +145,8 @@ def read_config(path: pathlib.Path) -> Config:
     """
     config: Config = ConfigDict(json.loads(path.read_text()))
     for key, value in ABSENT.items():
+        if key in OF_SLATE and config.model.get("name") != "slate":
+            continue
         *sections, name = key.split(".")
         section = config
         for part in sections:

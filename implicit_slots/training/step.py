@@ -106,7 +106,8 @@ def train(
         scale = state.plateau.scale
         updates = jax.tree.map(lambda leaf: scale * leaf, updates)
     params = optax.apply_updates(state.params, updates)
-    norms = [max_norm(gradient[stage]) for stage in kind.stages]
+    # A stage that this model does not have is a gradient of zero.
+    norms = [max_norm(gradient.get(stage, jnp.zeros(1))) for stage in kind.stages]
     logged |= {
         "grad_norm_l2": optax.tree.norm(gradient),
         "grad_norm_inf": jnp.max(jnp.stack(norms)),

@@ -73,7 +73,13 @@ def tokens(compiled, images):
 def encode(model, images):
     ids = model.dvae.encode(images).argmax(-1).reshape(len(images), -1)
     embedded = model.embed(with_bos(ids))
-    return ids, embedded, model.attend(embedded[:, 1:], jax.random.key(0)).slots
+    return (
+        ids,
+        embedded,
+        model.slot_attention(
+            model.slot_inputs(images, embedded[:, 1:]), key=jax.random.key(0)
+        ).slots,
+    )
 
 
 def test_dvae_encoder_equals_numpy(compiled, params, images):

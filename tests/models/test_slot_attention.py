@@ -107,6 +107,35 @@ def test_one_more_step_at_the_fixed_point_moves_nothing(arrays):
     assert relative_error(run(model, inputs, found.slots).slots, found.slots) < FLOAT32
 
 
+def test_a_damped_update_reads_by_the_sum_and_one(arrays):
+    """Against NumPy; a slot that sees next to nothing is moved by next to nothing."""
+    inputs, slots = arrays
+    model = build(steps=1, update="damped")
+    params = jax.tree.map(np.float64, split_model(model)[1])
+    want = reference.slot_attention(
+        np.float64(inputs[0]),
+        np.float64(slots[0]),
+        params,
+        iterations=1,
+        heads=1,
+        damping=1.0,
+    )
+    assert relative_error(run(model, inputs, slots).slots[0], want[0]) < FLOAT32
+    plain = run(build(steps=1), inputs, slots)
+    assert relative_error(plain.slots[0], want[0]) > 1e-3
+
+
+def test_each_slot_has_a_gaussian_of_its_own():
+    model = build(initial_slots="gaussians")
+    assert model.slot_mean.shape == model.slot_log_scale.shape == (1, SLOTS, SIZE)
+    drawn = np.asarray(model.initial(20_000, jax.random.key(0)))
+    # Five standard errors of 20,000 draws.
+    scale = np.exp(np.asarray(model.slot_log_scale[0]))
+    error = np.abs(drawn.mean(axis=0) - np.asarray(model.slot_mean[0])) / scale
+    assert error.max() < 5 / np.sqrt(20_000)
+    np.testing.assert_allclose(drawn.std(axis=0), scale, rtol=0.05)
+
+
 def loss_gradient(model, inputs):
     graphdef, params = split_model(model)
 
