@@ -40,6 +40,7 @@ def get_config(name: str, data: Config) -> Config:
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 3e-4  # peak, of everything but the dVAE
     config.optimizer.dvae_learning_rate = 3e-4
+    config.optimizer.dvae_steps = 0  # that train the dVAE, frozen then; 0: all
     config.optimizer.warmup_steps = 30_000  # linear; the dVAE has none; 0: none
     # Or "constant", "half_life", "cosine" to 0 at num_steps.
     config.optimizer.schedule = "plateau"
@@ -56,8 +57,7 @@ def get_config(name: str, data: Config) -> Config:
     config.temperature.end = 0.1
     config.temperature.steps = 30_000
 
-    # Added to any model's loss; 0: not computed. See implicit_slots/training/README.md.
-    config.penalty = ConfigDict()
+    config.penalty = ConfigDict()  # added to any model's loss; 0: not computed
     # Times the nats of a position's masks, entropy over the slots, mean over positions.
     config.penalty.attention_entropy = 0.0
     # Times ‖J‖²_F without the slots' own blocks, over num_slots · slot_size: of the
@@ -163,6 +163,7 @@ def _of_locatello(name: str, data: Config, kind: str) -> Config:
     # Those of the dVAE alone.
     del config.temperature
     del config.optimizer.dvae_learning_rate
+    del config.optimizer.dvae_steps
     return config
 
 

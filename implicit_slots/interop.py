@@ -34,8 +34,7 @@ from implicit_slots.runtime.weights import SUFFIXES, read_weights, write_weights
 
 MASK = "self_attn_mask"
 CHANNELS, STRIDE = 3, 4
-# The official dVAE has no argument for its hidden width.
-DVAE_FEATURES = 64
+DVAE_FEATURES = 64  # the official dVAE has no argument for its hidden width
 
 
 class Layout(NamedTuple):
@@ -210,9 +209,9 @@ def _turned(params: dict) -> dict[str, np.ndarray]:
             'for learned ones (config.model.initial_slots must be "gaussian")'
         )
     if "image_encoder" in params:
+        what = 'an image encoder (config.model.inputs must be "tokens")'
         raise UserError(
-            "official SLATE's slots read the dVAE's tokens: it has no place for an image "
-            'encoder (config.model.inputs must be "tokens")'
+            f"official SLATE's slots read tokens: it has no place for {what}"
         )
     features = params["dvae"]["encoder"]["layers"][0]["norm"]["scale"].shape[0]
     if features != DVAE_FEATURES:
@@ -374,9 +373,9 @@ def main(_: list[str]) -> None:
     """Converts what the flags say; exits with 1 on what the user can put right."""
     logging.set_verbosity(logging.WARNING)
 
-    source, target = flags.FLAGS.source, flags.FLAGS.target
+    source, target = map(pathlib.Path, (flags.FLAGS.source, flags.FLAGS.target))
     try:
-        convert(pathlib.Path(source), pathlib.Path(target), flags.FLAGS.config)
+        convert(source, target, flags.FLAGS.config)
     except UserError as error:
         sys.exit(f"error: {error}")
     print(f"wrote {target}")

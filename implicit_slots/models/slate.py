@@ -66,8 +66,8 @@ class SLATE(nnx.Module):
       rngs: source of the initial parameters.
     """
 
-    # Its parameters' top-level names in the order in which a pass uses them; a model has
-    # the image's encoder or the tokens'.
+    # Its parameters' top-level names in the order in which a pass uses them; a model
+    # has the image's encoder or the tokens'.
     stages = (
         "dvae",
         "embedding",
@@ -179,6 +179,7 @@ class SLATE(nnx.Module):
         temperature: Float[Array, ""] | float,
         key: Key[Array, ""],
         deterministic: bool = False,
+        frozen: bool = False,
         probe: BackwardStats | None = None,
         coupling_key: Key[Array, ""] | None = None,
     ) -> Output:
@@ -192,6 +193,8 @@ class SLATE(nnx.Module):
           temperature: of the Gumbel-softmax.
           key: for Gumbel noise, initial slots and dropout.
           deterministic: no dropout; the other noise stays.
+          frozen: the dVAE gets no gradient, and the targets are its most probable
+            tokens instead of drawn ones.
           probe: see `SlotAttention`.
           coupling_key: the same.
         """
@@ -203,9 +206,12 @@ class SLATE(nnx.Module):
         relaxed = gumbel_softmax(token_logits, temperature, key_relaxed, hard=self.hard)
         reconstruction = self.dvae.decode(relaxed)
         mse = squared_error(image, reconstruction)
-
-        # A second, independent sample; the transformer never trains the dVAE.
-        targets = noise.categorical(key_hard, jax.lax.stop_gradient(token_logits))
+        if frozen:
+            mse = jax.lax.stop_gradient(mse)
+            targets = token_logits.argmax(axis=-1)
+        else:
+            # A second, independent sample; the transformer never trains the dVAE.
+            targets = noise.categorical(key_hard, jax.lax.stop_gradient(token_logits))
         targets = targets.reshape(len(image), -1)
         embedded = layers.dropout(
             self.embed(with_bos(targets)),

@@ -37,11 +37,13 @@ ABSENT: Mapping[str, object] = {
     "model.encoder_features": 64,
     "model.encoder_strides": [2, 1],
     "model.drop_tokens": 0.0,
+    "optimizer.dvae_steps": 0,
     "optimize_programs": True,
     "evaluation.masks.starts": 1,
 }
 # Of them those that SLATE alone has: their absence elsewhere means nothing.
 OF_SLATE = (
+    "optimizer.dvae_steps",
     "model.inputs",
     "model.encoder_features",
     "model.encoder_strides",

@@ -240,6 +240,11 @@ def check_slate(config: Config) -> None:
             f"this model draws noise for at most {most:,} images at a time; split a "
             f"step's {config.batch_size:,} with --config.accumulate"
         )
+    if config.optimizer.get("dvae_steps", 0) < 0:
+        raise UserError(
+            f"config.optimizer.dvae_steps must not be negative, got "
+            f"{config.optimizer.dvae_steps}; 0 trains the dVAE in all steps"
+        )
     for key in ("start", "end"):
         if not config.temperature[key] > 0:
             raise UserError(

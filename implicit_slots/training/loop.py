@@ -166,7 +166,7 @@ class _Loop:
             untrained = None
             if step == self._start + 1:
                 program = (
-                    compile_step(run.steps.train, self._state, batch)
+                    compile_step(run.steps.at(step).train, self._state, batch)
                     if run.program is None
                     else run.program.result()
                 )
@@ -176,7 +176,7 @@ class _Loop:
                     # training starts from can wait until after the first step.
                     untrained = jax.jit(_copied)(self._state.params)
             self._trace.before(step)
-            self._state, logged = run.steps.train(self._state, batch)
+            self._state, logged = run.steps.at(step).train(self._state, batch)
             self._window.append(logged)
             # JAX would take orders without end; a notice to stop waits for them all.
             jax.block_until_ready(self._window[-1 - AHEAD : -AHEAD])

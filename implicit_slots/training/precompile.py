@@ -60,7 +60,10 @@ def compile_ahead(
     def step() -> Program:
         batch = batch_shapes(train, batch_size, mesh)
         del batch["mask"]
-        return compile_step(steps.train, state, batch)
+        program = compile_step(steps.train, state, batch)
+        if steps.frozen is not None:
+            pool.submit(compile_step, steps.frozen.train, state, batch)
+        return program
 
     # The interpreter waits for these threads when it ends, as XLA wants it to.
     pool = ThreadPoolExecutor(2, "compile")

@@ -106,8 +106,9 @@ def run(
     finally:
         checkpoints.close()
     batch = shard_batch(batch, mesh)
-    gradient, losses, _ = jax.device_get(steps.examine(state, batch))
     step = int(state.step) + 1
+    steps = steps.at(step)
+    gradient, losses, _ = jax.device_get(steps.examine(state, batch))
     rows = [_row("the images", batch["image"])]
     rows += _rows("parameter", state.params)
     rows += [_row(f"loss {name}", value) for name, value in losses.items()]

@@ -22,6 +22,7 @@ from implicit_slots.runtime.devices import gathered, placed, replicated
 from implicit_slots.runtime.prng import Given, Purpose, purpose_key
 from implicit_slots.training import nonfinite, penalties
 from implicit_slots.training.optimizer import (
+    DVAE,
     build_plateau,
     max_norm,
 )
@@ -37,12 +38,20 @@ class Steps(NamedTuple):
         do not depend on it.
       examine: (state, batch) -> gradient, losses and other means of the step.
       checks: what each training step looks at; see `TrainState.faults`.
+      frozen: the same functions with the dVAE frozen; None if it never is.
+      dvae_steps: steps that train the dVAE; 0: all.
     """
 
     train: Bound
     observe: Callable[..., Any] | None
     examine: Bound
     checks: tuple[str, ...]
+    frozen: "Steps | None" = None
+    dvae_steps: int = 0
+
+    def at(self, step: int) -> "Steps":
+        """The functions of a step, counted from one."""
+        return self if self.frozen is None or step <= self.dvae_steps else self.frozen
 
 
 class Setup(NamedTuple):
@@ -54,12 +63,15 @@ class Setup(NamedTuple):
       config: the whole configuration.
       mesh: the devices; None leaves it to JAX where results lie, which is right for
         one.
+      frozen: whether the dVAE is frozen: it gets no update, and the decoder's targets
+        are its most probable tokens.
     """
 
     graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformationExtraArgs
     config: Config
     mesh: jax.sharding.Mesh | None
+    frozen: bool = False
 
 
 def build_steps(
@@ -77,6 +89,16 @@ def build_steps(
       mesh: see `Setup`.
     """
     setup = Setup(graphdef, optimizer, config, mesh)
+    steps = _steps_of(setup)
+    dvae_steps = config.optimizer.get("dvae_steps", 0)
+    if not dvae_steps:
+        return steps
+    frozen = _steps_of(setup._replace(frozen=True))
+    return steps._replace(frozen=frozen, dvae_steps=dvae_steps)
+
+
+def _steps_of(setup: Setup) -> Steps:
+    config, mesh = setup.config, setup.mesh
     given = Given.of(config)
     whole = None if mesh is None else replicated(mesh)
     kind = model_class(config.model.name)
@@ -105,6 +127,10 @@ def train(
     if build_plateau(config.optimizer) is not None:
         scale = state.plateau.scale
         updates = jax.tree.map(lambda leaf: scale * leaf, updates)
+    if setup.frozen:
+        # Not even what Adam remembers of earlier gradients.
+        still = jax.tree.map(jnp.zeros_like, updates[DVAE])  # pyright: ignore
+        updates = dict(updates) | {DVAE: still}  # pyright: ignore
     params = optax.apply_updates(state.params, updates)
     # A stage that this model does not have is a gradient of zero.
     norms = [max_norm(gradient.get(stage, jnp.zeros(1))) for stage in kind.stages]
@@ -151,14 +177,17 @@ def examine(
         if penalties.COUPLING in penalties.weights(config)
         else None,
     )
-    values = annealed(config, state.step)
+    values: dict[str, Any] = annealed(config, state.step)
+    if setup.frozen:
+        values["frozen"] = True
     gradient, losses, logged = in_parts(
         lambda part, keys: gradient_of(setup, state.params, part, keys, values),
         batch,
         keys,
         config.accumulate,
     )
-    return placed(gradient, setup.mesh, config.sharding), losses, logged | values
+    logged |= {name: values[name] for name in model_class(config.model.name).annealed}
+    return placed(gradient, setup.mesh, config.sharding), losses, logged
 
 
 def gradient_of(

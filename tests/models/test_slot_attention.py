@@ -230,7 +230,7 @@ def test_attention_gain_parts_the_slots_of_an_untrained_step(arrays):
     [
         ({"num_slots": 0}, "num_slots must be at least 1, got 0"),
         ({"heads": 3}, "slot_size must be a multiple of the slot heads, got 8 and 3"),
-        ({"initial_slots": "zeros"}, '"gaussian" or "learned"'),
+        ({"initial_slots": "zeros"}, "initial_slots must be"),
         ({"attention_gain": 0.0}, "attention_gain must be positive"),
         (
             {"initial_slots": "learned", "adjoint": Neumann()},

@@ -141,9 +141,32 @@ def test_the_group_whose_gradient_fails_first_is_named(monkeypatch):
     assert steps.checks[int(after.faults.check)] == "the gradient of slot_attention"
 
 
+def test_a_frozen_dvae_keeps_every_bit_and_the_rest_learns():
+    """From the step after `dvae_steps` on; the steps before are the plain ones."""
+    config = scenes.get_config("smoke")
+    graphdef, params = split_model(build(config))
+    optimizer = build_optimizer(config.optimizer, params, num_steps=20)
+    plain = build_steps(graphdef, optimizer, config)
+    config.optimizer.dvae_steps = 2
+    steps = build_steps(graphdef, optimizer, config)
+    assert plain.at(3) is plain and steps.at(2) is steps
+    assert steps.at(3) is steps.frozen
+    state = wanted = initial_state(params, optimizer, config.optimizer)
+    for step in (1, 2):
+        state, _ = steps.at(step).train(jax.tree.map(jnp.copy, state), batch(step))
+        wanted, _ = plain.train(jax.tree.map(jnp.copy, wanted), batch(step))
+        assert same(state, wanted)
+    before = jax.tree.map(jnp.copy, state)
+    after, logged = steps.at(3).train(state, batch(3))
+    assert same(after.params["dvae"], before.params["dvae"])
+    assert logged.mse.compute() > 0 and after.faults.skipped == 0
+    for part in ("embedding", "slot_attention", "decoder"):
+        assert not same(after.params[part], before.params[part])
+
+
 def test_every_group_of_parameters_is_checked(compiled):
     _, state, checks = compiled
-    assert set(SLATE.stages) == set(state.params)
+    assert set(SLATE.stages) == {*state.params, "image_encoder"}
     assert checks[:2] == ("the loss mse", "the loss cross_entropy")
     # The backward pass begins at the output.
     assert checks[2] == "the gradient of out" and checks[-1] == "the gradient of dvae"
