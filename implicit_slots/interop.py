@@ -372,7 +372,6 @@ def _write_run(
 def main(_: list[str]) -> None:
     """Converts what the flags say; exits with 1 on what the user can put right."""
     logging.set_verbosity(logging.WARNING)
-
     source, target = map(pathlib.Path, (flags.FLAGS.source, flags.FLAGS.target))
     try:
         convert(source, target, flags.FLAGS.config)
@@ -382,16 +381,12 @@ def main(_: list[str]) -> None:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string(
-        "source",
-        None,
-        "A run's workdir, or a .pt, .safetensors or .npz file of official weights.",
+    of_source = "A run's workdir, or a .pt, .safetensors or .npz file of its weights."
+    flags.DEFINE_string("source", None, of_source)
+    of_target = (
+        "A .pt, .safetensors or .npz file, or with --config a workdir, to write."
     )
-    flags.DEFINE_string(
-        "target",
-        None,
-        "A .pt, .safetensors or .npz file, or with --config a workdir, to write.",
-    )
+    flags.DEFINE_string("target", None, of_target)
     config_flags.DEFINE_config_file(
         "config", None, "Configuration of the workdir to write.", lock_config=True
     )
