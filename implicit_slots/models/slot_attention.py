@@ -28,7 +28,7 @@ from implicit_slots.fixed_point import (
 from implicit_slots.models import layers
 from implicit_slots.runtime.errors import InvalidValue
 
-UPDATES = ("mean", "damped")
+NORMALIZERS = ("mean", "damped")
 
 
 class SlotAttentionStep(nnx.Module):
@@ -42,7 +42,7 @@ class SlotAttentionStep(nnx.Module):
       epsilon: added to the attention before it is normalised over the inputs.
       attention_gain: Xavier's gain of the initial queries' and keys' projections; the
         logits begin its square times as large.
-      update: one of `UPDATES`, see `SlotAttention`.
+      normalizer: one of `NORMALIZERS`, see `SlotAttention`.
       rngs: source of the initial parameters.
     """
 
@@ -55,15 +55,17 @@ class SlotAttentionStep(nnx.Module):
         num_heads: int,
         epsilon: float,
         attention_gain: float,
-        update: str = "mean",
+        normalizer: str = "mean",
         rngs: nnx.Rngs,
     ):
-        if update not in UPDATES:
-            raise InvalidValue(f"update must be one of {UPDATES}, got {update!r}")
+        if normalizer not in NORMALIZERS:
+            raise InvalidValue(
+                f"normalizer must be one of {NORMALIZERS}, got {normalizer!r}"
+            )
         self.num_heads = num_heads
         self.epsilon = epsilon
         # Added to the sum over the inputs.
-        self.damping = 1.0 if update == "damped" else 0.0
+        self.damping = 1.0 if normalizer == "damped" else 0.0
         self.norm_slots = layers.LayerNorm(slot_size)
         sharp = layers.xavier_uniform(attention_gain)
         self.project_q = layers.Linear(
@@ -196,7 +198,7 @@ class SlotAttention(nnx.Module):
       epsilon: see `SlotAttentionStep`.
       attention_gain: the same. With 1 the attention of some runs of the autoencoder
         stays even for thousands of steps; with 3 it did not in three seeds.
-      update: "mean" divides the attention of a slot by its sum over the inputs, as
+      normalizer: "mean" divides the attention of a slot by its sum over the inputs, as
         published; "damped" by its sum and 1, so that a slot that sees little changes
         little (Jia et al. 2023, BO-QSA).
       initial_slots: "gaussian" draws each slot from one Gaussian whose mean and
@@ -221,7 +223,7 @@ class SlotAttention(nnx.Module):
         epsilon: float = 1e-8,
         initial_slots: str = "gaussian",
         straight_through: bool = False,
-        update: str = "mean",
+        normalizer: str = "mean",
         attention_gain: float = 1.0,
         solver: Solver = Picard(max_steps=3),
         adjoint: Adjoint = Neumann(terms=1),
@@ -259,7 +261,7 @@ class SlotAttention(nnx.Module):
             num_heads=num_heads,
             epsilon=epsilon,
             attention_gain=attention_gain,
-            update=update,
+            normalizer=normalizer,
             rngs=rngs,
         )
         if initial_slots in ("gaussian", "gaussians"):

@@ -32,7 +32,7 @@ ABSENT: Mapping[str, object] = {
     "penalty.attention_entropy": 0.0,
     "penalty.slot_coupling": 0.0,
     "model.attention_gain": 1.0,
-    "model.update": "mean",
+    "model.normalizer": "mean",
     "model.inputs": "tokens",
     "model.encoder_features": 64,
     "model.encoder_strides": [2, 1],

@@ -121,7 +121,7 @@ def test_official_weights_have_no_place_for_an_image_encoder(reads_image):
     [
         ({"inputs": "pixels"}, "inputs must be one of"),
         ({"drop_tokens": 1.5}, r"drop_tokens must be in \[0, 1\]"),
-        ({"update": "sum"}, "update must be one of"),
+        ({"normalizer": "sum"}, "normalizer must be one of"),
     ],
 )
 def test_what_is_no_choice_is_refused(changes, sentence):

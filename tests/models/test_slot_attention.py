@@ -110,7 +110,7 @@ def test_one_more_step_at_the_fixed_point_moves_nothing(arrays):
 def test_a_damped_update_reads_by_the_sum_and_one(arrays):
     """Against NumPy; a slot that sees next to nothing is moved by next to nothing."""
     inputs, slots = arrays
-    model = build(steps=1, update="damped")
+    model = build(steps=1, normalizer="damped")
     params = jax.tree.map(np.float64, split_model(model)[1])
     want = reference.slot_attention(
         np.float64(inputs[0]),
