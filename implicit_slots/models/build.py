@@ -78,7 +78,9 @@ def defaults(name: str) -> dict[str, Any]:
 
 def _arguments(kind: type) -> dict[str, Any]:
     parameters = inspect.signature(kind.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+    found = {p.name: p.default for p in parameters if p.default is not p.empty}
+    found.pop("key_size", None)  # A model knows it.
+    return found
 
 
 def build_model(

@@ -18,8 +18,8 @@ STAGES = 4
 def generate(
     model: Any,
     slots: Float[Array, "batch slots slot_dim"],
-    *,
     present: Bool[Array, "batch slots"] | None = None,
+    *,
     key: Key[Array, ""] | None = None,
     temperature: Float[Array, ""] | float | None = None,
     top_k: int | None = None,

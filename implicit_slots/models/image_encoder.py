@@ -17,6 +17,8 @@ from implicit_slots.models.slot_attention import Problem, SlotAttention, SlotsOu
 from implicit_slots.runtime.errors import InvalidValue
 
 KERNEL = 5
+POSITIONS = ("added", "apart")
+WAVES = 4  # cosines of each coordinate, the constant one included
 
 
 class PositionEmbedding(nnx.Module):
@@ -28,12 +30,15 @@ class PositionEmbedding(nnx.Module):
     Args:
       side: rows and columns of the grid.
       features: width of what it is added to.
+      scale: Xavier's gain of the initial map.
       rngs: source of the initial parameters.
     """
 
-    def __init__(self, side: int, features: int, *, rngs: nnx.Rngs):
+    def __init__(self, side: int, features: int, *, scale: float = 1.0, rngs: nnx.Rngs):
         self.side = side
-        self.project = layers.Linear(4, features, rngs=rngs)
+        self.project = layers.Linear(
+            4, features, kernel_init=layers.xavier_uniform(scale), rngs=rngs
+        )
 
     def __call__(
         self, x: Float[Array, "#batch #rows #columns features"]
@@ -53,6 +58,10 @@ class ImageEncoder(nnx.Module):
       resolution: image side in pixels, divisible by the product of the strides.
       features: channels of every convolution, and width of the vectors.
       strides: of the convolutions, in order.
+      positions: "added" to the features, as published, or "apart": each cell's features
+        are followed by its coordinates, times a learned gate, and by cosines of them.
+        The first `key_size` numbers, all but the cosines, are for the keys.
+      position_scale: of the initial position embedding, 1 as published, or of the gate.
       rngs: source of the initial parameters.
     """
 
@@ -62,8 +71,14 @@ class ImageEncoder(nnx.Module):
         features: int,
         strides: Sequence[int],
         *,
+        positions: str = "added",
+        position_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
+        if positions not in POSITIONS:
+            raise InvalidValue(
+                f"positions must be one of {POSITIONS}, got {positions!r}"
+            )
         self.side = resolution
         self.convolutions = nnx.List([])
         channels = 3
@@ -86,7 +101,16 @@ class ImageEncoder(nnx.Module):
                 )
             )
             channels = features
-        self.positions = PositionEmbedding(self.side, features, rngs=rngs)
+        self.apart = positions == "apart"
+        self.key_size = self.size = features
+        if self.apart:
+            self.gate = nnx.Param(jnp.float32(position_scale))
+            self.key_size = features + 2
+            self.size = self.key_size + WAVES**2 - 1
+        else:
+            self.positions = PositionEmbedding(
+                self.side, features, scale=position_scale, rngs=rngs
+            )
         self.norm = layers.LayerNorm(features)
         self.enter = layers.Linear(features, features, rngs=rngs)
         self.leave = layers.Linear(features, features, rngs=rngs)
@@ -98,9 +122,28 @@ class ImageEncoder(nnx.Module):
         x = 2 * image - 1
         for convolution in self.convolutions:
             x = nnx.relu(convolution(x))
-        x = self.positions(x.astype(image.dtype))
+        x = x.astype(image.dtype)
+        if not self.apart:
+            x = self.positions(x)
         x = self.norm(x.reshape(len(x), -1, x.shape[-1]))
-        return self.leave(nnx.relu(self.enter(x))).astype(image.dtype)
+        x = self.leave(nnx.relu(self.enter(x))).astype(image.dtype)
+        if not self.apart:
+            return x
+        coordinates, waves = cells(self.side)
+        where = jnp.concatenate([self.gate[...] * coordinates, waves], axis=-1)
+        where = jnp.broadcast_to(where, (len(x), *where.shape)).astype(x.dtype)
+        return jnp.concatenate([x, where], axis=-1)
+
+
+def cells(side: int) -> tuple[Float[Array, "cells 2"], Float[Array, "cells waves"]]:
+    """Where the cells of a grid lie: (y, x) from −1 to 1, and products of cosines."""
+    line = jnp.linspace(-1.0, 1.0, side)
+    coordinates = jnp.stack(jnp.meshgrid(line, line, indexing="ij"), axis=-1)
+    centres = (jnp.arange(side, dtype=jnp.float32) + 0.5) / side
+    orders = jnp.arange(WAVES, dtype=jnp.float32)
+    wave = jnp.cos(jnp.pi * jnp.outer(centres, orders))
+    waves = jnp.einsum("yk,xl->yxkl", wave, wave).reshape(side**2, -1)
+    return coordinates.reshape(-1, 2), waves[:, 1:]  # The first is constant.
 
 
 class ImageSlots(nnx.Module):

@@ -54,12 +54,14 @@ class SLATE(nnx.Module):
         published truncated normal, independent at every position; "smooth" gives
         neighbours similar vectors, see `layers.smooth_positions`.
       position_scale: standard deviation of the initial position embedding (1 as
-        published; of the normal before its truncation).
+        published; of the normal before its truncation), and Xavier's gain of that of
+        the image's encoder.
       inputs: what slot attention reads. "tokens", as published, are the embedded tokens
         of the dVAE; "image" are a convolutional encoder's features of the pixels, as in
         STEVE (Singh, Wu, Ahn 2022), and the dVAE makes the decoder's targets alone.
       encoder_features: channels of that encoder.
       encoder_strides: of its convolutions.
+      encoder_positions: "added" or "apart", see `ImageEncoder`.
       drop_tokens: in training, the decoder's input tokens of an image are dropped at a
         rate drawn uniformly from 0 to this, so that it needs the slots. A dropped token
         leaves its position.
@@ -110,6 +112,7 @@ class SLATE(nnx.Module):
         inputs: str = "tokens",
         encoder_features: int = 64,
         encoder_strides: Sequence[int] = (2, 1),
+        encoder_positions: str = "added",
         drop_tokens: float = 0.0,
         rngs: nnx.Rngs,
     ):
@@ -147,10 +150,16 @@ class SLATE(nnx.Module):
         self.reads_image = inputs == "image"
         self.slots_side, read = self.side, width
         if self.reads_image:
-            self.image_encoder = ImageEncoder(
-                resolution, encoder_features, encoder_strides, rngs=rngs
+            self.image_encoder = encoder = ImageEncoder(
+                resolution,
+                encoder_features,
+                encoder_strides,
+                positions=encoder_positions,
+                position_scale=position_scale,
+                rngs=rngs,
             )
-            self.slots_side, read = self.image_encoder.side, encoder_features
+            self.slots_side, read = encoder.side, encoder.size
+            slots = partial(slots, key_size=encoder.key_size)
         else:
             self.encoder_norm = layers.LayerNorm(width)
             self.encoder_mlp = layers.MLP(width, width, rngs=rngs)
@@ -308,12 +317,7 @@ class SLATE(nnx.Module):
     ) -> Int[Array, "batch rows columns"]:
         """Generates image token ids from slots alone; see `generation.generate`."""
         return generation.generate(
-            self,
-            slots,
-            present=present,
-            key=key,
-            temperature=temperature,
-            top_k=top_k,
+            self, slots, present, key=key, temperature=temperature, top_k=top_k
         )
 
     def reconstruct(

@@ -43,6 +43,8 @@ class SlotAttentionStep(nnx.Module):
       attention_gain: Xavier's gain of the initial queries' and keys' projections; the
         logits begin its square times as large.
       normalizer: one of `NORMALIZERS`, see `SlotAttention`.
+      key_size: how many of an input's first features are compared with slots; all if
+        not given. The others are only read.
       rngs: source of the initial parameters.
     """
 
@@ -56,6 +58,7 @@ class SlotAttentionStep(nnx.Module):
         epsilon: float,
         attention_gain: float,
         normalizer: str = "mean",
+        key_size: int | None = None,
         rngs: nnx.Rngs,
     ):
         if normalizer not in NORMALIZERS:
@@ -71,8 +74,9 @@ class SlotAttentionStep(nnx.Module):
         self.project_q = layers.Linear(
             slot_size, slot_size, bias=False, kernel_init=sharp, rngs=rngs
         )
+        self.key_size = input_size if key_size is None else key_size
         self.project_k = layers.Linear(
-            input_size, slot_size, bias=False, kernel_init=sharp, rngs=rngs
+            self.key_size, slot_size, bias=False, kernel_init=sharp, rngs=rngs
         )
         self.project_v = layers.Linear(input_size, slot_size, bias=False, rngs=rngs)
         self.gru = layers.GRUCell(slot_size, rngs=rngs)
@@ -97,7 +101,7 @@ class SlotAttentionStep(nnx.Module):
         )
         logits = layers.product(
             "bni,bkhi->bnhk",
-            inputs,
+            inputs[..., : self.key_size],
             (seen_from_inputs * queries.shape[-1] ** -0.5).astype(inputs.dtype),
         )
         # Softmax over slots x heads jointly, as official SLATE; SAVi does it per head.
@@ -201,6 +205,7 @@ class SlotAttention(nnx.Module):
       normalizer: "mean" divides the attention of a slot by its sum over the inputs, as
         published; "damped" by its sum and 1, so that a slot that sees little changes
         little (Jia et al. 2023, BO-QSA).
+      key_size: see `SlotAttentionStep`.
       initial_slots: "gaussian" draws each slot from one Gaussian whose mean and
         log-scale are parameters; "gaussians" from a Gaussian of its own; "learned"
         starts each slot from its own vector.
@@ -224,6 +229,7 @@ class SlotAttention(nnx.Module):
         initial_slots: str = "gaussian",
         straight_through: bool = False,
         normalizer: str = "mean",
+        key_size: int | None = None,
         attention_gain: float = 1.0,
         solver: Solver = Picard(max_steps=3),
         adjoint: Adjoint = Neumann(terms=1),
@@ -262,6 +268,7 @@ class SlotAttention(nnx.Module):
             epsilon=epsilon,
             attention_gain=attention_gain,
             normalizer=normalizer,
+            key_size=key_size,
             rngs=rngs,
         )
         if initial_slots in ("gaussian", "gaussians"):

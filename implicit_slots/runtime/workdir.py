@@ -36,6 +36,7 @@ ABSENT: Mapping[str, object] = {
     "model.inputs": "tokens",
     "model.encoder_features": 64,
     "model.encoder_strides": [2, 1],
+    "model.encoder_positions": "added",
     "model.drop_tokens": 0.0,
     "optimizer.dvae_steps": 0,
     "optimize_programs": True,
@@ -47,6 +48,7 @@ OF_SLATE = (
     "model.inputs",
     "model.encoder_features",
     "model.encoder_strides",
+    "model.encoder_positions",
     "model.drop_tokens",
 )
 # Between the workdir and the file whose data section takes the place of the run's.

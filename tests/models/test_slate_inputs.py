@@ -57,6 +57,42 @@ def test_slots_that_read_the_image_have_its_encoders_grid(reads_image, images):
     assert read.attention.shape[-1] == RESOLUTION // 4
 
 
+def test_positions_apart_are_read_and_only_their_coordinates_compared(images):
+    """The cosines of a cell reach the slots through the values, never the attention."""
+    compiled = model_of(
+        inputs="image",
+        encoder_features=6,
+        encoder_strides=(2, 1),
+        encoder_positions="apart",
+    )
+    encoder = compiled.model.image_encoder
+    assert (encoder.key_size, encoder.size) == (8, 8 + 15)
+    inputs = np.asarray(compiled(lambda m, x: m.image_encoder(x), images))
+    side = RESOLUTION // 2
+    assert inputs.shape == (BATCH, side**2, 23)
+    line = np.linspace(-1, 1, side)
+    gate = float(encoder.gate[...])
+    np.testing.assert_allclose(inputs[0, :, 6], gate * np.repeat(line, side), atol=1e-6)
+    np.testing.assert_allclose(inputs[0, :, 7], gate * np.tile(line, side), atol=1e-6)
+    # Orthogonal over the grid, each but the constant one of mean zero.
+    waves = inputs[1, :, 8:]
+    products = waves.T @ waves
+    np.testing.assert_allclose(products, np.diag(np.diag(products)), atol=1e-4)
+    np.testing.assert_allclose(waves.sum(axis=0), 0, atol=1e-4)
+
+    def first_attention(model, inputs):
+        slots = model.slot_attention.initial(len(inputs), jax.random.key(0))
+        return model.slot_attention.step(inputs, slots)
+
+    other = inputs.copy()
+    other[..., 8:] = 0
+    (read, seen), (other_read, other_seen) = (
+        compiled(first_attention, jnp.asarray(x)) for x in (inputs, other)
+    )
+    np.testing.assert_array_equal(seen, other_seen)
+    assert not np.allclose(read, other_read)
+
+
 def test_slots_that_read_the_image_do_not_depend_on_the_dvae(reads_image, images):
     """Those of a model that reads tokens do."""
 
@@ -120,6 +156,7 @@ def test_official_weights_have_no_place_for_an_image_encoder(reads_image):
     ("changes", "sentence"),
     [
         ({"inputs": "pixels"}, "inputs must be one of"),
+        ({"inputs": "image", "encoder_positions": "far"}, "positions must be one of"),
         ({"drop_tokens": 1.5}, r"drop_tokens must be in \[0, 1\]"),
         ({"normalizer": "sum"}, "normalizer must be one of"),
     ],
