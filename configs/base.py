@@ -29,7 +29,6 @@ def get_config(name: str, data: Config) -> Config:
     config.batch_size = 50  # over all devices
     config.accumulate = 1  # parts of a batch, of which one at a time is in memory
     config.sharding = "replicated"  # or "fsdp": a share of the state on each device
-
     # False leaves out XLA's optimisations: half the time to compile, slower steps.
     config.optimize_programs = True
     # Or "bfloat16": products alone; parameters, softmaxes and losses stay float32.
@@ -377,6 +376,7 @@ def set_smoke(config: Config) -> None:
             num_blocks=1,
             num_heads=2,
             num_slots=3,
+            encoder_features=8,
         )
     elif config.model.name == "autoencoder":
         config.model.update(

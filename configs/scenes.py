@@ -18,9 +18,18 @@ RESOLUTION = 48
 
 
 def get_config(variant: str | None = None) -> Config:
-    """Returns the configuration; see `base.set_variant` for the variants."""
+    """Returns the configuration.
+
+    Args:
+      variant: "image": slots read the image and not the dVAE's tokens; one of
+        `base.set_variant`; or both, as in "image-vanilla".
+    """
     config = base.get_config("scenes", base.scenes())
     set_size(config)
+    own, _, rest = (variant or "").partition("-")
+    if own == "image":
+        set_image(config)
+        config.name, variant = "scenes-image", rest
     config.data.update(
         resolution=RESOLUTION,
         train_size=16_384,
@@ -30,6 +39,16 @@ def get_config(variant: str | None = None) -> Config:
         zoom=4 / 3,
     )
     return base.set_variant(config, variant)
+
+
+def set_image(config: Config) -> None:
+    """Lets slots read the image, and makes the decoder need them."""
+    config.model.update(
+        inputs="image",
+        encoder_features=32,
+        encoder_positions="apart",
+        drop_tokens=1.0,
+    )
 
 
 def set_size(config: Config) -> None:

@@ -1,7 +1,9 @@
 """The other two models through the same run: train, evaluate, report, refuse."""
 
 import json
+import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from implicit_slots.evaluation.run import GROUPS, groups_of
 from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.training import replay, run
+from implicit_slots.training.checkpoint import load
 from implicit_slots.training.checks import check
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.state import TrainState
@@ -33,6 +36,37 @@ def trained(module, workdir):
     record = run.run(config, workdir, mode="evaluate", command="again")
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return summary, record, [json.loads(line) for line in lines], workdir
+
+
+@pytest.mark.slow
+def test_slate_that_reads_the_image_trains_freezes_evaluates_and_goes_on(tmp_path):
+    """Through the whole run; the frozen dVAE is the same after it."""
+    config = scenes.get_config("image-smoke")
+    config.num_steps, config.optimizer.dvae_steps = 4, 2
+    config.update(log_every=2, validate_every=4, draw_every=4, checkpoint_every=2)
+    config.evaluation.fixed_points.iterations = 5
+    whole, halted = tmp_path / "whole", tmp_path / "halted"
+    summary = run.run(config, whole)
+    record = run.run(config, whole, mode="evaluate")
+    assert record["metrics"]["attention/fg_ari"]["count"] > 0
+    assert summary["validation/slot_mse"] > 0
+    # Killed before the step that freezes: the same end, bit for bit.
+    shutil.copytree(whole, halted)
+    shutil.rmtree(halted / "checkpoints" / "4")
+    (halted / "summary.json").unlink()
+    run.run(config, halted)
+    ends = [load(workdir)[1] for workdir in (whole, halted)]
+    middle = load(whole, step=2)[1]
+    (end, again), before = (map(params_of, ends)), params_of(middle)
+    assert jax.tree.all(jax.tree.map(np.array_equal, end, again))
+    assert jax.tree.all(jax.tree.map(np.array_equal, end["dvae"], before["dvae"]))
+    assert not jax.tree.all(
+        jax.tree.map(np.array_equal, end["image_encoder"], before["image_encoder"])
+    )
+
+
+def params_of(model):
+    return split_model(model)[1]
 
 
 @pytest.fixture(scope="module")
