@@ -10,7 +10,7 @@ import reference
 from flax import nnx
 from reference import FLOAT32, relative_error
 
-from implicit_slots.fixed_point import Neumann, Picard, Unrolled
+from implicit_slots.fixed_point import GMRES, Implicit, Neumann, Picard, Unrolled
 from implicit_slots.models.build import split_model
 from implicit_slots.models.slot_attention import SlotAttention, StepFunction
 
@@ -123,6 +123,29 @@ def test_a_damped_update_reads_by_the_sum_and_one(arrays):
     assert relative_error(run(model, inputs, slots).slots[0], want[0]) < FLOAT32
     plain = run(build(steps=1), inputs, slots)
     assert relative_error(plain.slots[0], want[0]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "adjoint", [Unrolled(), Neumann(terms=2), Implicit(solver=GMRES(max_steps=24))]
+)
+def test_options_go_with_every_kind_of_backward_pass(arrays, adjoint):
+    """Unrolled gradients of many steps are those of the fixed point."""
+    inputs, _ = arrays
+
+    def gradient(adjoint):
+        model = build(steps=60, adjoint=adjoint, normalizer="damped", key_size=4)
+        model.step.mlp.leave.kernel[...] *= 0.1  # A step that contracts.
+        return loss_gradient(model, inputs)["step"]
+
+    exact, found = gradient(Unrolled()), gradient(adjoint)
+    # Two terms are an approximation: their direction is right.
+    limit = FLOAT32 * 100 if not isinstance(adjoint, Neumann) else 0.5
+    # At the fixed point these slots are equal: attention is even, whatever the keys.
+    for name in ("project_v", "gru"):
+        for want, got in zip(
+            *map(jax.tree.leaves, (exact[name], found[name])), strict=True
+        ):
+            assert relative_error(got, want) < limit, name
 
 
 def test_each_slot_has_a_gaussian_of_its_own():
