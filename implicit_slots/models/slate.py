@@ -48,7 +48,8 @@ class SLATE(nnx.Module):
         `MultiHeadAttention`.
       remat: recompute decoder blocks in the backward pass; see `TransformerDecoder`.
       hard: reconstruct from straight-through one-hot instead of relaxed tokens.
-      slots: makes slot attention from (width, rngs=…); for other slots
+      slots: makes slot attention from (width, rngs=…), with positions apart also from
+        key_size=…; for other slots
         `functools.partial(SlotAttention, num_slots=5, slot_size=64)`.
       initial_positions: how the learned position embedding begins. "normal" is the
         published truncated normal, independent at every position; "smooth" gives
@@ -159,7 +160,8 @@ class SLATE(nnx.Module):
                 rngs=rngs,
             )
             self.slots_side, read = encoder.side, encoder.size
-            slots = partial(slots, key_size=encoder.key_size)
+            if encoder.key_size != encoder.size:
+                slots = partial(slots, key_size=encoder.key_size)
         else:
             self.encoder_norm = layers.LayerNorm(width)
             self.encoder_mlp = layers.MLP(width, width, rngs=rngs)
