@@ -8,6 +8,8 @@ Expected result (512 test scenes, attention masks, seeds 0, 1, 2): foreground AR
     0.42, 0.80; ARI 0.69, 0.26, 0.70; mIoU 0.42, 0.21, 0.56; squared error through the
     slots 62, 56, 21, summed over an image. Other machines and versions add up in other
     orders and give other runs: expect the spread.
+    With :image, slots that read the image: 0.72, 0.83, 0.73; 0.68, 0.67, 0.62; 0.53,
+    0.56, 0.45; 16.9, 18.6, 25.3 (experiments/results/notes/image_input.md).
     experiments/results/notes/scenes.md says what was tried and what limits it.
 """
 

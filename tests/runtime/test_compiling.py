@@ -16,7 +16,7 @@ from implicit_slots.evaluation.steps import build_evaluation_steps
 from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime import compiling
 from implicit_slots.runtime.config import flat
-from implicit_slots.runtime.workdir import ABSENT
+from implicit_slots.runtime.workdir import ABSENT, OF_SLATE
 from implicit_slots.training import run
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.penalties import KEYS
@@ -152,7 +152,8 @@ def test_where_training_ends_may_be_told_with_an_update():
 
 
 def test_what_absent_keys_mean_is_said_of_keys_that_exist():
-    assert set(KEYS) <= ABSENT.keys()
+    assert set(KEYS) <= ABSENT.keys() and set(OF_SLATE) <= ABSENT.keys()
     for module in (scenes, autoencoder_scenes, set_prediction_scenes):
         config = flat(module.get_config().to_dict())
-        assert ABSENT.keys() <= config.keys()
+        of_others = OF_SLATE if config["model.name"] != "slate" else ()
+        assert ABSENT.keys() - config.keys() <= set(of_others)
