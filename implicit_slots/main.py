@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from implicit_slots.runtime import xla_warnings
 from implicit_slots.runtime.allocator import keep_freed_memory
-from implicit_slots.runtime.flags import flag_value, is_flag, parse
+from implicit_slots.runtime.flags import drop_output, flag_value, is_flag, parse
 from implicit_slots.runtime.workdir import config_flag
 
 _BEGAN = time.perf_counter()
@@ -116,8 +116,7 @@ def main(_: list[str]) -> None:
     except UserError as error:
         processes.leave(f"error: {error}")
     except BrokenPipeError:
-        # Whoever read the output (`| head`) is gone, and nobody can be told.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         processes.leave(
             f"the output is read no more; the same command resumes {workdir}"
         )

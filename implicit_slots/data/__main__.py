@@ -6,14 +6,13 @@ Commands:
   verify   compares a prepared cache with its checksums, byte by byte.
 """
 
-import os
 import pathlib
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from implicit_slots.runtime.flags import parse
+from implicit_slots.runtime.flags import drop_output, parse
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, with an optional :variant.", lock_config=True
@@ -52,8 +51,7 @@ def main(argv: list[str]) -> None:
     except DataError as error:
         sys.exit(f"error: {error}")
     except BrokenPipeError:
-        # Whoever read the output (`| head`) is gone.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         sys.exit("the output is read no more; the same command goes on where it was")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on where it was")

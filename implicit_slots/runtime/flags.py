@@ -1,5 +1,6 @@
 """Flags, and what is wrong with them in one sentence: what every command shares."""
 
+import os
 import re
 import sys
 
@@ -20,6 +21,11 @@ def flag_value(name: str, argv: list[str]) -> str | None:
             rest = argv[place + 1 : place + 2]
             return argument.partition("=")[2] if "=" in argument else "".join(rest)
     return None
+
+
+def drop_output() -> None:
+    """Sends what is still to be printed nowhere: its reader (`| head`) is gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -222,7 +222,8 @@ def begin_to_compile(
     config = parts.config
     if jax.process_count() > 1:
         return None
-    if max(checkpoints.steps(), default=0) >= config.num_steps:
+    done = max(checkpoints.steps(), default=0)
+    if done >= config.num_steps:
         return None
     assert parts.train is not None
     state = jax.eval_shape(
@@ -230,13 +231,20 @@ def begin_to_compile(
         parts.shapes,
     )
     return compile_ahead(
-        parts.steps,
+        parts.steps.at(done + 1),
         validation,
         state,
         parts.train,
         batch_size=config.batch_size,
         sharding=config.sharding,
     )
+
+
+def placed_first_state(parts: Parts) -> TrainState:
+    """The state before the first update, as it lies on the devices."""
+    state = first_state(parts.config, parts.optimizer)
+    placement = state_sharding(state, parts.mesh, parts.config.sharding)
+    return jax.device_put(state, placement)
 
 
 def first_or_latest(
@@ -248,9 +256,7 @@ def first_or_latest(
       UserError: if the run is past its end, or each of its checkpoints is damaged.
     """
     config = parts.config
-    state = first_state(config, parts.optimizer)
-    placement = state_sharding(state, parts.mesh, config.sharding)
-    state = jax.device_put(state, placement)
+    state = placed_first_state(parts)
     found = restore(checkpoints, state, set_aside=True)
     if found is None:
         return state, SavedLoop(window=[], best=None)
@@ -315,11 +321,9 @@ def evaluate(
     config, mesh = parts.config, parts.mesh
     if not (workdir / CHECKPOINT_FOLDER).is_dir():
         raise nothing_to_evaluate(workdir)
-    state = first_state(config, parts.optimizer)
-    state = jax.device_put(state, state_sharding(state, mesh, config.sharding))
     name = BEST_FOLDER if checkpoint == "best" else CHECKPOINT_FOLDER
     with open_checkpoints(workdir, name, None) as checkpoints:
-        found = restore(checkpoints, state, set_aside=False)
+        found = restore(checkpoints, placed_first_state(parts), set_aside=False)
     if found is None:
         raise nothing_to_evaluate(workdir)
     state, _ = found
