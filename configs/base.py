@@ -1,9 +1,8 @@
 """Every key, its meaning and its default: SLATE as published, trained implicitly.
 
 Other files set what they change. What models and solvers default to stands in their
-constructors and is read from there. The values are those of the ShapeStacks set-up of
-Singh et al. 2022 (vocabulary, widths, rates: from memory) with the slots, iterations
-and resolution that Chang et al. 2022 state.
+constructors. The values are those of the ShapeStacks set-up of Singh et al. 2022 (from
+memory) with the slots, iterations and resolution that Chang et al. 2022 state.
 """
 
 from typing import Any
@@ -39,6 +38,7 @@ def get_config(name: str, data: Config) -> Config:
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 3e-4  # peak, of everything but the dVAE
     config.optimizer.dvae_learning_rate = 3e-4
+    config.optimizer.slots_learning_rate = 0.0  # of encoder and slots; 0: the first
     config.optimizer.dvae_steps = 0  # that train the dVAE, frozen then; 0: all
     config.optimizer.warmup_steps = 30_000  # linear; the dVAE has none; 0: none
     # Or "constant", "half_life", "cosine" to 0 at num_steps.

@@ -213,6 +213,11 @@ def _turned(params: dict) -> dict[str, np.ndarray]:
         raise UserError(
             f"official SLATE's slots read tokens: it has no place for {what}"
         )
+    if "codes" in params["dvae"]:
+        raise UserError(
+            "official SLATE has a dVAE: it has no place for a codebook of patches "
+            '(config.model.tokenizer must be "dvae")'
+        )
     features = params["dvae"]["encoder"]["layers"][0]["norm"]["scale"].shape[0]
     if features != DVAE_FEATURES:
         raise UserError(

@@ -31,7 +31,7 @@ from implicit_slots.evaluation.metrics.segmentation import score_masks
 from implicit_slots.models import noise
 from implicit_slots.models.build import build, split_model
 from implicit_slots.models.set_prediction import CLASSES
-from implicit_slots.models.slate import with_bos
+from implicit_slots.models.token_decoder import with_bos
 from implicit_slots.runtime import compiling, devices
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.state import initial_state

@@ -49,8 +49,9 @@ from implicit_slots.fixed_point import (
 )
 from implicit_slots.models.build import build_model
 from implicit_slots.models.images import as_float
-from implicit_slots.models.slate import SLATE, with_bos
+from implicit_slots.models.slate import SLATE
 from implicit_slots.models.slot_attention import Problem
+from implicit_slots.models.token_decoder import with_bos
 from implicit_slots.training.checkpoint import load
 
 # Tolerance zero: every solver goes on to --steps, or until nothing improves any more.

@@ -17,6 +17,7 @@ from implicit_slots.models.slot_attention import Problem, SlotAttention, SlotsOu
 from implicit_slots.runtime.errors import InvalidValue
 
 KERNEL = 5
+PADDINGS = ("zeros", "edge")
 POSITIONS = ("added", "apart")
 WAVES = 4  # cosines of each coordinate, the constant one included
 
@@ -52,12 +53,18 @@ class PositionEmbedding(nnx.Module):
 class ImageEncoder(nnx.Module):
     """Images to a set of vectors, one for each cell of a grid.
 
-    5x5 convolutions with ReLU, position embedding, LayerNorm, MLP.
+    Convolutions with ReLU, position embedding, LayerNorm, MLP.
 
     Args:
       resolution: image side in pixels, divisible by the product of the strides.
       features: channels of every convolution, and width of the vectors.
       strides: of the convolutions, in order.
+      kernels: their sides in pixels, in the same order; 5 each if not given.
+      padding: what lies beyond the image: "zeros", as published, which tell a cell
+        that it lies at the border; or "edge", the border's own values. With "edge" a
+        cell's vector also is of what lies around the cell's centre; zeros are padded
+        as TensorFlow's "SAME" does, which looks half a pixel to the lower right where
+        kernel minus stride is odd.
       positions: "added" to the features, as published, or "apart": each cell's features
         are followed by its coordinates, times a learned gate, and by cosines of them.
         The first `key_size` numbers, all but the cosines, are for the keys.
@@ -71,6 +78,8 @@ class ImageEncoder(nnx.Module):
         features: int,
         strides: Sequence[int],
         *,
+        kernels: Sequence[int] | None = None,
+        padding: str = "zeros",
         positions: str = "added",
         position_scale: float = 1.0,
         rngs: nnx.Rngs,
@@ -79,28 +88,48 @@ class ImageEncoder(nnx.Module):
             raise InvalidValue(
                 f"positions must be one of {POSITIONS}, got {positions!r}"
             )
+        if padding not in PADDINGS:
+            raise InvalidValue(f"padding must be one of {PADDINGS}, got {padding!r}")
+        kernels = [KERNEL] * len(strides) if kernels is None else kernels
+        if len(kernels) != len(strides):
+            raise InvalidValue(
+                "an encoder needs as many kernels as strides, got "
+                f"{tuple(kernels)} and {tuple(strides)}"
+            )
         self.side = resolution
         self.convolutions = nnx.List([])
+        # Pixels beyond each border that a convolution reads; None: what "SAME" pads.
+        borders: list[tuple[int, int] | None] = []
         channels = 3
-        for stride in strides:
+        for kernel, stride in zip(kernels, strides, strict=True):
             if stride < 1 or self.side % stride:
                 raise InvalidValue(
                     f"the image size {resolution} must be divisible by the product of "
                     f"encoder_strides {tuple(strides)}"
                 )
+            if padding == "edge" and not (
+                kernel >= stride and kernel % 2 == stride % 2
+            ):
+                raise InvalidValue(
+                    "with encoder padding edge a kernel must be as large as its stride "
+                    f"or larger by an even number, got {kernel} and {stride}"
+                )
             self.side //= stride
+            beyond = (kernel - stride) // 2
+            borders.append((beyond, beyond) if padding == "edge" else None)
             self.convolutions.append(
                 nnx.Conv(
                     channels,
                     features,
-                    (KERNEL, KERNEL),
+                    (kernel, kernel),
                     strides=stride,
-                    padding="SAME",
+                    padding="SAME" if padding == "zeros" else "VALID",
                     kernel_init=layers.xavier_uniform(),
                     rngs=rngs,
                 )
             )
             channels = features
+        self.borders = tuple(borders)
         self.apart = positions == "apart"
         self.key_size = self.size = features
         if self.apart:
@@ -120,7 +149,9 @@ class ImageEncoder(nnx.Module):
     ) -> Float[Array, "batch cells features"]:
         """Encodes images in [0, 1], row by row of the grid."""
         x = 2 * image - 1
-        for convolution in self.convolutions:
+        for border, convolution in zip(self.borders, self.convolutions, strict=True):
+            if border:
+                x = jnp.pad(x, ((0, 0), border, border, (0, 0)), mode="edge")
             x = nnx.relu(convolution(x))
         x = x.astype(image.dtype)
         if not self.apart:

@@ -334,3 +334,28 @@ def smooth_positions(
     basis = jnp.where(spread > 1e-3, basis / jnp.maximum(spread, 1e-3), 0)
     mixture = jax.random.normal(key, (basis.shape[1], width))
     return basis @ mixture / basis.shape[1] ** 0.5
+
+
+def token_positions(
+    kind: str, scale: float, side: int, width: int, *, rngs: nnx.Rngs
+) -> Float[Array, "positions {width}"]:
+    """Draws SLATE's position vectors: of BOS, then of a square grid of tokens.
+
+    Args:
+      kind: "normal", truncated, independent at every position; or "smooth", the grid's
+        by `smooth_positions`.
+      scale: standard deviation; of the normal before its truncation.
+      side: of the grid.
+      width: of a vector.
+      rngs: source of both.
+    """
+    draw = nnx.initializers.truncated_normal(scale)
+    positions = draw(rngs.params(), (1 + side**2, width))
+    if kind == "smooth":
+        grid = scale * smooth_positions(rngs.params(), side, width)
+        return positions.at[1:].set(grid)
+    if kind != "normal":
+        raise InvalidValue(
+            f'initial_positions must be "normal" or "smooth", got {kind!r}'
+        )
+    return positions

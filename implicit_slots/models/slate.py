@@ -9,27 +9,28 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from implicit_slots.fixed_point import BackwardStats, Picard
-from implicit_slots.models import generation, layers, noise
+from implicit_slots.models import layers, noise
 from implicit_slots.models.dvae import DVAE, STRIDE, gumbel_softmax
-from implicit_slots.models.generation import BOS
-from implicit_slots.models.image_encoder import ImageEncoder, on_grid
+from implicit_slots.models.image_encoder import KERNEL, ImageEncoder, on_grid
 from implicit_slots.models.images import squared_error
-from implicit_slots.models.outputs import Encoded, Output, Reading, Reconstruction
+from implicit_slots.models.outputs import Encoded, Output, Reconstruction
+from implicit_slots.models.patch_tokenizer import PatchTokenizer
 from implicit_slots.models.slot_attention import Problem, SlotAttention
+from implicit_slots.models.token_decoder import TokenDecoder, with_bos
 from implicit_slots.models.transformer import TransformerDecoder
 from implicit_slots.runtime.errors import InvalidValue
 
-# What slot attention reads.
+# What slot attention reads, and what makes tokens.
 INPUTS = ("tokens", "image")
+TOKENIZERS = ("dvae", "patches")
 
 
-class SLATE(nnx.Module):
+class SLATE(TokenDecoder):
     """The whole model, for square images of one resolution.
 
     The defaults are those of Singh et al. 2022 for ShapeStacks (from memory), with the
@@ -57,15 +58,23 @@ class SLATE(nnx.Module):
       position_scale: standard deviation of the initial position embedding (1 as
         published; of the normal before its truncation), and Xavier's gain of that of
         the image's encoder.
-      inputs: what slot attention reads. "tokens", as published, are the embedded tokens
-        of the dVAE; "image" are a convolutional encoder's features of the pixels, as in
-        STEVE (Singh, Wu, Ahn 2022), and the dVAE makes the decoder's targets alone.
+      tokenizer: what makes the tokens. "dvae", as published, is trained beside the
+        rest; "patches" is a codebook that is found before the first step, see
+        `PatchTokenizer`, and stands in `dvae`.
+      inputs: what slot attention reads. "tokens", as published, are the embedded
+        tokens; "image" are a convolutional encoder's features of the pixels, as in
+        STEVE (Singh, Wu, Ahn 2022), and tokens are the decoder's targets alone.
       encoder_features: channels of that encoder.
       encoder_strides: of its convolutions.
+      encoder_kernels: of the same, their sides.
+      encoder_padding: "zeros" or "edge", see `ImageEncoder`.
       encoder_positions: "added" or "apart", see `ImageEncoder`.
       drop_tokens: in training, the decoder's input tokens of an image are dropped at a
         rate drawn uniformly from 0 to this, so that it needs the slots. A dropped token
         leaves its position.
+      token_weighting: in training, the decoder's cross-entropy of a token is weighted
+        by its share of all tokens to the power of minus this; the mean weight is one.
+        Else its logits are corrected for it. Needs the shares, which "patches" has.
       rngs: source of the initial parameters.
     """
 
@@ -110,11 +119,15 @@ class SLATE(nnx.Module):
         ),
         initial_positions: str = "normal",
         position_scale: float = 1.0,
+        tokenizer: str = "dvae",
         inputs: str = "tokens",
         encoder_features: int = 64,
         encoder_strides: Sequence[int] = (2, 1),
+        encoder_kernels: Sequence[int] = (KERNEL, KERNEL),
+        encoder_padding: str = "zeros",
         encoder_positions: str = "added",
         drop_tokens: float = 0.0,
+        token_weighting: float = 0.0,
         rngs: nnx.Rngs,
     ):
         if resolution < STRIDE or resolution % STRIDE:
@@ -124,25 +137,29 @@ class SLATE(nnx.Module):
         self.side = resolution // STRIDE
         self.dropout = dropout
         self.hard = hard
-        self.dvae = DVAE(vocab_size, features=dvae_features, rngs=rngs)
+        if tokenizer not in TOKENIZERS:
+            raise InvalidValue(
+                f"tokenizer must be one of {TOKENIZERS}, got {tokenizer!r}"
+            )
+        self.fixed_tokens = tokenizer == "patches"
+        if token_weighting and not self.fixed_tokens:
+            raise InvalidValue('token_weighting needs tokenizer="patches"')
+        self.token_weighting = token_weighting
+        if self.fixed_tokens:
+            self.dvae = PatchTokenizer(vocab_size, rngs=rngs)
+        else:
+            self.dvae = DVAE(vocab_size, features=dvae_features, rngs=rngs)
         self.embedding = nnx.Embed(
             vocab_size + 1,
             width,
             embedding_init=nnx.initializers.normal(1.0),
             rngs=rngs,
         )
-        draw = nnx.initializers.truncated_normal(position_scale)
-        self.positions = nnx.Param(draw(rngs.params(), (1 + self.side**2, width)))
-        if initial_positions == "smooth":
-            grid = position_scale * layers.smooth_positions(
-                rngs.params(), self.side, width
+        self.positions = nnx.Param(
+            layers.token_positions(
+                initial_positions, position_scale, self.side, width, rngs=rngs
             )
-            self.positions[...] = self.positions[...].at[1:].set(grid)
-        elif initial_positions != "normal":
-            raise InvalidValue(
-                'initial_positions must be "normal" or "smooth", got '
-                f"{initial_positions!r}"
-            )
+        )
         if inputs not in INPUTS:
             raise InvalidValue(f"inputs must be one of {INPUTS}, got {inputs!r}")
         if not 0 <= drop_tokens <= 1:
@@ -155,6 +172,8 @@ class SLATE(nnx.Module):
                 resolution,
                 encoder_features,
                 encoder_strides,
+                kernels=encoder_kernels,
+                padding=encoder_padding,
                 positions=encoder_positions,
                 position_scale=position_scale,
                 rngs=rngs,
@@ -214,15 +233,21 @@ class SLATE(nnx.Module):
             key, 5
         )
         token_logits = self.dvae.encode(image)
-        relaxed = gumbel_softmax(token_logits, temperature, key_relaxed, hard=self.hard)
-        reconstruction = self.dvae.decode(relaxed)
-        mse = squared_error(image, reconstruction)
-        if frozen:
-            mse = jax.lax.stop_gradient(mse)
+        if frozen or self.fixed_tokens:
             targets = token_logits.argmax(axis=-1)
         else:
             # A second, independent sample; the transformer never trains the dVAE.
             targets = noise.categorical(key_hard, jax.lax.stop_gradient(token_logits))
+        if self.fixed_tokens:
+            reconstruction = self.dvae.decode_ids(targets)
+        else:
+            relaxed = gumbel_softmax(
+                token_logits, temperature, key_relaxed, hard=self.hard
+            )
+            reconstruction = self.dvae.decode(relaxed)
+        mse = squared_error(image, reconstruction)
+        if frozen or self.fixed_tokens:
+            mse = jax.lax.stop_gradient(mse)
         targets = targets.reshape(len(image), -1)
         embedded = layers.dropout(
             self.embed(with_bos(targets)),
@@ -237,11 +262,16 @@ class SLATE(nnx.Module):
         )
         shown = embedded[:, :-1]
         if self.drop_tokens and not deterministic:
-            shown = self._dropped(shown, jax.random.fold_in(key, 5))
+            shown = self.dropped(shown, jax.random.fold_in(key, 5))
         logits = self.decode(
-            shown, slots.slots, key=None if deterministic else key_decoder
+            shown,
+            slots.slots,
+            key=None if deterministic else key_decoder,
+            weighted=not deterministic,
         )
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        if self.token_weighting and not deterministic:
+            cross_entropy = cross_entropy * self.weights()[targets]
         losses = {"mse": mse, "cross_entropy": cross_entropy.sum(axis=1)}
         return Output(
             losses,
@@ -250,12 +280,6 @@ class SLATE(nnx.Module):
             reconstruction,
             coupling=slots.coupling,
         )
-
-    def embed(
-        self, tokens: Int[Array, "batch tokens"]
-    ) -> Float[Array, "batch tokens dim"]:
-        """Embeds a sequence that begins with BOS, with its positions."""
-        return self.embedding(tokens) + self.positions[None, : tokens.shape[1]]
 
     def slot_inputs(
         self,
@@ -266,16 +290,6 @@ class SLATE(nnx.Module):
         if self.reads_image:
             return self.image_encoder(image)
         return self.encoder_mlp(self.encoder_norm(embedded))
-
-    def _dropped(self, embedded: jax.Array, key: Key[Array, ""]) -> jax.Array:
-        """Leaves of some tokens only the position, never of BOS, which comes first."""
-        key_rate, key_token = jax.random.split(key)
-        batch, length = embedded.shape[:2]
-        rate = self.drop_tokens * jax.random.uniform(key_rate, (batch, 1))
-        drop = jax.random.uniform(key_token, (batch, length)) < rate
-        drop = drop.at[:, 0].set(False)
-        positions = self.positions[None, :length].astype(embedded.dtype)
-        return jnp.where(drop[..., None], positions, embedded)
 
     def backward_probe(self, batch: int) -> BackwardStats | None:
         """See `SlotAttention`."""
@@ -297,30 +311,6 @@ class SLATE(nnx.Module):
         """The most probable tokens of images, and their embeddings."""
         ids = self.dvae.encode(image).argmax(axis=-1)
         return ids, self.embed(with_bos(ids.reshape(len(image), -1)))[:, 1:]
-
-    def decode(
-        self,
-        embedded: Float[Array, "batch tokens dim"],
-        slots: Float[Array, "batch slots slot_dim"],
-        *,
-        key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "batch tokens vocab"]:
-        """Returns logits of the token that follows each token."""
-        return self.out(self.decoder(embedded, self.slot_projection(slots), key=key))
-
-    def generate(
-        self,
-        slots: Float[Array, "batch slots slot_dim"],
-        *,
-        present: Bool[Array, "batch slots"] | None = None,
-        key: Key[Array, ""] | None = None,
-        temperature: Float[Array, ""] | float | None = None,
-        top_k: int | None = None,
-    ) -> Int[Array, "batch rows columns"]:
-        """Generates image token ids from slots alone; see `generation.generate`."""
-        return generation.generate(
-            self, slots, present, key=key, temperature=temperature, top_k=top_k
-        )
 
     def reconstruct(
         self, image: Float[Array, "batch height width 3"], *, key: Key[Array, ""]
@@ -346,54 +336,3 @@ class SLATE(nnx.Module):
         slots = self.slot_attention(self.slot_inputs(image, embedded), key=key)
         attention = on_grid(slots.attention, self.slots_side)
         return Encoded(ids, slots.slots, attention, slots.stats)
-
-    def picture(
-        self, tokens: Int[Array, "batch rows columns"]
-    ) -> Float[Array, "batch height width 3"]:
-        """Returns the dVAE's image of tokens, in [0, 1]."""
-        return jnp.clip(self.dvae.decode_ids(tokens), 0, 1)
-
-    def render(
-        self,
-        slots: Float[Array, "batch slots slot_dim"],
-        *,
-        present: Bool[Array, "batch slots"] | None = None,
-    ) -> Float[Array, "batch height width 3"]:
-        """Returns the image that the decoder makes of slots alone, in [0, 1].
-
-        Args:
-          slots: of each image.
-          present: which of them the decoder sees, at least one; all if not given.
-        """
-        return self.picture(self.generate(slots, present=present))
-
-    def read(
-        self,
-        tokens: Int[Array, "batch rows columns"],
-        slots: Float[Array, "batch slots slot_dim"],
-        *,
-        present: Bool[Array, "batch slots"] | None = None,
-    ) -> Reading:
-        """Predicts each token from those before it and the slots; no dropout.
-
-        Args:
-          tokens: of an image.
-          slots: of each image.
-          present: which of them the decoder sees, at least one; all if not given.
-        """
-        targets = tokens.reshape(len(tokens), -1)
-        features, shares = self.decoder.watch(
-            self.embed(with_bos(targets))[:, :-1], self.slot_projection(slots), present
-        )
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(
-            self.out(features), targets
-        )
-        return Reading(
-            cross_entropy.reshape(tokens.shape),
-            on_grid(shares.swapaxes(1, 2), self.side),
-        )
-
-
-def with_bos(ids: Int[Array, "batch tokens"]) -> Int[Array, "batch longer"]:
-    """Shifts image token ids by one and puts BOS before them."""
-    return jnp.pad(ids + 1, ((0, 0), (1, 0)), constant_values=BOS)

@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     DIAGNOSE = 3
     EVALUATE = 4
     PENALTY = 5
+    CODEBOOK = 6
 
 
 def purpose_key(

@@ -36,9 +36,14 @@ ABSENT: Mapping[str, object] = {
     "model.inputs": "tokens",
     "model.encoder_features": 64,
     "model.encoder_strides": [2, 1],
+    "model.encoder_kernels": [5, 5],
+    "model.encoder_padding": "zeros",
     "model.encoder_positions": "added",
     "model.drop_tokens": 0.0,
+    "model.tokenizer": "dvae",
+    "model.token_weighting": 0.0,
     "optimizer.dvae_steps": 0,
+    "optimizer.slots_learning_rate": 0.0,
     "optimize_programs": True,
     "evaluation.masks.starts": 1,
 }
@@ -48,8 +53,12 @@ OF_SLATE = (
     "model.inputs",
     "model.encoder_features",
     "model.encoder_strides",
+    "model.encoder_kernels",
+    "model.encoder_padding",
     "model.encoder_positions",
     "model.drop_tokens",
+    "model.tokenizer",
+    "model.token_weighting",
 )
 # Between the workdir and the file whose data section takes the place of the run's.
 SEPARATOR = "\n"

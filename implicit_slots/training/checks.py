@@ -245,6 +245,14 @@ def check_slate(config: Config) -> None:
             f"config.optimizer.dvae_steps must not be negative, got "
             f"{config.optimizer.dvae_steps}; 0 trains the dVAE in all steps"
         )
+    if (
+        config.optimizer.get("dvae_steps", 0)
+        and config.model.get("tokenizer") == "patches"
+    ):
+        raise UserError(
+            'config.model.tokenizer="patches" has no dVAE to train: leave '
+            "config.optimizer.dvae_steps at 0"
+        )
     for key in ("start", "end"):
         if not config.temperature[key] > 0:
             raise UserError(

@@ -13,9 +13,15 @@ from implicit_slots.runtime.errors import InvalidValue
 
 SCHEDULES = ("constant", "half_life", "cosine", "plateau")
 CLIPPINGS = ("none", "l2", "max_norm")
-# The two groups of parameters, and the names under which their rates are logged.
-MAIN, DVAE = "main", "dvae"
-LOGGED = {MAIN: "learning_rate", DVAE: "dvae_learning_rate"}
+# The groups of parameters, and the names under which their rates are logged.
+MAIN, DVAE, SLOTS = "main", "dvae", "slots"
+LOGGED = {
+    MAIN: "learning_rate",
+    DVAE: "dvae_learning_rate",
+    SLOTS: "slots_learning_rate",
+}
+# What makes slots of an image, by the top-level keys of the models' parameters.
+OF_SLOTS = ("encoder", "encoder_norm", "encoder_mlp", "image_encoder", "slot_attention")
 # (updates made, updates to make) -> a rate, or a factor on it.
 Schedule = Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike], Any]
 # Optax wants some tolerance; any smaller loss counts as better in official SLATE.
@@ -28,8 +34,9 @@ def build_optimizer(
     """Builds the optimiser of a configuration's `optimizer` section.
 
     The dVAE's parameters (those below the key "dvae") have a rate of their own and no
-    warm-up; the gradient of all parameters together is clipped first. "plateau" is a
-    constant rate here; see `build_plateau`.
+    warm-up; encoder and slot attention have one where it is given. The gradient of all
+    parameters together is clipped first. "plateau" is a constant rate here; see
+    `build_plateau`.
 
     Args:
       config: the section; see configs/base.py.
@@ -57,8 +64,15 @@ def build_optimizer(
     groups: dict[Hashable, optax.GradientTransformation] = {
         group: _adam(rate, num_steps) for group, rate in schedules(config, params)
     }
-    labels = {key: DVAE if key == DVAE else MAIN for key in params}
+    labels = {key: _group(config, key) for key in params}
     return optax.chain(_clipping(config), optax.partition(groups, labels))
+
+
+def _group(config: Config, key: str) -> str:
+    """The group of a top-level key."""
+    if key == DVAE:
+        return DVAE
+    return SLOTS if key in OF_SLOTS and config.get(LOGGED[SLOTS], 0) else MAIN
 
 
 def schedules(config: Config, params: dict) -> list[tuple[str, Schedule]]:
@@ -70,15 +84,23 @@ def schedules(config: Config, params: dict) -> list[tuple[str, Schedule]]:
     """
     decay = _decay(config)
 
-    def main_rate(step, num_steps) -> jax.typing.ArrayLike:
-        # Official SLATE counts from one: the first update is not lost.
-        warm = jnp.minimum((step + 1) / max(config.warmup_steps, 1), 1.0)
-        return config.learning_rate * (warm * decay(step, num_steps))
+    def warmed(peak: float) -> Schedule:
+        def rate(step, num_steps) -> jax.typing.ArrayLike:
+            # Official SLATE counts from one: the first update is not lost.
+            warm = jnp.minimum((step + 1) / max(config.warmup_steps, 1), 1.0)
+            return peak * (warm * decay(step, num_steps))
+
+        return rate
 
     def dvae_rate(step, num_steps) -> jax.typing.ArrayLike:
         return config.dvae_learning_rate * decay(step, num_steps)
 
-    return [(MAIN, main_rate), (DVAE, dvae_rate)][: 2 if DVAE in params else 1]
+    found = [(MAIN, warmed(config.learning_rate))]
+    if DVAE in params:
+        found.append((DVAE, dvae_rate))
+    if peak := config.get(LOGGED[SLOTS], 0):
+        found.append((SLOTS, warmed(peak)))
+    return found
 
 
 def learning_rates(

@@ -56,6 +56,7 @@ from implicit_slots.training.checkpoint import (
     restore,
 )
 from implicit_slots.training.checks import check, check_same_run, crowding
+from implicit_slots.training.codebook import with_codebook
 from implicit_slots.training.parts import Parts, build_parts
 from implicit_slots.training.precompile import compile_ahead
 from implicit_slots.training.state import TrainState, first_state, initial_state
@@ -259,6 +260,9 @@ def first_or_latest(
     state = placed_first_state(parts)
     found = restore(checkpoints, state, set_aside=True)
     if found is None:
+        if config.model.get("tokenizer") == "patches":
+            assert parts.train is not None
+            state = with_codebook(state, parts.train, config.seed)
         return state, SavedLoop(window=[], best=None)
     state, so_far = found
     if int(state.step) > config.num_steps:

@@ -9,7 +9,7 @@ from small_slate import RESOLUTION, VOCAB, Compiled, section
 
 from implicit_slots.models.build import build_model
 from implicit_slots.models.dvae import most_probable
-from implicit_slots.models.slate import BOS
+from implicit_slots.models.generation import BOS
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 

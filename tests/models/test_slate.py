@@ -21,7 +21,7 @@ from small_slate import (
 from implicit_slots.fixed_point import Neumann, Picard, Unrolled
 from implicit_slots.models import dvae, noise
 from implicit_slots.models.build import build_model, split_model
-from implicit_slots.models.slate import with_bos
+from implicit_slots.models.token_decoder import with_bos
 from implicit_slots.models.transformer import TransformerDecoder
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")

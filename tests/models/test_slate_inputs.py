@@ -93,6 +93,32 @@ def test_positions_apart_are_read_and_only_their_coordinates_compared(images):
     assert not np.allclose(read, other_read)
 
 
+@pytest.mark.parametrize("kernels", [(2, 1), (4, 3), (2, 3)])
+def test_with_edges_repeated_a_flipped_image_has_flipped_features(images, kernels):
+    """Each cell sees as far to the left as to the right, and no border."""
+    compiled = model_of(
+        inputs="image",
+        encoder_features=6,
+        encoder_kernels=kernels,
+        encoder_padding="edge",
+        encoder_positions="apart",
+    )
+    params = jax.tree.map(jnp.copy, compiled.params)
+    for convolution in params["image_encoder"]["convolutions"].values():
+        kernel = convolution["kernel"]
+        convolution["kernel"] = kernel + kernel[:, ::-1]
+    side = RESOLUTION // 2
+
+    def features(image):
+        found = jax.jit(lambda p, x: compiled.merge(p).image_encoder(x))(params, image)
+        return np.asarray(found)[..., :6].reshape(BATCH, side, side, 6)
+
+    flipped = features(images[:, :, ::-1])[:, :, ::-1]
+    np.testing.assert_allclose(flipped, features(images), atol=1e-4)
+    flat = features(jnp.full_like(images, 0.3))
+    np.testing.assert_allclose(flat, np.broadcast_to(flat[:1, :1, :1], flat.shape))
+
+
 def test_slots_that_read_the_image_do_not_depend_on_the_dvae(reads_image, images):
     """Those of a model that reads tokens do."""
 
@@ -123,7 +149,7 @@ def test_the_gradient_of_every_part_is_there(reads_image, images):
 def test_dropped_tokens_leave_their_positions_and_bos(images):
     model = model_of(drop_tokens=1.0)
     embedded = jnp.asarray(np.random.default_rng(1).normal(size=(2_000, 16, 8)), "f4")
-    dropped = model(lambda m, e: m._dropped(e, jax.random.key(0)), embedded)
+    dropped = model(lambda m, e: m.dropped(e, jax.random.key(0)), embedded)
     positions = np.asarray(model.model.positions[...])[:16]
     kept = np.isclose(dropped, embedded).all(axis=-1)
     gone = np.isclose(dropped, positions[None]).all(axis=-1)
@@ -157,6 +183,15 @@ def test_official_weights_have_no_place_for_an_image_encoder(reads_image):
     [
         ({"inputs": "pixels"}, "inputs must be one of"),
         ({"inputs": "image", "encoder_positions": "far"}, "positions must be one of"),
+        (
+            {"inputs": "image", "encoder_padding": "mirror"},
+            "padding must be one of",
+        ),
+        ({"inputs": "image", "encoder_kernels": (5,)}, "as many kernels as strides"),
+        (
+            {"inputs": "image", "encoder_padding": "edge"},
+            "as large as its stride or larger by an even number, got 5 and 2",
+        ),
         ({"drop_tokens": 1.5}, r"drop_tokens must be in \[0, 1\]"),
         ({"normalizer": "sum"}, "normalizer must be one of"),
     ],

@@ -141,7 +141,7 @@ def test_temperature_falls_by_a_cosine_and_stays():
         0.55 + 0.45 * np.cos(np.pi / 3)
     )
     for step in (30_000, 10**6):
-        assert float(cosine(config, step)) == pytest.approx(0.1)
+        assert float(cosine(config, step)) == pytest.approx(0.1, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -163,3 +163,26 @@ def test_what_cannot_be_is_a_sentence(changes, sentence):
 def test_a_plateau_that_cannot_be_is_a_sentence(changes):
     with pytest.raises(ValueError, match="plateau_patience must be at least 1 and"):
         build_plateau(section(schedule="plateau", **changes))
+
+
+def test_encoder_and_slots_have_a_rate_of_their_own_where_it_is_given():
+    params = {
+        name: {"a": jnp.ones(2)}
+        for name in ("dvae", "image_encoder", "slot_attention", "decoder")
+    }
+    rates = {"learning_rate": 0.1, "dvae_learning_rate": 0.2}
+    settings = {"warmup_steps": 0, "schedule": "constant", "clip": "none", **rates}
+
+    def first_update(**changes):
+        optimizer = build_optimizer(section(**settings, **changes), params, num_steps=9)
+        updates: Any = optimizer.update(params, optimizer.init(params), params)[0]
+        return {name: -float(leaf["a"][0]) for name, leaf in updates.items()}
+
+    # Adam's first update is the rate.
+    alike = first_update()
+    assert alike["image_encoder"] == alike["decoder"] == pytest.approx(0.1, rel=1e-4)
+    apart = first_update(slots_learning_rate=0.05)
+    assert apart["image_encoder"] == apart["slot_attention"] == pytest.approx(0.05, rel=1e-4)
+    assert (apart["decoder"], apart["dvae"]) == pytest.approx((0.1, 0.2), rel=1e-4)
+    named = learning_rates(section(**settings, slots_learning_rate=0.05), params, 0, 9)
+    assert named == pytest.approx({**rates, "slots_learning_rate": 0.05})

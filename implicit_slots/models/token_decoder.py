@@ -1,0 +1,148 @@
+"""From slots to tokens and images: what SLATE's decoder is asked for."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from implicit_slots.models import generation
+from implicit_slots.models.generation import BOS
+from implicit_slots.models.image_encoder import on_grid
+from implicit_slots.models.outputs import Reading
+from implicit_slots.models.patch_tokenizer import PatchTokenizer
+
+# A code that nothing was nearest to.
+SMALLEST_SHARE = 1e-6
+
+
+class TokenDecoder(nnx.Module):
+    """SLATE's second half. It has no parameters of its own; `SLATE` makes them."""
+
+    # The dVAE, or what stands in its place; the token embedding; the last layer.
+    dvae: Any
+    embedding: Any
+    positions: Any
+    slot_projection: Any
+    decoder: Any
+    out: Any
+    side: int
+    drop_tokens: float
+    token_weighting: float
+
+    def embed(
+        self, tokens: Int[Array, "batch tokens"]
+    ) -> Float[Array, "batch tokens dim"]:
+        """Embeds a sequence that begins with BOS, with its positions."""
+        return self.embedding(tokens) + self.positions[None, : tokens.shape[1]]
+
+    def dropped(self, embedded: jax.Array, key: Key[Array, ""]) -> jax.Array:
+        """Leaves of some tokens only the position, never of BOS, which comes first."""
+        key_rate, key_token = jax.random.split(key)
+        batch, length = embedded.shape[:2]
+        rate = self.drop_tokens * jax.random.uniform(key_rate, (batch, 1))
+        drop = jax.random.uniform(key_token, (batch, length)) < rate
+        drop = drop.at[:, 0].set(False)
+        positions = self.positions[None, :length].astype(embedded.dtype)
+        return jnp.where(drop[..., None], positions, embedded)
+
+    def decode(
+        self,
+        embedded: Float[Array, "batch tokens dim"],
+        slots: Float[Array, "batch slots slot_dim"],
+        *,
+        key: Key[Array, ""] | None = None,
+        weighted: bool = False,
+    ) -> Float[Array, "batch tokens vocab"]:
+        """Returns logits of the token that follows each token; see `predict`."""
+        features = self.decoder(embedded, self.slot_projection(slots), key=key)
+        return self.predict(features, weighted=weighted)
+
+    def predict(
+        self, features: Float[Array, "*batch dim"], *, weighted: bool = False
+    ) -> Float[Array, "*batch vocab"]:
+        """Returns the logits of tokens.
+
+        Args:
+          features: the decoder's.
+          weighted: as `token_weighting` trains them; else corrected for it.
+        """
+        logits = self.out(features)
+        if self.token_weighting and not weighted:
+            added = jnp.log(self.weights())
+            logits = logits - jnp.expand_dims(added, range(logits.ndim - 1))
+        return logits
+
+    def weights(self) -> Float[Array, " vocab"]:
+        """Of the tokens, in the cross-entropy; over all of them their mean is one."""
+        assert isinstance(self.dvae, PatchTokenizer)
+        shares = jax.lax.stop_gradient(self.dvae.shares[...])
+        weights = jnp.maximum(shares, SMALLEST_SHARE) ** -self.token_weighting
+        return weights / (shares * weights).sum()
+
+    def generate(
+        self,
+        slots: Float[Array, "batch slots slot_dim"],
+        *,
+        present: Bool[Array, "batch slots"] | None = None,
+        key: Key[Array, ""] | None = None,
+        temperature: Float[Array, ""] | float | None = None,
+        top_k: int | None = None,
+    ) -> Int[Array, "batch rows columns"]:
+        """Generates image token ids from slots alone; see `generation.generate`."""
+        return generation.generate(
+            self, slots, present, key=key, temperature=temperature, top_k=top_k
+        )
+
+    def picture(
+        self, tokens: Int[Array, "batch rows columns"]
+    ) -> Float[Array, "batch height width 3"]:
+        """Returns the dVAE's image of tokens, in [0, 1]."""
+        return jnp.clip(self.dvae.decode_ids(tokens), 0, 1)
+
+    def render(
+        self,
+        slots: Float[Array, "batch slots slot_dim"],
+        *,
+        present: Bool[Array, "batch slots"] | None = None,
+    ) -> Float[Array, "batch height width 3"]:
+        """Returns the image that the decoder makes of slots alone, in [0, 1].
+
+        Args:
+          slots: of each image.
+          present: which of them the decoder sees, at least one; all if not given.
+        """
+        return self.picture(self.generate(slots, present=present))
+
+    def read(
+        self,
+        tokens: Int[Array, "batch rows columns"],
+        slots: Float[Array, "batch slots slot_dim"],
+        *,
+        present: Bool[Array, "batch slots"] | None = None,
+    ) -> Reading:
+        """Predicts each token from those before it and the slots; no dropout.
+
+        Args:
+          tokens: of an image.
+          slots: of each image.
+          present: which of them the decoder sees, at least one; all if not given.
+        """
+        targets = tokens.reshape(len(tokens), -1)
+        features, shares = self.decoder.watch(
+            self.embed(with_bos(targets))[:, :-1], self.slot_projection(slots), present
+        )
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(
+            self.predict(features), targets
+        )
+        return Reading(
+            cross_entropy.reshape(tokens.shape),
+            on_grid(shares.swapaxes(1, 2), self.side),
+        )
+
+
+def with_bos(ids: Int[Array, "batch tokens"]) -> Int[Array, "batch longer"]:
+    """Shifts image token ids by one and puts BOS before them."""
+    return jnp.pad(ids + 1, ((0, 0), (1, 0)), constant_values=BOS)

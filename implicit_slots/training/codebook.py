@@ -1,0 +1,61 @@
+"""The patch tokenizer's codes, found in training images before the first step."""
+
+import jax
+import numpy as np
+
+from implicit_slots.data.registry import Source
+from implicit_slots.models.dvae import patches
+from implicit_slots.models.images import as_float
+from implicit_slots.models.patch_tokenizer import PATCH, fit
+from implicit_slots.runtime.compiling import runs_once
+from implicit_slots.runtime.prng import Purpose, purpose_key
+from implicit_slots.training.state import TrainState
+
+POINTS = 20_000  # patches to cluster, at the least
+POINTS_OF_A_CODE = 8
+IMAGES_AT_ONCE = 64
+
+
+def with_codebook(state: TrainState, train: Source, seed: int) -> TrainState:
+    """Returns the state before the first update with codes in the place of random ones.
+
+    Every process of a run reads the same images and finds the same codes.
+
+    Args:
+      state: of a model with a `PatchTokenizer`.
+      train: the training images.
+      seed: of the run.
+    """
+    vocab_size = len(state.params["dvae"]["shares"])
+    points = draw_patches(train, max(POINTS, POINTS_OF_A_CODE * vocab_size), seed)
+    key = purpose_key(seed, Purpose.CODEBOOK, 0)
+    found = jax.jit(fit, static_argnums=1, compiler_options=runs_once())(
+        points, vocab_size, key
+    )
+    values = {"codes": found.codes, "shares": found.shares}
+
+    def replaced(params):
+        placed = {
+            name: jax.device_put(np.asarray(value), params["dvae"][name].sharding)
+            for name, value in values.items()
+        }
+        return params | {"dvae": params["dvae"] | placed}
+
+    ema = replaced(state.ema) if state.ema else state.ema
+    return state._replace(params=replaced(state.params), ema=ema)
+
+
+def draw_patches(train: Source, count: int, seed: int) -> np.ndarray:
+    """Draws patches of training images, with values in [0, 1]; fewer if there are."""
+    generator = np.random.default_rng(seed)
+    side = train.example()["image"].shape[0]
+    in_image = side**2 * 3 // PATCH
+    # Many images: one that is unlike the others must not be half of the patches.
+    num_images = min(len(train), max(count // in_image, 1) * 2)
+    chosen = np.sort(generator.choice(len(train), num_images, replace=False))
+    found = [
+        np.asarray(patches(as_float(train.batch(part)["image"]))).reshape(-1, PATCH)
+        for part in np.array_split(chosen, -(-num_images // IMAGES_AT_ONCE))
+    ]
+    points = np.concatenate(found)
+    return points[generator.permutation(len(points))[:count]]
