@@ -3,8 +3,9 @@
 Two published SLATEs do so, and each data set follows the one that is nearest to it.
 
 * STEVE (Singh, Wu, Ahn 2022; github.com/singhgautam/steve, train.py and steve.py):
-  MOVi-C, on which it was made; CLEVR and CLEVR6, because its authors read their own
-  CLEVR scenes with the same encoder (github.com/singhgautam/sysbinder, train.py).
+  MOVi-C, which its code downloads; CLEVR and CLEVR6, because its authors read CLEVR
+  scenes of their own with the same encoder, but 512 channels
+  (github.com/singhgautam/sysbinder, train.py).
 * BO-QSA (Jia et al. 2023; github.com/YuLiu-LY/BO-QSA, train/train_trans_dec.py and
   scripts/train): ShapeStacks, COCO and CLEVRTex, of which it has readers.
 

@@ -8,8 +8,8 @@ Data: movi_c/128x128/1.0.0/ of tensorflow-datasets' format (gsutil -m cp -r
 Preprocessing: none; the frames are 128x128.
 Used by: SAVi (Kipf et al. 2022), as videos: eleven slots.
 Cost and expected result: not yet measured.
-Variants: with `:image`, slots read the image as in STEVE (Singh, Wu, Ahn 2022), which
-    was made on MOVi's videos: 72 frames a batch, 200,000 steps; see
+Variants: with `:image`, slots read the image as in STEVE (Singh, Wu, Ahn 2022), whose
+    code downloads these videos: 72 frames a batch, 200,000 steps; see
     configs/image_input.py. Not yet measured.
 """
 
