@@ -12,16 +12,19 @@ Cost and expected result: the papers train this model for 250,000 steps of 50 im
     one A100; not yet measured here. On CLEVR-Mirror, whose images resemble CLEVR's,
     Chang et al. 2022 (Table 3) report a squared error through the slots of 10.66 per
     image, against 67.04 for `:vanilla`.
+Variants: with `:image`, slots read the image as in STEVE (Singh, Wu, Ahn 2022), whose
+    authors read CLEVR scenes of their own so: 72 images a batch, 200,000 steps; see
+    configs/image_input.py. Not yet measured.
 """
 
-from configs import base
+from configs import base, image_input
 from implicit_slots.runtime.config import Config
 
 
 def get_config(variant: str | None = None) -> Config:
-    """Returns the configuration; see `base.set_variant` for the variants."""
+    """Returns the configuration; see `image_input.set_variant` for the variants."""
     data = base.files("clevr", resolution=96, max_objects=10, crop="clevr", path="")
     data.splits = base.splits()
     config = base.get_config("clevr", data)
     config.model.num_slots = 12
-    return base.set_variant(config, variant)
+    return image_input.set_variant(config, variant, image_input.set_steve)

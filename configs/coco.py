@@ -10,14 +10,17 @@ Preprocessing: short side to 96 (Lanczos), centre crop, masks nearest, random mi
 Used by: Chang et al. 2022, Table 3; DINOSAUR and BO-QSA, with eleven slots.
 Cost and expected result: Chang et al. 2022 (Table 3): FID 127.79 and squared error
     1659.15 per image, `:vanilla` 147.48 and 1821.75. Not yet measured here.
+Variants: with `:image`, slots read the image at its full resolution, as in BO-QSA's
+    transformer on COCO (Jia et al. 2023): 128 images a batch, 250,000 steps; see
+    configs/image_input.py. Not yet measured.
 """
 
-from configs import base
+from configs import base, image_input
 from implicit_slots.runtime.config import Config
 
 
 def get_config(variant: str | None = None) -> Config:
-    """Returns the configuration; see `base.set_variant` for the variants."""
+    """Returns the configuration; see `image_input.set_variant` for the variants."""
     data = base.files(
         "coco", resolution=96, max_objects=255, crop="center", path="data/coco"
     )
@@ -25,4 +28,4 @@ def get_config(variant: str | None = None) -> Config:
     data.flip = True
     config = base.get_config("coco", data)
     config.model.num_slots = 12
-    return base.set_variant(config, variant)
+    return image_input.set_variant(config, variant, image_input.set_bo_qsa)

@@ -8,14 +8,17 @@ Data: movi_c/128x128/1.0.0/ of tensorflow-datasets' format (gsutil -m cp -r
 Preprocessing: none; the frames are 128x128.
 Used by: SAVi (Kipf et al. 2022), as videos: eleven slots.
 Cost and expected result: not yet measured.
+Variants: with `:image`, slots read the image as in STEVE (Singh, Wu, Ahn 2022), whose
+    code downloads these videos: 72 frames a batch, 200,000 steps; see
+    configs/image_input.py. Not yet measured.
 """
 
-from configs import base
+from configs import base, image_input
 from implicit_slots.runtime.config import Config
 
 
 def get_config(variant: str | None = None) -> Config:
-    """Returns the configuration; see `base.set_variant` for the variants."""
+    """Returns the configuration; see `image_input.set_variant` for the variants."""
     data = base.files(
         "movi_c", resolution=128, max_objects=10, crop="none", path="data"
     )
@@ -23,4 +26,4 @@ def get_config(variant: str | None = None) -> Config:
     data.splits = base.splits()
     config = base.get_config("movi_c", data)
     config.model.num_slots = 11
-    return base.set_variant(config, variant)
+    return image_input.set_variant(config, variant, image_input.set_steve)

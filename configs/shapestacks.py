@@ -10,14 +10,17 @@ Used by: GENESIS (64x64, nine slots), SLATE (96x96), BO-QSA (128x128); Chang et 
     2022, Table 3.
 Cost and expected result: Chang et al. 2022 (Table 3): FID 34.2 and squared error 108.67
     per image, `:vanilla` 34.76 and 312.14. Not yet measured here.
+Variants: with `:image`, slots read the image as in BO-QSA (Jia et al. 2023), with its
+    encoder for ShapeStacks: 128 images a batch, 250,000 steps; see
+    configs/image_input.py. Not yet measured.
 """
 
-from configs import base
+from configs import base, image_input
 from implicit_slots.runtime.config import Config
 
 
 def get_config(variant: str | None = None) -> Config:
-    """Returns the configuration; see `base.set_variant` for the variants."""
+    """Returns the configuration; see `image_input.set_variant` for the variants."""
     data = base.files(
         "shapestacks",
         resolution=96,
@@ -29,4 +32,4 @@ def get_config(variant: str | None = None) -> Config:
     data.variant = "all"
     config = base.get_config("shapestacks", data)
     config.model.num_slots = 12
-    return base.set_variant(config, variant)
+    return image_input.set_variant(config, variant, image_input.set_bo_qsa_synthetic)

@@ -1,0 +1,109 @@
+"""The variant "image": slots read the image and not the dVAE's tokens.
+
+Two published SLATEs do so, and each data set follows the one that is nearest to it.
+
+* STEVE (Singh, Wu, Ahn 2022; github.com/singhgautam/steve, train.py and steve.py):
+  MOVi-C, which its code downloads; CLEVR and CLEVR6, because its authors read CLEVR
+  scenes of their own with the same encoder, but 512 channels
+  (github.com/singhgautam/sysbinder, train.py).
+* BO-QSA (Jia et al. 2023; github.com/YuLiu-LY/BO-QSA, train/train_trans_dec.py and
+  scripts/train): ShapeStacks, COCO and CLEVRTex, of which it has readers.
+
+Only model, optimiser, batch and number of steps are theirs. The data and the number of
+slots stay those of the file, so that a variant is compared with its own default.
+Iterations are counted as in the other files: the implicit gradient makes one more.
+BO-QSA's three are two without a gradient and one with it.
+
+No key says these of STEVE: 3e-4 for the decoder where encoder and slots have 1e-4; no
+decay of the dVAE's rate; 192 channels and no ReLU in the last convolution; no MLP after
+the last iteration; slots that go on from frame to frame. Nor these of BO-QSA: the
+encoder's MLP goes from 64 over 256 to 256; noise on the initial slots, annealed in
+30,000 steps; DropPath 0.2 on the slots' MLP; 3x3 convolutions in the dVAE.
+"""
+
+from collections.abc import Callable
+
+from configs import base
+from implicit_slots.runtime.config import Config
+
+
+def set_variant(
+    config: Config, variant: str | None, set_image: Callable[[Config], None]
+) -> Config:
+    """Applies "image" and the variants that every configuration has.
+
+    Args:
+      config: the configuration of the file.
+      variant: "image", one of `base.set_variant`, or both, as in "image-vanilla".
+      set_image: what "image" changes; see the functions below.
+
+    Raises:
+      ValueError: if there is no such variant.
+    """
+    first, _, rest = (variant or "").partition("-")
+    if first == "image":
+        set_image(config)
+        config.name, variant = f"{config.name}-image", rest
+    try:
+        base.set_variant(config, variant)
+    except ValueError as error:
+        raise ValueError(f"{error}; image, or image- and one of these") from error
+    if config.model.adjoint.name == "unrolled":
+        # The gradient that goes through the iterations reaches the initial slots.
+        config.model.straight_through = False
+    return config
+
+
+def set_steve(config: Config) -> None:
+    """Takes STEVE's settings, for single frames of at least 96x96."""
+    config.num_steps = 200_000
+    config.batch_size = 72  # 24 videos of three frames
+    config.model.update(
+        inputs="image",
+        encoder_strides=(2, 1, 1, 1),  # at 64x64 they are all 1
+        num_heads=4,
+    )
+    # SysBinder's, of single images. STEVE makes two for each frame of a video.
+    config.model.solver.max_steps = 3
+    config.optimizer.update(
+        learning_rate=1e-4,
+        schedule="half_life",
+        half_life=250_000.0,
+        clip_limit=0.05,
+    )
+
+
+def set_bo_qsa(config: Config) -> None:
+    """Takes the settings of BO-QSA with a transformer decoder, as for COCO."""
+    config.batch_size = 128
+    config.model.update(
+        inputs="image",
+        encoder_strides=(1, 1, 1, 1),
+        vocab_size=1_024,
+        width=256,
+        num_blocks=4,
+        num_heads=4,
+        slot_size=256,
+        slot_mlp_size=256,
+        initial_slots="learned",
+        straight_through=True,
+        normalizer="damped",
+    )
+    config.model.solver.max_steps = 3
+    config.optimizer.update(
+        learning_rate=1e-4,
+        warmup_steps=10_000,
+        schedule="half_life",
+        half_life=50_000.0,
+        clip="l2",
+    )
+
+
+def set_bo_qsa_synthetic(config: Config) -> None:
+    """Takes the same with the encoder of BO-QSA's scripts for synthetic images.
+
+    They are scripts/train/mix_dec_shapestacks.sh and mix_dec_clevrtex.sh, whose decoder
+    is another: a mixture of slots' images.
+    """
+    set_bo_qsa(config)
+    config.model.encoder_strides = (2, 1, 1, 1)
