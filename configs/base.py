@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import implicit_slots.fixed_point as core
+from configs.smoke import set_smoke
 from implicit_slots.models.build import defaults
 from implicit_slots.runtime.config import Config
 
@@ -55,6 +56,12 @@ def get_config(name: str, data: Config) -> Config:
     config.temperature.start = 1.0
     config.temperature.end = 0.1
     config.temperature.steps = 30_000
+
+    # Times learned initial slots: of the normal noise on them in training; a cosine.
+    config.initial_noise = ConfigDict()
+    config.initial_noise.start = 0.0  # 1 in BO-QSA
+    config.initial_noise.end = 0.0
+    config.initial_noise.steps = 30_000
 
     config.penalty = ConfigDict()  # added to any model's loss; 0: not computed
     # Times the nats of a position's masks, entropy over the slots, mean over positions.
@@ -360,41 +367,3 @@ def set_broyden(config: Config, *, forward: bool, backward: bool) -> None:
     if backward:
         config.model.adjoint.name = "implicit"
         config.model.adjoint.solver = solver("broyden", max_steps=7)
-
-
-def set_smoke(config: Config) -> None:
-    """Shrinks a configuration until it runs in seconds on one core."""
-    config.num_steps = 20
-    config.batch_size = 8
-    config.optimize_programs = False
-    config.model.update(slot_size=16, slot_mlp_size=16)
-    if config.model.name == "slate":
-        config.model.update(
-            vocab_size=16,
-            dvae_features=8,
-            width=16,
-            num_blocks=1,
-            num_heads=2,
-            num_slots=3,
-            encoder_features=8,
-        )
-    elif config.model.name == "autoencoder":
-        config.model.update(
-            features=8, decoder_features=8, num_slots=3, broadcast_side=0
-        )
-        if config.model.decoder_strides[0] > 1:
-            config.model.decoder_strides = (2, 2)
-    else:
-        config.model.update(features=8, head_size=16)
-    config.data.resolution = 16
-    if config.data.name == "scenes":
-        config.data.update(train_size=64, validation_size=16, test_size=16)
-    config.update(
-        log_every=10,
-        validate_every=20,
-        draw_every=20,
-        checkpoint_every=10,
-        num_pictures=4,
-    )
-    config.evaluation.deletion.update(num_images=4, orders=1)
-    config.evaluation.fixed_points.update(num_images=2, initialisations=4)

@@ -9,14 +9,18 @@ Expected result: after those 600 steps the dVAE has found objects but no colours
     slots nothing yet (foreground ARI 0.07); a full run is not yet measured.
 """
 
-from configs import base, scenes
+from configs import base, image_input, scenes
 from implicit_slots.runtime.config import Config
 
 
 def get_config(variant: str | None = None) -> Config:
-    """Returns the configuration; see `base.set_variant` for the variants."""
+    """Returns the configuration; its variants are those of scenes.py."""
     config = base.get_config("folder", base.folder())
     scenes.set_size(config)
+    if (variant or "").partition("-")[0] != scenes.TOKENS:
+        image_input.set_small(config)
     config.model.num_slots = 7  # CLEVR6's: six objects and the ground
     config.data.resolution = scenes.RESOLUTION
-    return base.set_variant(config, variant)
+    return image_input.set_variant(
+        config, variant, lambda config: None, first=scenes.TOKENS
+    )

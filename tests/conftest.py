@@ -49,7 +49,7 @@ def smoke_run(tmp_path_factory, worker_id):
     with (shared / "smoke.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (shared / "smoke.json").exists():
-            config = scenes.get_config("smoke")
+            config = scenes.get_config("tokens-smoke")
             config.data.cache = ""
             command = "python -m implicit_slots.main"
             summary = run(config, shared / "smoke", command=command)

@@ -35,7 +35,7 @@ def slate(scale: str) -> Base:
     """
     if scale == "smoke":
         changes = {**_SMOKE, "diagnostics.every": 2, "diagnostics.num_examples": 2}
-        return "configs/scenes.py:smoke", changes | {"diagnostics.krylov": 4}
+        return "configs/scenes.py:tokens-smoke", changes | {"diagnostics.krylov": 4}
     if scale == "paper":
         return "configs/clevr_mirror.py", {"diagnostics.every": 5_000, **_KEEP_ALL}
     changes: dict[str, object] = {
@@ -55,7 +55,7 @@ def slate(scale: str) -> Base:
         }
     if scale == "cpu":
         changes |= {"data.max_objects": 3, "model.num_slots": 4}
-    return f"configs/{'folder' if scale == 'folder' else 'scenes'}.py", changes
+    return f"configs/{'folder' if scale == 'folder' else 'scenes'}.py:tokens", changes
 
 
 def trained_slate(scale: str) -> Base:

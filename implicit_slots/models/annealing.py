@@ -1,4 +1,7 @@
-"""What a model is called with that changes with the step: SLATE's temperature."""
+"""What a model is called with that changes with the step.
+
+SLATE's temperature, and the noise on learned initial slots where there is some.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +9,20 @@ from jaxtyping import Array, Float
 
 from implicit_slots.models.build import model_class
 from implicit_slots.runtime.config import Config
+
+NOISE = "initial_noise"
+
+
+def names(config: Config) -> tuple[str, ...]:
+    """Returns what of a run's model changes with the step: sections and arguments.
+
+    Args:
+      config: the whole configuration.
+    """
+    kind = model_class(config.model.name)
+    noise = config.get(NOISE)
+    noisy = noise is not None and max(noise.start, noise.end) > 0
+    return (*kind.annealed, NOISE) if noisy else kind.annealed
 
 
 def annealed(config: Config, step: jax.typing.ArrayLike) -> dict[str, jax.Array]:
@@ -15,8 +32,7 @@ def annealed(config: Config, step: jax.typing.ArrayLike) -> dict[str, jax.Array]
       config: the whole configuration, which has a section for each of them.
       step: updates made so far.
     """
-    kind = model_class(config.model.name)
-    return {name: cosine(config[name], step) for name in kind.annealed}
+    return {name: cosine(config[name], step) for name in names(config)}
 
 
 def cosine(config: Config, step: jax.typing.ArrayLike) -> Float[Array, ""]:

@@ -138,6 +138,7 @@ class Autoencoder(ImageSlots):
         *,
         key: Key[Array, ""],
         deterministic: bool = False,
+        initial_noise: Float[Array, ""] | float | None = None,
         probe: BackwardStats | None = None,
         coupling_key: Key[Array, ""] | None = None,
     ) -> Output:
@@ -149,13 +150,16 @@ class Autoencoder(ImageSlots):
         Args:
           batch: of which `image` is read.
           key: for the initial slots.
-          deterministic: changes nothing: the model has no dropout.
+          deterministic: no noise on the initial slots; the model has no dropout.
+          initial_noise: on learned initial slots, see `SlotAttention.initial`.
           probe: see `SlotAttention`.
           coupling_key: the same.
         """
-        del deterministic
+        noise = None if deterministic else initial_noise
         image = batch["image"]
-        slots = self.attend(image, key, probe=probe, coupling_key=coupling_key)
+        slots = self.attend(
+            image, key, noise=noise, probe=probe, coupling_key=coupling_key
+        )
         mixture = self.mix(slots.slots)
         # Scaled to [−1, 1], differences are twice as large.
         error = jnp.mean((2 * (image - mixture.image)) ** 2, axis=(1, 2, 3))

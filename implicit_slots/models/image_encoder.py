@@ -207,12 +207,17 @@ class ImageSlots(nnx.Module):
         image: Float[Array, "batch height width 3"],
         key: Key[Array, ""],
         *,
+        noise: Float[Array, ""] | float | None = None,
         probe: BackwardStats | None = None,
         coupling_key: Key[Array, ""] | None = None,
     ) -> SlotsOutput:
         """Returns the slots of images in [0, 1]; see `SlotAttention`."""
         return self.slot_attention(
-            self.encoder(image), key=key, probe=probe, coupling_key=coupling_key
+            self.encoder(image),
+            key=key,
+            noise=noise,
+            probe=probe,
+            coupling_key=coupling_key,
         )
 
     def backward_probe(self, batch: int) -> BackwardStats | None:

@@ -72,6 +72,7 @@ class SetPredictor(ImageSlots):
         *,
         key: Key[Array, ""],
         deterministic: bool = False,
+        initial_noise: Float[Array, ""] | float | None = None,
         probe: BackwardStats | None = None,
         coupling_key: Key[Array, ""] | None = None,
     ) -> Output:
@@ -84,12 +85,15 @@ class SetPredictor(ImageSlots):
         Args:
           batch: of which `image` and `objects` are read.
           key: for the initial slots.
-          deterministic: changes nothing: the model has no dropout.
+          deterministic: no noise on the initial slots; the model has no dropout.
+          initial_noise: on learned initial slots, see `SlotAttention.initial`.
           probe: see `SlotAttention`.
           coupling_key: the same.
         """
-        del deterministic
-        slots = self.attend(batch["image"], key, probe=probe, coupling_key=coupling_key)
+        noise = None if deterministic else initial_noise
+        slots = self.attend(
+            batch["image"], key, noise=noise, probe=probe, coupling_key=coupling_key
+        )
         predicted = self.predict(slots.slots)
         target = encode_objects(batch["objects"], predicted.shape[1])
         return Output(

@@ -210,6 +210,7 @@ class SLATE(TokenDecoder):
         key: Key[Array, ""],
         deterministic: bool = False,
         frozen: bool = False,
+        initial_noise: Float[Array, ""] | float | None = None,
         probe: BackwardStats | None = None,
         coupling_key: Key[Array, ""] | None = None,
     ) -> Output:
@@ -222,9 +223,11 @@ class SLATE(TokenDecoder):
           batch: of which `image` is read.
           temperature: of the Gumbel-softmax.
           key: for Gumbel noise, initial slots and dropout.
-          deterministic: no dropout; the other noise stays.
+          deterministic: no dropout and no noise on learned initial slots; the other
+            noise stays.
           frozen: the dVAE gets no gradient, and the targets are its most probable
             tokens instead of drawn ones.
+          initial_noise: on learned initial slots, see `SlotAttention.initial`.
           probe: see `SlotAttention`.
           coupling_key: the same.
         """
@@ -257,6 +260,7 @@ class SLATE(TokenDecoder):
         slots = self.slot_attention(
             self.slot_inputs(image, embedded[:, 1:]),
             key=key_slots,
+            noise=None if deterministic else initial_noise,
             probe=probe,
             coupling_key=coupling_key,
         )

@@ -288,20 +288,32 @@ class SlotAttention(nnx.Module):
             )
 
     def initial(
-        self, batch: int, key: Key[Array, ""] | None = None
+        self,
+        batch: int,
+        key: Key[Array, ""] | None = None,
+        *,
+        noise: Float[Array, ""] | float | None = None,
     ) -> Float[Array, "batch slots dim"]:
         """Returns z0.
 
         Args:
           batch: how many images.
-          key: draws Gaussian initial slots; learned ones need none.
+          key: draws Gaussian initial slots, and noise; learned slots alone need none.
+          noise: of learned slots, as a multiple of each entry; its size gets no
+            gradient (Jia et al. 2023, BO-QSA).
 
         Raises:
-          ValueError: if the slots are Gaussian and there is no key.
+          ValueError: if something is to be drawn and there is no key.
         """
         if hasattr(self, "slot_vectors"):
             vectors = self.slot_vectors[...]
-            return jnp.broadcast_to(vectors, (batch, *vectors.shape))
+            slots = jnp.broadcast_to(vectors, (batch, *vectors.shape))
+            if noise is None:
+                return slots
+            if key is None:
+                raise InvalidValue("noise on the initial slots is drawn: pass a key")
+            drawn = noise * jax.random.normal(key, slots.shape)
+            return slots + drawn * jax.lax.stop_gradient(slots)
         if key is None:
             raise InvalidValue(
                 "the initial slots are drawn: pass a key, or the slots to start from"
@@ -316,6 +328,7 @@ class SlotAttention(nnx.Module):
         slots: Float[Array, "batch slots dim"] | None = None,
         *,
         key: Key[Array, ""] | None = None,
+        noise: Float[Array, ""] | float | None = None,
         probe: BackwardStats | None = None,
         coupling_key: Key[Array, ""] | None = None,
     ) -> SlotsOutput:
@@ -325,6 +338,7 @@ class SlotAttention(nnx.Module):
           inputs: what is attended to.
           slots: where the iteration starts; `self.initial(batch, key)` if not given.
           key: draws the initial slots; not read if they are given or learned.
+          noise: on learned initial slots, see `initial`.
           probe: from `self.backward_probe`; its gradient is what the backward solve
             did.
           coupling_key: draws the sample of `SlotsOutput.coupling`; none is measured
@@ -334,7 +348,7 @@ class SlotAttention(nnx.Module):
           ValueError: if initial slots are to be drawn without a key.
         """
         if slots is None:
-            slots = self.initial(len(inputs), key)
+            slots = self.initial(len(inputs), key, noise=noise)
         problem = self.problem(inputs, slots)
         solution = fixed_point(
             replace(problem.f, attention=True),

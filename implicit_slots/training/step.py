@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from implicit_slots.data.source import Batch
-from implicit_slots.models.annealing import annealed
+from implicit_slots.models import annealing
 from implicit_slots.models.build import model_class
 from implicit_slots.models.images import as_float
 from implicit_slots.runtime.compiling import Bound, bind
@@ -120,7 +120,8 @@ def train(
     config = setup.config
     kind = model_class(config.model.name)
     gradient, losses, logged = examine(setup, given, state, batch)
-    last = {name: logged.pop(name) for name in kind.annealed}
+    names = annealing.names(config)
+    last = {name: logged.pop(name) for name in names}
     updates, opt_state = setup.optimizer.update(
         gradient, state.opt_state, state.params, num_steps=given.num_steps
     )
@@ -151,7 +152,7 @@ def train(
     finite = jnp.isfinite(jnp.stack(looked_at))
     after, good = nonfinite.unless_skipped(config.nonfinite, finite, state, after)
     logged = {**losses, **logged}
-    collection = _train_metrics(tuple(logged), kind.annealed)
+    collection = _train_metrics(tuple(logged), names)
     # With an axis, because a mask needs one.
     means = {name: value[None] for name, value in logged.items()}
     return placed(after, setup.mesh, config.sharding), (
@@ -177,7 +178,7 @@ def examine(
         if penalties.COUPLING in penalties.weights(config)
         else None,
     )
-    values: dict[str, Any] = annealed(config, state.step)
+    values: dict[str, Any] = annealing.annealed(config, state.step)
     if setup.frozen:
         values["frozen"] = True
     gradient, losses, logged = in_parts(
@@ -186,7 +187,7 @@ def examine(
         keys,
         config.accumulate,
     )
-    logged |= {name: values[name] for name in model_class(config.model.name).annealed}
+    logged |= {name: values[name] for name in annealing.names(config)}
     return placed(gradient, setup.mesh, config.sharding), losses, logged
 
 

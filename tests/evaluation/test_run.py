@@ -33,7 +33,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def smoke(**changes):
-    config = scenes.get_config("smoke")
+    config = scenes.get_config("tokens-smoke")
     config.data.cache = ""
     config.update_from_flattened_dict(changes)
     return config

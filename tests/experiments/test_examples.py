@@ -47,7 +47,7 @@ def test_solver_comparison(workdir, tmp_path, capsys):
 
 def test_loading_a_run_gives_its_trained_model(workdir, tmp_path):
     config, model = load(workdir)
-    assert config.name == "scenes-smoke" and model.slot_attention.num_slots == 3
+    assert config.name == "scenes-tokens-smoke" and model.slot_attention.num_slots == 3
     other, fresh = load(workdir)
     assert other == config and fresh is not model
     with pytest.raises(UserError, match="holds no run; train one there first"):

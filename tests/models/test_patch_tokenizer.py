@@ -63,12 +63,12 @@ def test_patches_laid_out_again_are_the_image(images):
 def test_a_token_is_the_nearest_code(images):
     compiled = model_of()
     ids = np.asarray(compiled(lambda m, x: m.dvae.encode(x).argmax(-1), images))
-    codes = np.float64(compiled.params["dvae"]["codes"])
-    points = np.float64(patches(images))[..., None, :]
+    codes = np.asarray(compiled.params["dvae"]["codes"], np.float64)
+    points = np.asarray(patches(images), np.float64)[..., None, :]
     distances = np.square(points - codes).sum(axis=-1)
     assert np.array_equal(ids, distances.argmin(axis=-1))
     picture = compiled(lambda m, i: m.dvae.decode_ids(i), ids)
-    assert np.array_equal(patches(picture), np.float32(codes)[ids])
+    assert np.array_equal(patches(picture), codes.astype(np.float32)[ids])
     one_hot = jax.nn.one_hot(ids, VOCAB)
     mixed = compiled(lambda m, t: m.dvae.decode(t), one_hot)
     assert relative_error(mixed, picture) < FLOAT32
@@ -113,15 +113,15 @@ def test_no_gradient_reaches_the_codes(weighted, images):
 def test_the_images_error_is_that_of_its_codes(images):
     compiled = model_of()
     output = compiled(losses, images)
-    codes = np.float64(compiled.params["dvae"]["codes"])
-    points = np.float64(patches(images)).reshape(BATCH, -1, 1, PATCH)
+    codes = np.asarray(compiled.params["dvae"]["codes"], np.float64)
+    points = np.asarray(patches(images), np.float64).reshape(BATCH, -1, 1, PATCH)
     nearest = np.square(points - codes).sum(axis=-1).min(axis=-1)
     assert relative_error(output.losses["mse"], nearest.sum(axis=1)) < FLOAT32
 
 
 def test_rare_tokens_weigh_more_and_the_mean_weight_is_one(weighted):
-    weights = np.float64(weighted(lambda m: m.weights()))
-    shares = np.float64(weighted.params["dvae"]["shares"])
+    weights = np.asarray(weighted(lambda m: m.weights()), np.float64)
+    shares = np.asarray(weighted.params["dvae"]["shares"], np.float64)
     assert np.sum(shares * weights) == pytest.approx(1)
     np.testing.assert_allclose(weights * np.sqrt(shares), weights[0] * shares[0] ** 0.5)
 

@@ -25,7 +25,7 @@ from implicit_slots.training.step import build_steps
 
 
 def smoke(**changes):
-    config = scenes.get_config("smoke")
+    config = scenes.get_config("tokens-smoke")
     config.data.cache = ""
     config.update_from_flattened_dict(changes)
     return config

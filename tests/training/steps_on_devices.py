@@ -51,7 +51,7 @@ class Pictures(Source):
 
 
 def section():
-    config = scenes.get_config("smoke")
+    config = scenes.get_config("tokens-smoke")
     # It draws the same numbers wherever its activations lie.
     config.model.update(dropout=0.1, attention_dropout=0.1)
     return config

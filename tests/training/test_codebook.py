@@ -44,7 +44,9 @@ def test_codes_take_their_place_in_parameters_and_average():
         assert np.array_equal(codes, again.params["dvae"]["codes"])
         assert not np.array_equal(codes, before.params["dvae"]["codes"])
         assert float(params["dvae"]["shares"].sum()) == np.float32(1)
-    same = jax.tree.map(np.array_equal, before.params["decoder"], after.params["decoder"])
+    same = jax.tree.map(
+        np.array_equal, before.params["decoder"], after.params["decoder"]
+    )
     assert all(jax.tree.leaves(same))
     # Nearer to the images than any codes drawn at random.
     points = draw_patches(train, 500, seed=1)[:, None]

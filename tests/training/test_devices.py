@@ -173,7 +173,7 @@ def test_one_process_writes(preempted):
 def test_another_number_of_devices_goes_on(preempted, smoke_run):
     """Two processes of two devices began; one device ends as if it had done it all."""
     workdir = preempted[0]
-    config = scenes.get_config("smoke")
+    config = scenes.get_config("tokens-smoke")
     config.data.cache = ""
     with contextlib.chdir(HERE.parents[1]):
         summary = run(config, workdir)

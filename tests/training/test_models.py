@@ -39,9 +39,35 @@ def trained(module, workdir):
 
 
 @pytest.mark.slow
+def test_slate_with_a_codebook_trains_evaluates_and_goes_on(tmp_path):
+    """The codes are found once, and no step and no later session changes them."""
+    config = scenes.get_config("smoke")
+    config.num_steps = 4
+    config.update(log_every=2, validate_every=4, draw_every=4, checkpoint_every=2)
+    config.evaluation.fixed_points.iterations = 5
+    whole, halted = tmp_path / "whole", tmp_path / "halted"
+    summary = run.run(config, whole)
+    record = run.run(config, whole, mode="evaluate")
+    assert record["metrics"]["attention/fg_ari"]["count"] > 0
+    assert summary["validation/dvae_mse"] > 0
+    shutil.copytree(whole, halted)
+    shutil.rmtree(halted / "checkpoints" / "4")
+    (halted / "summary.json").unlink()
+    run.run(config, halted)
+    ends = [load(workdir)[1] for workdir in (whole, halted)]
+    middle = load(whole, step=2)[1]
+    (end, again), before = (map(params_of, ends)), params_of(middle)
+    same = jax.tree.map(np.array_equal, end, again)
+    assert all(jax.tree.leaves(same))
+    assert np.array_equal(end["dvae"]["codes"], before["dvae"]["codes"])
+    assert not np.array_equal(end["out"]["kernel"], before["out"]["kernel"])
+
+
+@pytest.mark.slow
 def test_slate_that_reads_the_image_trains_freezes_evaluates_and_goes_on(tmp_path):
     """Through the whole run; the frozen dVAE is the same after it."""
-    config = scenes.get_config("image-smoke")
+    config = scenes.get_config("tokens-smoke")
+    config.model.inputs = "image"
     config.num_steps, config.optimizer.dvae_steps = 4, 2
     config.update(log_every=2, validate_every=4, draw_every=4, checkpoint_every=2)
     config.evaluation.fixed_points.iterations = 5

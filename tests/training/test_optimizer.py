@@ -182,7 +182,11 @@ def test_encoder_and_slots_have_a_rate_of_their_own_where_it_is_given():
     alike = first_update()
     assert alike["image_encoder"] == alike["decoder"] == pytest.approx(0.1, rel=1e-4)
     apart = first_update(slots_learning_rate=0.05)
-    assert apart["image_encoder"] == apart["slot_attention"] == pytest.approx(0.05, rel=1e-4)
+    assert (
+        apart["image_encoder"]
+        == apart["slot_attention"]
+        == pytest.approx(0.05, rel=1e-4)
+    )
     assert (apart["decoder"], apart["dvae"]) == pytest.approx((0.1, 0.2), rel=1e-4)
     named = learning_rates(section(**settings, slots_learning_rate=0.05), params, 0, 9)
     assert named == pytest.approx({**rates, "slots_learning_rate": 0.05})

@@ -28,7 +28,7 @@ CLEVR = pathlib.Path(__file__).parents[3] / "shared" / "data" / "clevr_blender"
 
 
 def smoke(**changes):
-    config = scenes.get_config("smoke")
+    config = scenes.get_config("tokens-smoke")
     config.data.cache = ""
     config.update(changes)
     return config
@@ -61,7 +61,10 @@ def test_a_run_leaves_what_the_contract_says(finished):
     }
     assert json.loads((workdir / "summary.json").read_text()) == summary
     assert summary["step"] == 20 and summary["parameters"] > 1000
-    assert json.loads((workdir / "config.json").read_text())["name"] == "scenes-smoke"
+    assert (
+        json.loads((workdir / "config.json").read_text())["name"]
+        == "scenes-tokens-smoke"
+    )
     assert [p.name for p in sorted((workdir / "images").iterdir())] == [
         "step_00000000.png",
         "step_00000020.png",

@@ -23,7 +23,7 @@ STOP = 3
 @pytest.fixture(scope="module")
 def compiled():
     """A step with an average and a plateau, its first state, and its checks."""
-    config = scenes.get_config("smoke")
+    config = scenes.get_config("tokens-smoke")
     config.optimizer.update(ema_decay=DECAY, schedule="plateau", warmup_steps=0)
     config.nonfinite.stop_after = STOP
     graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
@@ -129,7 +129,7 @@ def test_the_group_whose_gradient_fails_first_is_named(monkeypatch):
         return jnp.sqrt(0 * output.attention.sum(axis=(1, 2, 3)))
 
     monkeypatch.setitem(penalties.PENALTIES, "attention_entropy", root_of_nothing)
-    config = scenes.get_config("smoke")
+    config = scenes.get_config("tokens-smoke")
     config.penalty.attention_entropy = 1.0
     graphdef, params = split_model(build(config))
     optimizer = build_optimizer(config.optimizer, params, num_steps=20)
@@ -143,7 +143,7 @@ def test_the_group_whose_gradient_fails_first_is_named(monkeypatch):
 
 def test_a_frozen_dvae_keeps_every_bit_and_the_rest_learns():
     """From the step after `dvae_steps` on; the steps before are the plain ones."""
-    config = scenes.get_config("smoke")
+    config = scenes.get_config("tokens-smoke")
     graphdef, params = split_model(build(config))
     optimizer = build_optimizer(config.optimizer, params, num_steps=20)
     plain = build_steps(graphdef, optimizer, config)
