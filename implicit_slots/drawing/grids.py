@@ -74,7 +74,7 @@ def reconstruction_grid(
 
     columns = [("image", image)]
     if dvae is not None:
-        columns.append(("dVAE", _to_uint8(np.asarray(dvae))))
+        columns.append(("tokens", _to_uint8(np.asarray(dvae))))
     if slots is not None:
         columns.append(("from slots", _to_uint8(np.asarray(slots))))
     if segmentation is not None:

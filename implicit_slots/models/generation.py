@@ -66,7 +66,7 @@ def generate(
         token, memory = carry
         embedded = model.embedding(token) + model.positions[position][None]
         features, memory = model.decoder.extend(embedded, memory, position)
-        chosen = choose(model.predict(features), position)
+        chosen = choose(model.token_logits(features), position)
         return (chosen + 1, memory), chosen
 
     # The memory grows in stages: a token then reads what it masks away as little

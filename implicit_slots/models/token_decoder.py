@@ -56,11 +56,11 @@ class TokenDecoder(nnx.Module):
         key: Key[Array, ""] | None = None,
         weighted: bool = False,
     ) -> Float[Array, "batch tokens vocab"]:
-        """Returns logits of the token that follows each token; see `predict`."""
+        """Returns logits of the token that follows each token; see `token_logits`."""
         features = self.decoder(embedded, self.slot_projection(slots), key=key)
-        return self.predict(features, weighted=weighted)
+        return self.token_logits(features, weighted=weighted)
 
-    def predict(
+    def token_logits(
         self, features: Float[Array, "*batch dim"], *, weighted: bool = False
     ) -> Float[Array, "*batch vocab"]:
         """Returns the logits of tokens.
@@ -135,7 +135,7 @@ class TokenDecoder(nnx.Module):
             self.embed(with_bos(targets))[:, :-1], self.slot_projection(slots), present
         )
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(
-            self.predict(features), targets
+            self.token_logits(features), targets
         )
         return Reading(
             cross_entropy.reshape(tokens.shape),

@@ -131,7 +131,7 @@ def test_training_weighs_and_everything_else_is_corrected(weighted, images):
     rng = np.random.default_rng(1)
     features = jnp.asarray(rng.normal(size=(2, 4, 8)), jnp.float32)
     trained, corrected = (
-        np.asarray(weighted(lambda m, x, w=w: m.predict(x, weighted=w), features))
+        np.asarray(weighted(lambda m, x, w=w: m.token_logits(x, weighted=w), features))
         for w in (True, False)
     )
     weights = np.asarray(weighted(lambda m: m.weights()))

@@ -173,6 +173,25 @@ def test_tokens_are_dropped_in_training_alone(images):
     assert not np.allclose(cross_entropy(whole, False), cross_entropy(dropping, False))
 
 
+def test_noise_on_initial_slots_is_for_training_alone(images):
+    model = model_of(initial_slots="learned", straight_through=True)
+
+    def attention(noise, deterministic):
+        def call(m, x):
+            return m(
+                {"image": x},
+                temperature=0.5,
+                key=jax.random.key(0),
+                deterministic=deterministic,
+                initial_noise=noise,
+            ).attention
+
+        return np.asarray(model(call, images))
+
+    assert np.array_equal(attention(None, True), attention(1.0, True))
+    assert not np.allclose(attention(None, False), attention(1.0, False))
+
+
 def test_official_weights_have_no_place_for_an_image_encoder(reads_image):
     with pytest.raises(UserError, match=r"config\.model\.inputs must be \"tokens\""):
         to_official(reads_image.params)

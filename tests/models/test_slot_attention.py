@@ -208,6 +208,29 @@ def test_initial_slots():
     )
 
 
+def test_noise_on_learned_slots_is_proportional_and_gets_no_gradient():
+    learned = build(initial_slots="learned")
+    vectors = np.asarray(learned.slot_vectors[...])
+    drawn = learned.initial(20_000, jax.random.key(1), noise=0.5)
+    # Five standard errors of 20,000 draws.
+    error = np.abs(np.mean(drawn, axis=0) - vectors) / (0.5 * np.abs(vectors))
+    assert error.max() < 5 / np.sqrt(20_000)
+    np.testing.assert_allclose(np.std(drawn, axis=0), 0.5 * abs(vectors), rtol=0.05)
+    none = learned.initial(2, jax.random.key(1), noise=0.0)
+    assert np.array_equal(none, learned.initial(2))
+    with pytest.raises(ValueError, match="pass a key"):
+        learned.initial(2, noise=0.5)
+    graphdef, params = split_model(learned)
+
+    def total(params):
+        slots = nnx.merge(graphdef, params).initial(3, jax.random.key(1), noise=0.5)
+        return jnp.sum(slots)
+
+    assert np.array_equal(
+        jax.grad(total)(params)["slot_vectors"], np.full_like(vectors, 3)
+    )
+
+
 def test_a_key_draws_the_initial_slots(arrays):
     model, key = build(), jax.random.key(3)
     drawn = jax.jit(lambda inputs: model(inputs, key=key).slots)(arrays[0])

@@ -8,6 +8,7 @@ import pytest
 from reference import FLOAT32, relative_error
 
 from configs import base
+from implicit_slots.models import annealing
 from implicit_slots.models.annealing import cosine
 from implicit_slots.training.optimizer import (
     build_optimizer,
@@ -190,3 +191,15 @@ def test_encoder_and_slots_have_a_rate_of_their_own_where_it_is_given():
     assert (apart["decoder"], apart["dvae"]) == pytest.approx((0.1, 0.2), rel=1e-4)
     named = learning_rates(section(**settings, slots_learning_rate=0.05), params, 0, 9)
     assert named == pytest.approx({**rates, "slots_learning_rate": 0.05})
+
+
+def test_what_changes_with_the_step_is_there_where_it_is_asked_for():
+    config = base.get_config("test", base.scenes())
+    assert annealing.names(config) == ("temperature",)
+    config.initial_noise.update(start=1.0, end=0.25, steps=10)
+    assert annealing.names(config) == ("temperature", "initial_noise")
+    values = [float(annealing.annealed(config, s)["initial_noise"]) for s in (0, 5, 99)]
+    assert values == pytest.approx([1.0, 0.625, 0.25])
+    # Configurations of older versions have no such section.
+    del config.initial_noise
+    assert annealing.names(config) == ("temperature",)
