@@ -107,7 +107,7 @@ def write(folder: Path, *, textured: bool, sizes: dict[str, int]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Draws and writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Draws sprites with masks.")
     parser.add_argument("--out", type=Path, default=Path("runs/sprites"))
     parser.add_argument("--textured", action="store_true")
     options = parser.parse_args(arguments)

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Key
 
 from implicit_slots.fixed_point import BackwardStats
 from implicit_slots.models import layers
-from implicit_slots.models.outputs import Encoded
-from implicit_slots.models.slot_attention import Problem, SlotAttention, SlotsOutput
+from implicit_slots.models.outputs import Encoded, SlotsOutput
+from implicit_slots.models.slot_attention import Problem, SlotAttention
 from implicit_slots.runtime.errors import InvalidValue
 
 KERNEL = 5
@@ -228,8 +228,9 @@ class ImageSlots(nnx.Module):
         self, image: Float[Array, "batch height width 3"], key: Key[Array, ""]
     ) -> Problem:
         """Returns the fixed-point problem that images in [0, 1] pose slot attention."""
+        inputs = self.encoder(image)
         return self.slot_attention.problem(
-            self.encoder(image), self.slot_attention.initial(len(image), key)
+            inputs, self.slot_attention.start(inputs, key)
         )
 
     def encode(

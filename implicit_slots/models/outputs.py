@@ -8,6 +8,25 @@ from jaxtyping import Array, Float, Int
 from implicit_slots.fixed_point import Stats
 
 
+class SlotsOutput(NamedTuple):
+    """What slot attention returns.
+
+    Attributes:
+      slots: the slots.
+      attention: of the last application, summed over heads; sums to one over slots.
+      stats: of the forward solve, per example.
+      coupling: how much the slots depend on each other, where asked for:
+        ‖J‖²_F without the slots' own blocks, J = ∂f/∂z at the slots, over the number
+        of their entries, as `coupling_norm` estimates it from one sample. The slots
+        are a constant in it, the step's parameters and the inputs are not.
+    """
+
+    slots: Float[Array, "batch slots dim"]
+    attention: Float[Array, "batch slots inputs"]
+    stats: Stats
+    coupling: Float[Array, " batch"] | None = None
+
+
 class Output(NamedTuple):
     """What a training or validation pass of any model returns, per example.
 

@@ -306,10 +306,9 @@ class SLATE(TokenDecoder):
 
         Without noise in the tokens and without dropout; the key draws initial slots.
         """
-        return self.slot_attention.problem(
-            self.slot_inputs(image, self._tokens(image)[1]),
-            self.slot_attention.initial(len(image), key),
-        )
+        inputs = self.slot_inputs(image, self._tokens(image)[1])
+        slots = self.slot_attention.start(inputs, key)
+        return self.slot_attention.problem(inputs, slots)
 
     def _tokens(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The most probable tokens of images, and their embeddings."""

@@ -18,7 +18,6 @@ from implicit_slots.fixed_point import (
     Neumann,
     Picard,
     Solver,
-    Stats,
     Unrolled,
     backward_probe,
     check_pair,
@@ -26,9 +25,12 @@ from implicit_slots.fixed_point import (
     fixed_point,
 )
 from implicit_slots.models import layers
+from implicit_slots.models.outputs import SlotsOutput
+from implicit_slots.models.preheat import Preheat
 from implicit_slots.runtime.errors import InvalidValue
 
 NORMALIZERS = ("mean", "damped")
+INITIAL_SLOTS = ("gaussian", "gaussians", "learned", "predicted")
 
 
 class SlotAttentionStep(nnx.Module):
@@ -163,25 +165,6 @@ class Problem(NamedTuple):
     z0: Float[Array, "batch slots dim"]
 
 
-class SlotsOutput(NamedTuple):
-    """What slot attention returns.
-
-    Attributes:
-      slots: the slots.
-      attention: of the last application, summed over heads; sums to one over slots.
-      stats: of the forward solve, per example.
-      coupling: how much the slots depend on each other, where asked for:
-        ‖J‖²_F without the slots' own blocks, J = ∂f/∂z at the slots, over the number
-        of their entries, as `coupling_norm` estimates it from one sample. The slots
-        are a constant in it, the step's parameters and the inputs are not.
-    """
-
-    slots: Float[Array, "batch slots dim"]
-    attention: Float[Array, "batch slots inputs"]
-    stats: Stats
-    coupling: Float[Array, " batch"] | None = None
-
-
 class SlotAttention(nnx.Module):
     """Initial slots, then the fixed point of `SlotAttentionStep`.
 
@@ -208,7 +191,8 @@ class SlotAttention(nnx.Module):
       key_size: see `SlotAttentionStep`.
       initial_slots: "gaussian" draws each slot from one Gaussian whose mean and
         log-scale are parameters; "gaussians" from a Gaussian of its own; "learned"
-        starts each slot from its own vector.
+        starts each slot from its own vector; "predicted" lets that vector read the
+        inputs first, see `Preheat`.
       straight_through: add z0 − stop_gradient(z0) to the result, so that the initial
         slots' parameters are trained (Jia et al. 2023, BO-QSA). Implicit adjoints
         give z0 exactly no gradient otherwise.
@@ -249,10 +233,11 @@ class SlotAttention(nnx.Module):
         except ValueError as error:
             raise InvalidValue(str(error)) from error
         implicit = not isinstance(adjoint, Unrolled)
-        if initial_slots == "learned" and implicit and not straight_through:
+        trained = initial_slots in ("learned", "predicted")
+        if trained and implicit and not straight_through:
             raise InvalidValue(
-                "learned initial slots get no gradient from an implicit adjoint: set "
-                "straight_through=True"
+                f"{initial_slots} initial slots get no gradient from an implicit "
+                "adjoint: set straight_through=True"
             )
         self.num_slots = num_slots
         self.slot_size = slot_size
@@ -278,14 +263,16 @@ class SlotAttention(nnx.Module):
             shape = (1, num_slots if initial_slots == "gaussians" else 1, slot_size)
             self.slot_mean = nnx.Param(draw(rngs.params(), shape) - bound)
             self.slot_log_scale = nnx.Param(draw(rngs.params(), shape) - bound)
-        elif initial_slots == "learned":
+        elif trained:
             vectors = layers.xavier_uniform()(rngs.params(), (num_slots, slot_size))
             self.slot_vectors = nnx.Param(vectors)
         else:
             raise InvalidValue(
-                'initial_slots must be "gaussian", "gaussians" or "learned", got '
-                f"{initial_slots!r}"
+                f"initial_slots must be one of {INITIAL_SLOTS}, got {initial_slots!r}"
             )
+        predicted = initial_slots == "predicted"
+        sizes = input_size, slot_size, mlp_size
+        self.preheat = Preheat(*sizes, rngs=rngs) if predicted else None
 
     def initial(
         self,
@@ -294,13 +281,13 @@ class SlotAttention(nnx.Module):
         *,
         noise: Float[Array, ""] | float | None = None,
     ) -> Float[Array, "batch slots dim"]:
-        """Returns z0.
+        """Returns z0, of predicted slots what reads the inputs; see `start`.
 
         Args:
           batch: how many images.
-          key: draws Gaussian initial slots, and noise; learned slots alone need none.
-          noise: of learned slots, as a multiple of each entry; its size gets no
-            gradient (Jia et al. 2023, BO-QSA).
+          key: draws Gaussian slots and noise.
+          noise: on learned slots, times each entry, which gets no gradient of it
+            (Jia et al. 2023, BO-QSA).
 
         Raises:
           ValueError: if something is to be drawn and there is no key.
@@ -322,6 +309,17 @@ class SlotAttention(nnx.Module):
         noise = jax.random.normal(key, (batch, self.num_slots, mean.shape[-1]))
         return mean + jnp.exp(log_scale) * noise
 
+    def start(
+        self,
+        inputs: Float[Array, "batch inputs features"],
+        key: Key[Array, ""] | None = None,
+        *,
+        noise: Float[Array, ""] | float | None = None,
+    ) -> Float[Array, "batch slots dim"]:
+        """Returns z0 of a batch of inputs; the arguments are those of `initial`."""
+        slots = self.initial(len(inputs), key, noise=noise)
+        return slots if self.preheat is None else self.preheat(inputs, slots)
+
     def __call__(
         self,
         inputs: Float[Array, "batch inputs features"],
@@ -336,9 +334,9 @@ class SlotAttention(nnx.Module):
 
         Args:
           inputs: what is attended to.
-          slots: where the iteration starts; `self.initial(batch, key)` if not given.
-          key: draws the initial slots; not read if they are given or learned.
-          noise: on learned initial slots, see `initial`.
+          slots: where the iteration starts; `self.start(inputs, key)` if not given.
+          key: draws the initial slots, see `initial`; not read if they are given.
+          noise: the same.
           probe: from `self.backward_probe`; its gradient is what the backward solve
             did.
           coupling_key: draws the sample of `SlotsOutput.coupling`; none is measured
@@ -348,7 +346,7 @@ class SlotAttention(nnx.Module):
           ValueError: if initial slots are to be drawn without a key.
         """
         if slots is None:
-            slots = self.initial(len(inputs), key, noise=noise)
+            slots = self.start(inputs, key, noise=noise)
         problem = self.problem(inputs, slots)
         solution = fixed_point(
             replace(problem.f, attention=True),

@@ -231,6 +231,30 @@ def test_noise_on_learned_slots_is_proportional_and_gets_no_gradient():
     )
 
 
+def test_predicted_slots_read_the_inputs_and_are_trained_straight_through(arrays):
+    model = build(adjoint=Neumann(), initial_slots="predicted", straight_through=True)
+    graphdef, params = split_model(model)
+    inputs = arrays[0]
+
+    def start(params, inputs):
+        return nnx.merge(graphdef, params).start(inputs)
+
+    def loss(params, inputs):
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(inputs).slots))
+
+    found = np.asarray(jax.jit(start)(params, inputs))
+    assert found.shape == (len(inputs), SLOTS, SIZE)
+    # The order of the inputs does not matter; what they are does.
+    turned = jax.jit(start)(params, inputs[:, ::-1])
+    assert relative_error(turned, found) < FLOAT32
+    assert not np.allclose(jax.jit(start)(params, inputs + inputs[:, :1]), found)
+    gradient = jax.jit(jax.grad(loss))(params, inputs)
+    for part in ("preheat", "slot_vectors"):
+        assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient[part]))
+    with pytest.raises(ValueError, match="straight_through=True"):
+        build(adjoint=Neumann(), initial_slots="predicted")
+
+
 def test_a_key_draws_the_initial_slots(arrays):
     model, key = build(), jax.random.key(3)
     drawn = jax.jit(lambda inputs: model(inputs, key=key).slots)(arrays[0])
