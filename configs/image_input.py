@@ -67,7 +67,7 @@ def set_small(config: Config) -> None:
     them well: else slots share the ground by nearness. Targets are fixed, rare ones
     weigh more, and the decoder cannot do without the slots.
     """
-    config.num_steps = 12_000
+    config.num_steps = 18_000
     config.batch_size = 8
     config.model.update(
         tokenizer="patches",
@@ -85,8 +85,8 @@ def set_small(config: Config) -> None:
         attention_gain=1.5,
     )
     config.optimizer.update(
-        learning_rate=2e-3,
-        slots_learning_rate=1e-3,
+        learning_rate=1.5e-3,
+        slots_learning_rate=7.5e-4,
         warmup_steps=100,
         clip_limit=0.1,
     )
