@@ -71,7 +71,7 @@ def set_small(config: Config) -> None:
     config.batch_size = 8
     config.model.update(
         tokenizer="patches",
-        token_weighting=0.5,
+        token_weighting=0.6,
         drop_tokens=1.0,
         inputs="image",
         encoder_features=32,
