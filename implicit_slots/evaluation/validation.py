@@ -27,6 +27,7 @@ from implicit_slots.evaluation.metrics.average_precision import (
 from implicit_slots.evaluation.metrics.collapse import (
     largest_slot,
     mask_similarity,
+    token_perplexity,
 )
 from implicit_slots.evaluation.metrics.image_mean import image_means
 from implicit_slots.evaluation.metrics.segmentation import score_masks
@@ -116,6 +117,9 @@ def validate_batch(
         "attention_entropy": attention_entropy(attention) / even,
         "largest_slot": largest_slot(attention),
     }
+    if output.tokens is not None:
+        vocabulary = setup.config.model.vocab_size
+        means["token_perplexity"] = token_perplexity(output.tokens, mask, vocabulary)
     values = {"mask_similarity": mask_similarity(attention, mask)}
     if "segmentation" in batch:
         for prefix, masks in (("", attention), ("decoder_", output.masks)):

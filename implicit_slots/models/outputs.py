@@ -40,6 +40,7 @@ class Output(NamedTuple):
       masks: the decoder's masks, where a pass makes them; sum to one over slots.
       predicted: each slot's properties, where the model says them.
       coupling: see `SlotsOutput`; where the call was given a `coupling_key`.
+      tokens: the decoder's targets, where it has some.
     """
 
     losses: dict[str, Float[Array, " batch"]]
@@ -49,6 +50,7 @@ class Output(NamedTuple):
     masks: Float[Array, "batch slots height width"] | None = None
     predicted: Float[Array, "batch slots properties"] | None = None
     coupling: Float[Array, " batch"] | None = None
+    tokens: Int[Array, "batch tokens"] | None = None
 
 
 class Mixture(NamedTuple):

@@ -283,6 +283,7 @@ class SLATE(TokenDecoder):
             slots.stats,
             reconstruction,
             coupling=slots.coupling,
+            tokens=targets,
         )
 
     def slot_inputs(

@@ -1,4 +1,4 @@
-"""How slots share an image: numbers that need no true masks and show a collapse."""
+"""How slots share an image, and tokens a vocabulary: numbers that show a collapse."""
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,26 @@ def mask_similarity(
         num_predicted=slots,
     )
     return jnp.where(counted, similarity, jnp.nan)
+
+
+def token_perplexity(
+    tokens: Int[Array, "batch tokens"], mask: Bool[Array, " batch"], vocab_size: int
+) -> Float[Array, " batch"]:
+    """Returns how many tokens of the vocabulary a batch uses, for each of its images.
+
+    The exponential of the entropy of the tokens' shares: from 1 (every token is the
+    same) to the vocabulary's size (all are equally frequent). It grows with the batch.
+
+    Args:
+      tokens: ids from 0 to vocab_size − 1.
+      mask: False for examples that only pad the batch.
+      vocab_size: number of tokens that there are.
+    """
+    counted = jnp.broadcast_to(mask[:, None], tokens.shape).astype(jnp.float32)
+    counts = jnp.zeros(vocab_size).at[tokens.reshape(-1)].add(counted.reshape(-1))
+    shares = counts / jnp.maximum(counts.sum(), 1)
+    perplexity = jnp.exp(jax.scipy.special.entr(shares).sum())
+    return jnp.broadcast_to(perplexity, mask.shape)
 
 
 def _winners(attention: Attention) -> Int[Array, "batch rows columns"]:

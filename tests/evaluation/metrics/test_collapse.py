@@ -11,6 +11,7 @@ from sklearn.metrics import adjusted_rand_score
 from implicit_slots.evaluation.metrics.collapse import (
     largest_slot,
     mask_similarity,
+    token_perplexity,
 )
 from implicit_slots.models.outputs import attention_entropy
 
@@ -148,3 +149,16 @@ def test_one_image_has_no_pair(batch):
     attention, mask = random_attention(6, batch=batch), jnp.arange(batch) < 1
     assert counts(attention, mask) == [1, 1, 0]
     assert np.isnan(values(attention, mask)[2])
+
+
+def test_token_perplexity_counts_what_a_batch_uses():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 5, size=(6, 9))
+    mask = np.array([True] * 4 + [False] * 2)
+    found = token_perplexity(jnp.asarray(tokens), jnp.asarray(mask), 8)
+    shares = np.bincount(tokens[:4].ravel(), minlength=5) / 36
+    want = np.exp(-np.sum(shares * np.log(shares)))
+    np.testing.assert_allclose(found, np.full(6, want), rtol=1e-5)
+    one = token_perplexity(jnp.full((2, 3), 7), jnp.ones(2, bool), 8)
+    every = token_perplexity(jnp.arange(8).reshape(2, 4), jnp.ones(2, bool), 8)
+    np.testing.assert_allclose([one[0], every[0]], [1, 8], rtol=1e-5)
