@@ -21,6 +21,7 @@ def get_config(variant: str | None = None) -> Config:
         image_input.set_small(config)
     config.model.num_slots = 7  # CLEVR6's: six objects and the ground
     config.data.resolution = scenes.RESOLUTION
+    config.data.flip = True  # a folder may hold a thousand images
     return image_input.set_variant(
         config, variant, lambda config: None, first=scenes.TOKENS
     )

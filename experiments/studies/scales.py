@@ -29,7 +29,7 @@ _KEEP_ALL = {"keep_checkpoints": 1_000}
 def slate(scale: str) -> Base:
     """Returns the configuration file of SLATE and what a scale changes of it.
 
-    "cpu" is configs/scenes.py at 32x32 with three objects, four slots and 2,000 steps;
+    "cpu" is configs/scenes.py:tokens at 32x32 with three objects, four slots and 2,000 steps;
     "folder" the same of configs/folder.py; "gpu" the whole of scenes.py; "paper"
     CLEVR-Mirror as published.
     """
