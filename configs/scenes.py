@@ -35,7 +35,7 @@ def get_config(variant: str | None = None) -> Config:
 
 
 def set_size(config: Config) -> None:
-    """Shrinks model and schedules to what two CPU cores train in six minutes."""
+    """Shrinks the published model and its schedules to two CPU cores and minutes."""
     config.num_steps = 7_000
     config.batch_size = 16
     config.model.update(

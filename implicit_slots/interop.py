@@ -203,21 +203,15 @@ def from_official(weights: Mapping[str, np.ndarray], params: dict) -> dict:
 
 def _turned(params: dict) -> dict[str, np.ndarray]:
     """Every tensor in its official layout, without the masks."""
-    if "slot_vectors" in params["slot_attention"]:
-        raise UserError(
-            "official SLATE draws its initial slots from a Gaussian: it has no place "
-            'for learned ones (config.model.initial_slots must be "gaussian")'
-        )
-    if "image_encoder" in params:
-        what = 'an image encoder (config.model.inputs must be "tokens")'
-        raise UserError(
-            f"official SLATE's slots read tokens: it has no place for {what}"
-        )
-    if "codes" in params["dvae"]:
-        raise UserError(
-            "official SLATE has a dVAE: it has no place for a codebook of patches "
-            '(config.model.tokenizer must be "dvae")'
-        )
+    for what, there in (
+        ('initial_slots must be "gaussian"', "slot_mean" in params["slot_attention"]),
+        ('inputs must be "tokens"', "image_encoder" not in params),
+        ('tokenizer must be "dvae"', "codes" not in params["dvae"]),
+    ):
+        if not there:
+            raise UserError(
+                f"official SLATE has no place for this model: config.model.{what}"
+            )
     features = params["dvae"]["encoder"]["layers"][0]["norm"]["scale"].shape[0]
     if features != DVAE_FEATURES:
         raise UserError(

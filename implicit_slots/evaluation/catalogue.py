@@ -43,8 +43,8 @@ PREFIXES: Mapping[str, str] = {
     "": "",
     "attention": "attention masks",
     "decoder": "decoder masks",
-    "dvae": "dVAE",
-    "relaxed": "dVAE, relaxed tokens",
+    "dvae": "tokens",  # the image that they stand for
+    "relaxed": "relaxed tokens",
     "slots": "through the slots",
     "one_left": "down to one slot",
     "shuffled": "shuffled slots",

@@ -39,7 +39,7 @@ def test_every_row_is_whole():
         ("fg_ari", "Foreground ARI"),
         ("attention/fg_ari", "Foreground ARI, attention masks"),
         ("decoder_fg_ari", "Foreground ARI, decoder masks"),
-        ("dvae_mse", "Squared error, dVAE"),
+        ("dvae_mse", "Squared error, tokens"),
         ("shuffled/one_left/spill", "Spill, shuffled, down to one"),
         ("of/no_row", "no_row, of"),
     ],
