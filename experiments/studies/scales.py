@@ -29,9 +29,9 @@ _KEEP_ALL = {"keep_checkpoints": 1_000}
 def slate(scale: str) -> Base:
     """Returns the configuration file of SLATE and what a scale changes of it.
 
-    "cpu" is configs/scenes.py:tokens at 32x32 with three objects, four slots and 2,000 steps;
-    "folder" the same of configs/folder.py; "gpu" the whole of scenes.py; "paper"
-    CLEVR-Mirror as published.
+    "cpu" is configs/scenes.py:tokens at 32x32 with three objects, four slots and 2,000
+    steps; "folder" the same of configs/folder.py:tokens; "gpu" the whole of
+    scenes.py:tokens; "paper" CLEVR-Mirror as published.
     """
     if scale == "smoke":
         changes = {**_SMOKE, "diagnostics.every": 2, "diagnostics.num_examples": 2}
