@@ -1,6 +1,7 @@
 """The patch tokenizer's codes, found in training images before the first step."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from implicit_slots.data.registry import Source
@@ -30,7 +31,7 @@ def with_codebook(state: TrainState, train: Source, seed: int) -> TrainState:
     points = draw_patches(train, max(POINTS, POINTS_OF_A_CODE * vocab_size), seed)
     key = purpose_key(seed, Purpose.CODEBOOK, 0)
     found = jax.jit(fit, static_argnums=1, compiler_options=runs_once())(
-        points, vocab_size, key
+        jnp.asarray(points), vocab_size, key
     )
     values = {"codes": found.codes, "shares": found.shares}
 
@@ -53,9 +54,8 @@ def draw_patches(train: Source, count: int, seed: int) -> np.ndarray:
     # Many images: one that is unlike the others must not be half of the patches.
     num_images = min(len(train), max(count // in_image, 1) * 2)
     chosen = np.sort(generator.choice(len(train), num_images, replace=False))
-    found = [
-        np.asarray(patches(as_float(train.batch(part)["image"]))).reshape(-1, PATCH)
-        for part in np.array_split(chosen, -(-num_images // IMAGES_AT_ONCE))
-    ]
-    points = np.concatenate(found)
+    parts = np.array_split(chosen, -(-num_images // IMAGES_AT_ONCE))
+    images = (jnp.asarray(train.batch(part)["image"]) for part in parts)
+    found = [np.asarray(patches(as_float(image))) for image in images]
+    points = np.concatenate([part.reshape(-1, PATCH) for part in found])
     return points[generator.permutation(len(points))[:count]]

@@ -1,10 +1,13 @@
 """Codes found before the first step: the same for every process, and kept."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from configs import scenes
 from implicit_slots.data import registry
+from implicit_slots.models.build import build, split_model
 from implicit_slots.models.dvae import patches
 from implicit_slots.models.images import as_float
 from implicit_slots.training.codebook import draw_patches, with_codebook
@@ -24,7 +27,7 @@ def test_drawn_patches_are_those_of_training_images():
     drawn = draw_patches(train, 40, seed=3)
     assert drawn.shape == (40, 48)
     assert np.array_equal(drawn, draw_patches(train, 40, seed=3))
-    images = as_float(train.batch(np.arange(len(train)))["image"])
+    images = as_float(jnp.asarray(train.batch(np.arange(len(train)))["image"]))
     every = {row.tobytes() for row in np.asarray(patches(images)).reshape(-1, 48)}
     assert all(row.tobytes() in every for row in drawn)
     # No more than there are.
@@ -34,7 +37,7 @@ def test_drawn_patches_are_those_of_training_images():
 def test_codes_take_their_place_in_parameters_and_average():
     config = smoke()
     train = registry.build(config.data, "train")
-    shapes = {"dvae": {}, "decoder": {}}
+    shapes = split_model(nnx.eval_shape(lambda: build(config)))[1]
     optimizer = build_optimizer(config.optimizer, shapes, num_steps=1)
     before = first_state(config, optimizer)
     after = with_codebook(before, train, seed=0)
