@@ -207,6 +207,7 @@ def _turned(params: dict) -> dict[str, np.ndarray]:
         ('initial_slots must be "gaussian"', "slot_mean" in params["slot_attention"]),
         ('inputs must be "tokens"', "image_encoder" not in params),
         ('tokenizer must be "dvae"', "codes" not in params["dvae"]),
+        ('decoder_order must be "raster"', "target_positions" not in params),
     ):
         if not there:
             raise UserError(

@@ -52,6 +52,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "dVAE, no token weights": _DVAE,
     "no token weights": {"model.token_weighting": 0.0},
     "no dropped tokens": {"model.drop_tokens": 0.0},
+    "random order": {"model.decoder_order": "random"},
     "Gaussian slots": _GAUSSIAN,
     "a Gaussian a slot": {**_GAUSSIAN, "model.initial_slots": "gaussians"},
     "learned slots with noise": {"initial_noise.start": 1.0},

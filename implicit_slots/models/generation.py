@@ -65,6 +65,8 @@ def generate(
     def extend(carry, position):
         token, memory = carry
         embedded = model.embedding(token) + model.positions[position][None]
+        if model.target_positions is not None:
+            embedded = embedded + model.target_positions[position][None]
         features, memory = model.decoder.extend(embedded, memory, position)
         chosen = choose(model.token_logits(features), position)
         return (chosen + 1, memory), chosen

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key
@@ -25,9 +26,10 @@ from implicit_slots.models.token_decoder import TokenDecoder, with_bos
 from implicit_slots.models.transformer import TransformerDecoder
 from implicit_slots.runtime.errors import InvalidValue
 
-# What slot attention reads, and what makes tokens.
+# What slot attention reads, what makes tokens, in which order they are decoded.
 INPUTS = ("tokens", "image")
 TOKENIZERS = ("dvae", "patches")
+ORDERS = ("raster", "random")
 
 
 class SLATE(TokenDecoder):
@@ -69,6 +71,9 @@ class SLATE(TokenDecoder):
       encoder_kernels: of the same, their sides.
       encoder_padding: "zeros" or "edge", see `ImageEncoder`.
       encoder_positions: "added" or "apart", see `ImageEncoder`.
+      decoder_order: "raster", as published, or "random": in training the decoder reads
+        the tokens of each batch in another order, as SPOT does (Kakogeorgiou et al.
+        2024), and learns a vector for each place that it asks for.
       drop_tokens: in training, the decoder's input tokens of an image are dropped at a
         rate drawn uniformly from 0 to this, so that it needs the slots. A dropped token
         leaves its position.
@@ -84,6 +89,7 @@ class SLATE(TokenDecoder):
         "dvae",
         "embedding",
         "positions",
+        "target_positions",
         "encoder_norm",
         "encoder_mlp",
         "image_encoder",
@@ -126,6 +132,7 @@ class SLATE(TokenDecoder):
         encoder_kernels: Sequence[int] = (KERNEL, KERNEL),
         encoder_padding: str = "zeros",
         encoder_positions: str = "added",
+        decoder_order: str = "raster",
         drop_tokens: float = 0.0,
         token_weighting: float = 0.0,
         rngs: nnx.Rngs,
@@ -160,6 +167,12 @@ class SLATE(TokenDecoder):
                 initial_positions, position_scale, self.side, width, rngs=rngs
             )
         )
+        if decoder_order not in ORDERS:
+            raise InvalidValue(
+                f"decoder_order must be one of {ORDERS}, got {decoder_order!r}"
+            )
+        places = jnp.zeros((self.side**2, width))
+        self.target_positions = nnx.Param(places) if decoder_order == "random" else None
         if inputs not in INPUTS:
             raise InvalidValue(f"inputs must be one of {INPUTS}, got {inputs!r}")
         if not 0 <= drop_tokens <= 1:
@@ -264,18 +277,24 @@ class SLATE(TokenDecoder):
             probe=probe,
             coupling_key=coupling_key,
         )
-        shown = embedded[:, :-1]
+        shuffled = self.target_positions is not None and not deterministic
+        shown = embedded if shuffled else embedded[:, :-1]
         if self.drop_tokens and not deterministic:
             shown = self.dropped(shown, jax.random.fold_in(key, 5))
+        asked, order = targets, None
+        if shuffled:
+            order = jax.random.permutation(jax.random.fold_in(key, 6), self.side**2)
+            shown, asked = self.reordered(shown, order), targets[:, order]
         logits = self.decode(
             shown,
             slots.slots,
             key=None if deterministic else key_decoder,
             weighted=not deterministic,
+            order=order,
         )
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, asked)
         if self.token_weighting and not deterministic:
-            cross_entropy = cross_entropy * self.weights()[targets]
+            cross_entropy = cross_entropy * self.weights()[asked]
         losses = {"mse": mse, "cross_entropy": cross_entropy.sum(axis=1)}
         return Output(
             losses,

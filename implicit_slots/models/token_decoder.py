@@ -29,6 +29,8 @@ class TokenDecoder(nnx.Module):
     decoder: Any
     out: Any
     side: int
+    # With random order: which token each input asks for.
+    target_positions: Any
     drop_tokens: float
     token_weighting: float
 
@@ -55,10 +57,47 @@ class TokenDecoder(nnx.Module):
         *,
         key: Key[Array, ""] | None = None,
         weighted: bool = False,
+        order: Int[Array, " tokens"] | None = None,
     ) -> Float[Array, "batch tokens vocab"]:
-        """Returns logits of the token that follows each token; see `token_logits`."""
-        features = self.decoder(embedded, self.slot_projection(slots), key=key)
+        """Returns logits of the token that follows each token.
+
+        Args:
+          embedded: tokens, BOS first, in the order in which they are read.
+          slots: of each image.
+          key: for dropout.
+          weighted: see `token_logits`.
+          order: places of the tokens that are asked for; row by row if not given.
+        """
+        read = self.asking(embedded, order)
+        features = self.decoder(read, self.slot_projection(slots), key=key)
         return self.token_logits(features, weighted=weighted)
+
+    def asking(
+        self,
+        embedded: Float[Array, "batch tokens dim"],
+        order: Int[Array, " tokens"] | None = None,
+    ) -> Float[Array, "batch tokens dim"]:
+        """Returns the decoder's inputs, each with the place of the token it asks for.
+
+        A model that reads rows alone knows it from where an input stands.
+        """
+        if self.target_positions is None:
+            return embedded
+        places = self.target_positions[...]
+        length = embedded.shape[1]
+        places = places[:length] if order is None else places[order]
+        return embedded + places[None].astype(embedded.dtype)
+
+    def reordered(
+        self, embedded: Float[Array, "batch longer dim"], order: Int[Array, " tokens"]
+    ) -> Float[Array, "batch tokens dim"]:
+        """Returns BOS and the tokens in an order, the last one left out.
+
+        Args:
+          embedded: BOS and all tokens row by row, each with the place after its own.
+          order: places of the tokens.
+        """
+        return jnp.concatenate([embedded[:, :1], embedded[:, 1 + order[:-1]]], axis=1)
 
     def token_logits(
         self, features: Float[Array, "*batch dim"], *, weighted: bool = False
@@ -131,8 +170,9 @@ class TokenDecoder(nnx.Module):
           present: which of them the decoder sees, at least one; all if not given.
         """
         targets = tokens.reshape(len(tokens), -1)
+        read = self.asking(self.embed(with_bos(targets))[:, :-1])
         features, shares = self.decoder.watch(
-            self.embed(with_bos(targets))[:, :-1], self.slot_projection(slots), present
+            read, self.slot_projection(slots), present
         )
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(
             self.token_logits(features), targets

@@ -166,7 +166,8 @@ def test_a_frozen_dvae_keeps_every_bit_and_the_rest_learns():
 
 def test_every_group_of_parameters_is_checked(compiled):
     _, state, checks = compiled
-    assert set(SLATE.stages) == {*state.params, "image_encoder"}
+    others = {"image_encoder", "target_positions"}
+    assert set(SLATE.stages) == {*state.params, *others}
     assert checks[:2] == ("the loss mse", "the loss cross_entropy")
     # The backward pass begins at the output.
     assert checks[2] == "the gradient of out" and checks[-1] == "the gradient of dvae"
