@@ -37,9 +37,9 @@ def get_config(name: str, data: Config) -> Config:
     config.model = model("slate")
 
     config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 3e-4  # peak, of everything but the dVAE
+    config.optimizer.learning_rate = 3e-4  # peak, of all but those below
     config.optimizer.dvae_learning_rate = 3e-4
-    config.optimizer.slots_learning_rate = 0.0  # of encoder and slots; 0: the first
+    config.optimizer.slots_learning_rate = 0.0  # of encoder and slots; 0: as above
     config.optimizer.dvae_steps = 0  # that train the dVAE, frozen then; 0: all
     config.optimizer.warmup_steps = 30_000  # linear; the dVAE has none; 0: none
     # Or "constant", "half_life", "cosine" to 0 at num_steps.
@@ -57,7 +57,7 @@ def get_config(name: str, data: Config) -> Config:
     config.temperature.end = 0.1
     config.temperature.steps = 30_000
 
-    # Times learned initial slots: of the normal noise on them in training; a cosine.
+    # On learned initial slots in training, as a multiple of each entry: a cosine.
     config.initial_noise = ConfigDict()
     config.initial_noise.start = 0.0  # 1 in BO-QSA
     config.initial_noise.end = 0.0

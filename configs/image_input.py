@@ -51,9 +51,6 @@ def set_variant(
         base.set_variant(config, variant)
     except ValueError as error:
         raise ValueError(f"{error}; {first}, or {first}- and one of these") from error
-    if config.model.adjoint.name == "unrolled":
-        # The gradient that goes through the iterations reaches the initial slots.
-        config.model.straight_through = False
     return config
 
 
@@ -99,7 +96,6 @@ def set_steve(config: Config) -> None:
     config.model.update(
         inputs="image",
         encoder_strides=(2, 1, 1, 1),  # at 64x64 they are all 1
-        encoder_kernels=(5, 5, 5, 5),
         num_heads=4,
     )
     # SysBinder's, of single images. STEVE makes two for each frame of a video.
@@ -119,7 +115,6 @@ def set_bo_qsa(config: Config) -> None:
     config.model.update(
         inputs="image",
         encoder_strides=(1, 1, 1, 1),
-        encoder_kernels=(5, 5, 5, 5),
         vocab_size=1_024,
         width=256,
         num_blocks=4,

@@ -61,7 +61,7 @@ class Start:
         intervals = [f"--config.{name}_every={n}" for name, n in INTERVALS.items()]
         command = [
             *(sys.executable, "-u", "-m", "implicit_slots.main"),
-            *("--config=configs/scenes.py:smoke", f"--config.num_steps={STEPS}"),
+            *("--config=configs/scenes.py:tokens-smoke", f"--config.num_steps={STEPS}"),
             *(f"--config.keep_checkpoints={KEPT}", "--config.data.cache="),
             *(*intervals, f"--workdir={workdir}"),
         ]

@@ -2,7 +2,7 @@ r"""Draws a folder of sprites with masks: a data set that is no CLEVR, for `fold
 
     python -m experiments.examples.sprites --out=runs/sprites
     python -m implicit_slots.main --config=configs/folder.py \
-        --config.data.path=runs/sprites --config.data.max_objects=4 \\
+        --config.data.path=runs/sprites --config.data.max_objects=4 \
         --config.model.num_slots=5
 
 As in Multi-dSprites (Kabra et al. 2019), "coloured on coloured": ellipses, rectangles

@@ -36,12 +36,8 @@ from implicit_slots.training.state import first_state
 
 DEFAULT = "as it is"
 # A dVAE has no shares of tokens to weigh them by.
-_DVAE = {
-    "model.tokenizer": "dvae",
-    "model.token_weighting": 0.0,
-    "optimizer.dvae_learning_rate": 3e-3,
-}
-_UNROLLED = {"model.adjoint.name": "unrolled", "model.straight_through": False}
+_DVAE = {"model.tokenizer": "dvae", "model.token_weighting": 0.0}
+_UNROLLED = {"model.adjoint.name": "unrolled"}
 _GAUSSIAN = {"model.initial_slots": "gaussian", "model.straight_through": False}
 ARMS: Mapping[str, Mapping[str, Any]] = {
     DEFAULT: {},
@@ -105,7 +101,8 @@ def measure(arm: str, *, steps: int, seeds: Sequence[int]) -> dict[str, Any]:
     """Trains an arm from every seed.
 
     Returns:
-      Lists with a value for each seed: what validation measures, and "seconds".
+      The arm, the steps, the seeds; and lists with a value for each seed: what
+      validation measures, and "seconds".
     """
     config = scenes.get_config()
     config.data.cache = ""
@@ -171,15 +168,20 @@ def main(arguments: list[str] | None = None) -> None:
     def file(arm: str) -> Path:
         return options.out / f"{arm.replace(' ', '_').replace(',', '')}.json"
 
+    seeds = list(range(options.seeds))
+
+    def read(arm: str) -> dict[str, Any] | None:
+        """What lies there of an arm with the same steps and seeds."""
+        found = json.loads(file(arm).read_text()) if file(arm).exists() else {}
+        same = (found.get("steps"), found.get("seeds")) == (options.steps, seeds)
+        return found if same else None
+
     for arm in options.arms:
-        if not file(arm).exists():
-            seeds = range(options.seeds)
+        if read(arm) is None:
             found = measure(arm, steps=options.steps, seeds=seeds)
             write_json(file(arm), found)
             print(arm, {n: np.round(found[n], 3).tolist() for n in NAMES}, flush=True)
-    results = {
-        arm: json.loads(file(arm).read_text()) for arm in ARMS if file(arm).exists()
-    }
+    results = {arm: found for arm in ARMS if (found := read(arm)) is not None}
     if DEFAULT in results:
         write_atomically(options.out / "options.md", table(results))
         print(table(results))

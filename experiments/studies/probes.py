@@ -30,6 +30,7 @@ from implicit_slots.evaluation.steps import build_evaluation_steps
 from implicit_slots.fixed_point import GMRES, Adjoint, Implicit, Neumann, Unrolled
 from implicit_slots.models.build import build, model_class, split_model
 from implicit_slots.models.images import as_float
+from implicit_slots.models.slot_attention import LEARNED
 from implicit_slots.runtime import compiling
 from implicit_slots.runtime.allocator import keep_freed_memory
 from implicit_slots.runtime.config import Config
@@ -132,7 +133,7 @@ def starts(workdir: pathlib.Path) -> Rows:
     """Masks of the best of several initial slots, by how many are tried."""
     config, model = checkpoint.load(workdir)
     # Of learned ones all are one.
-    tried = () if config.model.initial_slots == "learned" else STARTS
+    tried = () if config.model.initial_slots in LEARNED else STARTS
     return masks_at(workdir, config, model, "evaluation.masks.starts", tried)
 
 

@@ -46,7 +46,7 @@ def reconstruction_grid(
 ) -> UInt8[np.ndarray, "picture_height picture_width 3"]:
     """Draws what a model makes of images: one row each, one column per view.
 
-    The columns are the image, its reconstruction by the dVAE and through the slots,
+    The columns are the image, what its tokens stand for, what the slots make of it,
     the true masks, the masks predicted (the slot of largest attention, as it is
     scored), then per slot the image where the slot attends and white elsewhere:
     image * attention + (1 - attention), as in Locatello et al. (2020) and Singh et
@@ -55,7 +55,7 @@ def reconstruction_grid(
 
     Args:
       image: The input, uint8 or float in [0, 1].
-      dvae: Its reconstruction from the discrete tokens, or None without a dVAE.
+      dvae: Its reconstruction from the discrete tokens, or None without any.
       slots: Its reconstruction from the slots, or None without a decoder.
       attention: Per slot, its weight at each position of the feature grid; the
         weights of a position sum to one.

@@ -39,6 +39,7 @@ from implicit_slots.evaluation.metrics.segmentation import upsample
 from implicit_slots.evaluation.steps import classes_of, starts_of
 from implicit_slots.models.build import model_class
 from implicit_slots.models.images import as_float
+from implicit_slots.models.slot_attention import LEARNED
 from implicit_slots.runtime.devices import replicated
 from implicit_slots.runtime.files import expand
 from implicit_slots.runtime.prng import Purpose, purpose_key
@@ -51,6 +52,7 @@ NO_SHADOWS = "the data does not say where shadows are"
 NO_CLASSES = "the data names no class of its objects"
 NO_OBJECTS = "the data does not say what objects there are"
 NO_RENDERER = "the data's scenes cannot be rendered again without an object"
+NO_STARTS = "learned initial slots: every start is the same"
 NO_WEIGHTS = (
     "no weights: --config.evaluation.inception=FILE takes "
     "pt_inception-2015-12-05-6726825d.pth, which is not downloaded for you"
@@ -219,15 +221,19 @@ def behaviour(subject: Subject, findings: Findings) -> fixed_points.Trajectory:
     )
     values["jacobian_coupling"] = coupled.jacobian
     values["inverse_coupling"] = coupled.inverse
+    names = ("fixed_points", "largest_basin", "unconverged", "mask_agreement")
     basins = []
-    for place in subject.progress(range(count), "fixed points"):
+    learned = subject.config.model.initial_slots in LEARNED
+    if learned:
+        findings.absent |= dict.fromkeys(names, NO_STARTS)
+    for place in subject.progress(range(0 if learned else count), "fixed points"):
         slots, residual, agreement = jax.device_get(
             subject.steps.restart(subject.params, image[place], place)
         )
         found = fixed_points.find_basins(slots, residual)
         basins.append([*found[:3], float(agreement)])
-    names = ("fixed_points", "largest_basin", "unconverged", "mask_agreement")
-    values |= dict(zip(names, np.array(basins).T, strict=True))
+    if basins:
+        values |= dict(zip(names, np.array(basins).T, strict=True))
     findings.images |= values
     steps = np.arange(1, trajectory.residual.shape[1] + 1)
     findings.curves["residual"] = curve(

@@ -59,7 +59,7 @@ class ImageEncoder(nnx.Module):
       resolution: image side in pixels, divisible by the product of the strides.
       features: channels of every convolution, and width of the vectors.
       strides: of the convolutions, in order.
-      kernels: their sides in pixels, in the same order; 5 each if not given.
+      kernels: their sides in pixels, in the same order, or one for all.
       padding: what lies beyond the image: "zeros", as published, which tell a cell
         that it lies at the border; or "edge", the border's own values. With "edge" a
         cell's vector also is of what lies around the cell's centre; zeros are padded
@@ -78,7 +78,7 @@ class ImageEncoder(nnx.Module):
         features: int,
         strides: Sequence[int],
         *,
-        kernels: Sequence[int] | None = None,
+        kernels: Sequence[int] = (KERNEL,),
         padding: str = "zeros",
         positions: str = "added",
         position_scale: float = 1.0,
@@ -89,11 +89,18 @@ class ImageEncoder(nnx.Module):
                 f"positions must be one of {POSITIONS}, got {positions!r}"
             )
         if padding not in PADDINGS:
-            raise InvalidValue(f"padding must be one of {PADDINGS}, got {padding!r}")
-        kernels = [KERNEL] * len(strides) if kernels is None else kernels
+            raise InvalidValue(
+                f"encoder_padding must be one of {PADDINGS}, got {padding!r}"
+            )
+        if not all(isinstance(kernel, int) and kernel > 0 for kernel in kernels):
+            raise InvalidValue(
+                f"encoder_kernels must be positive integers, got {tuple(kernels)}"
+            )
+        if len(kernels) == 1:
+            kernels = (*kernels,) * len(strides)
         if len(kernels) != len(strides):
             raise InvalidValue(
-                "an encoder needs as many kernels as strides, got "
+                "encoder_kernels must be one, or as many as encoder_strides, got "
                 f"{tuple(kernels)} and {tuple(strides)}"
             )
         self.side = resolution
@@ -111,7 +118,7 @@ class ImageEncoder(nnx.Module):
                 kernel >= stride and kernel % 2 == stride % 2
             ):
                 raise InvalidValue(
-                    "with encoder padding edge a kernel must be as large as its stride "
+                    "with encoder_padding=edge a kernel must be as large as its stride "
                     f"or larger by an even number, got {kernel} and {stride}"
                 )
             self.side //= stride

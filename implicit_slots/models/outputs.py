@@ -36,7 +36,7 @@ class Output(NamedTuple):
       attention: each slot's share of each position; sums to one over slots.
       stats: of the slots' forward solve.
       reconstruction: the image as the model was trained to make it, where it makes one
-        (SLATE: the dVAE's, from relaxed tokens).
+        (SLATE: from relaxed tokens, or a codebook's).
       masks: the decoder's masks, where a pass makes them; sum to one over slots.
       predicted: each slot's properties, where the model says them.
       coupling: see `SlotsOutput`; where the call was given a `coupling_key`.
@@ -71,7 +71,7 @@ class Reconstruction(NamedTuple):
     """An image taken apart and rendered again, without noise in the tokens.
 
     Attributes:
-      dvae: the image from its own most probable tokens, in [0, 1]; None without a dVAE.
+      dvae: the image from its own most probable tokens, in [0, 1]; None without any.
       slots: the image that the decoder makes of the slots alone; None without one.
       attention: each slot's share of each position; sums to one over slots.
       masks: the decoder's, where rendering makes them.
@@ -87,7 +87,7 @@ class Encoded(NamedTuple):
     """What the model knows of an image, without noise in the tokens.
 
     Attributes:
-      tokens: the most probable ones; None without a dVAE.
+      tokens: the most probable ones; None without any.
       slots: of the fixed point.
       attention: each slot's share of each position; sums to one over slots.
       stats: of the slots' forward solve.

@@ -18,7 +18,7 @@ LLOYD_STEPS = 15
 
 
 class PatchTokenizer(nnx.Module):
-    """A codebook of 4x4 patches, with the dVAE's methods.
+    """A codebook of 4x4 patches, in the dVAE's place.
 
     Args:
       vocab_size: number of codes.
@@ -40,12 +40,6 @@ class PatchTokenizer(nnx.Module):
           ValueError: if the image size is not divisible by four.
         """
         return closeness(patches(image), self.codes[...])
-
-    def decode(
-        self, tokens: Float[Array, "batch rows columns vocab"]
-    ) -> Float[Array, "batch height width 3"]:
-        """Returns the image of one-hot tokens, or the mixture of relaxed ones."""
-        return unpatched(tokens @ self.codes[...])
 
     def decode_ids(
         self, ids: Int[Array, "batch rows columns"]

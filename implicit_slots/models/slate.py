@@ -40,7 +40,7 @@ class SLATE(TokenDecoder):
 
     Args:
       resolution: image side in pixels, divisible by four; 96 as published.
-      vocab_size: number of dVAE tokens.
+      vocab_size: number of tokens.
       dvae_features: channels of the dVAE's hidden layers.
       width: features of a token in slot encoder and decoder.
       num_blocks: decoder blocks.
@@ -68,7 +68,7 @@ class SLATE(TokenDecoder):
         STEVE (Singh, Wu, Ahn 2022), and tokens are the decoder's targets alone.
       encoder_features: channels of that encoder.
       encoder_strides: of its convolutions.
-      encoder_kernels: of the same, their sides.
+      encoder_kernels: of the same, their sides; one for all, or as many.
       encoder_padding: "zeros" or "edge", see `ImageEncoder`.
       encoder_positions: "added" or "apart", see `ImageEncoder`.
       decoder_order: "raster", as published, or "random": in training the decoder reads
@@ -129,7 +129,7 @@ class SLATE(TokenDecoder):
         inputs: str = "tokens",
         encoder_features: int = 64,
         encoder_strides: Sequence[int] = (2, 1),
-        encoder_kernels: Sequence[int] = (KERNEL, KERNEL),
+        encoder_kernels: Sequence[int] = (KERNEL,),
         encoder_padding: str = "zeros",
         encoder_positions: str = "added",
         decoder_order: str = "raster",
@@ -149,6 +149,10 @@ class SLATE(TokenDecoder):
                 f"tokenizer must be one of {TOKENIZERS}, got {tokenizer!r}"
             )
         self.fixed_tokens = tokenizer == "patches"
+        if not 0 <= token_weighting <= 1:
+            raise InvalidValue(
+                f"token_weighting must be in [0, 1], got {token_weighting}"
+            )
         if token_weighting and not self.fixed_tokens:
             raise InvalidValue('token_weighting needs tokenizer="patches"')
         self.token_weighting = token_weighting
@@ -229,7 +233,7 @@ class SLATE(TokenDecoder):
     ) -> Output:
         """Returns the losses of a batch with images in [0, 1].
 
-        They are "mse", the dVAE's squared error summed over pixels and channels, and
+        They are "mse", the tokens' squared error summed over pixels and channels, and
         "cross_entropy", the decoder's, summed over the tokens, in nats.
 
         Args:
@@ -338,7 +342,7 @@ class SLATE(TokenDecoder):
     def reconstruct(
         self, image: Float[Array, "batch height width 3"], *, key: Key[Array, ""]
     ) -> Reconstruction:
-        """Reconstructs images in [0, 1] through the dVAE and through the slots.
+        """Reconstructs images in [0, 1] through their tokens and through the slots.
 
         The key draws the initial slots.
         """

@@ -30,7 +30,9 @@ from implicit_slots.models.preheat import Preheat
 from implicit_slots.runtime.errors import InvalidValue
 
 NORMALIZERS = ("mean", "damped")
-INITIAL_SLOTS = ("gaussian", "gaussians", "learned", "predicted")
+# Those that no key draws.
+LEARNED = ("learned", "predicted")
+INITIAL_SLOTS = ("gaussian", "gaussians", *LEARNED)
 
 
 class SlotAttentionStep(nnx.Module):
@@ -195,7 +197,7 @@ class SlotAttention(nnx.Module):
         inputs first, see `Preheat`.
       straight_through: add z0 − stop_gradient(z0) to the result, so that the initial
         slots' parameters are trained (Jia et al. 2023, BO-QSA). Implicit adjoints
-        give z0 exactly no gradient otherwise.
+        give z0 exactly no gradient otherwise; with an unrolled one it changes nothing.
       solver: how to iterate.
       adjoint: how to differentiate.
       rngs: source of the initial parameters.
@@ -233,7 +235,7 @@ class SlotAttention(nnx.Module):
         except ValueError as error:
             raise InvalidValue(str(error)) from error
         implicit = not isinstance(adjoint, Unrolled)
-        trained = initial_slots in ("learned", "predicted")
+        trained = initial_slots in LEARNED
         if trained and implicit and not straight_through:
             raise InvalidValue(
                 f"{initial_slots} initial slots get no gradient from an implicit "
@@ -241,7 +243,8 @@ class SlotAttention(nnx.Module):
             )
         self.num_slots = num_slots
         self.slot_size = slot_size
-        self.straight_through = straight_through
+        # An unrolled gradient reaches the initial slots without.
+        self.straight_through = straight_through and implicit
         self.solver = solver
         self.adjoint = adjoint
         self.norm_inputs = layers.LayerNorm(input_size)

@@ -14,8 +14,8 @@ from implicit_slots.models.image_encoder import on_grid
 from implicit_slots.models.outputs import Reading
 from implicit_slots.models.patch_tokenizer import PatchTokenizer
 
-# A code that nothing was nearest to.
-SMALLEST_SHARE = 1e-6
+# Of a code that nothing was nearest to: one of the patches that `codebook` clusters.
+SMALLEST_SHARE = 5e-5
 
 
 class TokenDecoder(nnx.Module):
@@ -138,7 +138,7 @@ class TokenDecoder(nnx.Module):
     def picture(
         self, tokens: Int[Array, "batch rows columns"]
     ) -> Float[Array, "batch height width 3"]:
-        """Returns the dVAE's image of tokens, in [0, 1]."""
+        """Returns the image that tokens stand for, in [0, 1]."""
         return jnp.clip(self.dvae.decode_ids(tokens), 0, 1)
 
     def render(

@@ -36,7 +36,7 @@ ABSENT: Mapping[str, object] = {
     "model.inputs": "tokens",
     "model.encoder_features": 64,
     "model.encoder_strides": [2, 1],
-    "model.encoder_kernels": [5, 5],
+    "model.encoder_kernels": [5],
     "model.encoder_padding": "zeros",
     "model.encoder_positions": "added",
     "model.decoder_order": "raster",

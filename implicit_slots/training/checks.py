@@ -1,6 +1,7 @@
 """What is refused before anything is written, and what is noted."""
 
 import json
+import math
 import os
 import pathlib
 
@@ -13,6 +14,7 @@ from implicit_slots.evaluation.groups import GROUPS
 from implicit_slots.models.build import MODELS, model_class
 from implicit_slots.models.dvae import STRIDE
 from implicit_slots.models.noise import MOST_WORDS
+from implicit_slots.models.slot_attention import LEARNED
 from implicit_slots.runtime.config import Config, flat
 from implicit_slots.runtime.devices import SHARDINGS
 from implicit_slots.runtime.errors import UserError
@@ -165,6 +167,7 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
             f"{config.model.name!r}"
         )
     check_slate(config)
+    check_noise(config)
     if values[STARTS] > 1:
         check_starts(config)
     if usage["flip"] and "objects" in model_class(config.model.name).reads:
@@ -203,10 +206,10 @@ def check_starts(config: Config) -> None:
             f"config.{STARTS} chooses initial slots by their reconstruction, which "
             f"{config.model.name} does not make; set it to 1"
         )
-    if config.model.initial_slots == "learned":
+    if config.model.initial_slots in LEARNED:
         raise UserError(
             f"config.{STARTS} needs random initial slots, and this model's are "
-            "learned: every start would be the same; set it to 1"
+            f"{config.model.initial_slots}: every start would be the same; set it to 1"
         )
 
 
@@ -235,20 +238,19 @@ def check_slate(config: Config) -> None:
     side = max(config.data.resolution // STRIDE, 1)
     tokens = side**2 * config.model.vocab_size
     most = MOST_WORDS // tokens
-    if config.batch_size // config.accumulate > most:
+    fixed = config.model.get("tokenizer") == "patches"
+    if not fixed and config.batch_size // config.accumulate > most:
         raise UserError(
             f"this model draws noise for at most {most:,} images at a time; split a "
             f"step's {config.batch_size:,} with --config.accumulate"
         )
-    if config.optimizer.get("dvae_steps", 0) < 0:
+    dvae_steps = config.optimizer.get("dvae_steps", 0)
+    if dvae_steps < 0:
         raise UserError(
-            f"config.optimizer.dvae_steps must not be negative, got "
-            f"{config.optimizer.dvae_steps}; 0 trains the dVAE in all steps"
+            f"config.optimizer.dvae_steps must not be negative, got {dvae_steps}; "
+            "0 trains the dVAE in all steps"
         )
-    if (
-        config.optimizer.get("dvae_steps", 0)
-        and config.model.get("tokenizer") == "patches"
-    ):
+    if dvae_steps and fixed:
         raise UserError(
             'config.model.tokenizer="patches" has no dVAE to train: leave '
             "config.optimizer.dvae_steps at 0"
@@ -259,6 +261,28 @@ def check_slate(config: Config) -> None:
                 f"config.temperature.{key} must be positive, got "
                 f"{config.temperature[key]}"
             )
+
+
+def check_noise(config: Config) -> None:
+    """Refuses noise on initial slots that have none, or that is no noise.
+
+    Raises:
+      UserError: naming the key.
+    """
+    noise = config.get("initial_noise")
+    if noise is None:
+        return
+    for key in ("start", "end"):
+        if not 0 <= noise[key] < math.inf:
+            raise UserError(
+                f"config.initial_noise.{key} must be finite and not negative, got "
+                f"{noise[key]}"
+            )
+    if max(noise.start, noise.end) > 0 and config.model.initial_slots not in LEARNED:
+        raise UserError(
+            "config.initial_noise is for learned initial slots: set "
+            "config.model.initial_slots=learned, or the noise to 0"
+        )
 
 
 def crowding(config: Config) -> str:

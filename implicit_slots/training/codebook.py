@@ -1,8 +1,11 @@
 """The patch tokenizer's codes, found in training images before the first step."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from implicit_slots.data.registry import Source
 from implicit_slots.models.dvae import patches
@@ -20,7 +23,7 @@ IMAGES_AT_ONCE = 64
 def with_codebook(state: TrainState, train: Source, seed: int) -> TrainState:
     """Returns the state before the first update with codes in the place of random ones.
 
-    Every process of a run reads the same images and finds the same codes.
+    Process 0's codes are everybody's.
 
     Args:
       state: of a model with a `PatchTokenizer`.
@@ -29,15 +32,21 @@ def with_codebook(state: TrainState, train: Source, seed: int) -> TrainState:
     """
     vocab_size = len(state.params["dvae"]["shares"])
     points = draw_patches(train, max(POINTS, POINTS_OF_A_CODE * vocab_size), seed)
-    key = purpose_key(seed, Purpose.CODEBOOK, 0)
-    found = jax.jit(fit, static_argnums=1, compiler_options=runs_once())(
-        jnp.asarray(points), vocab_size, key
-    )
-    values = {"codes": found.codes, "shares": found.shares}
+    # On a CPU, whose sums are the same every time; a GPU's scatter is not.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        key = purpose_key(seed, Purpose.CODEBOOK, 0)
+        found = jax.jit(fit, static_argnums=1, compiler_options=runs_once())(
+            jnp.asarray(points), vocab_size, key
+        )
+    found: Any = jax.tree.map(np.asarray, found)
+    if jax.process_count() > 1:
+        # Not every process need be on the same kind of CPU.
+        found = multihost_utils.broadcast_one_to_all(found)
+    values = found._asdict()
 
     def replaced(params):
         placed = {
-            name: jax.device_put(np.asarray(value), params["dvae"][name].sharding)
+            name: jax.device_put(value, params["dvae"][name].sharding)
             for name, value in values.items()
         }
         return params | {"dvae": params["dvae"] | placed}
@@ -48,7 +57,7 @@ def with_codebook(state: TrainState, train: Source, seed: int) -> TrainState:
 
 def draw_patches(train: Source, count: int, seed: int) -> np.ndarray:
     """Draws patches of training images, with values in [0, 1]; fewer if there are."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng([seed, Purpose.CODEBOOK])
     side = train.example()["image"].shape[0]
     in_image = side**2 * 3 // PATCH
     # Many images: one that is unlike the others must not be half of the patches.

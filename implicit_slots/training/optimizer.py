@@ -1,4 +1,4 @@
-"""The optimiser: Adam (SLATE: two groups), schedules, clipping, average of weights."""
+"""The optimiser: Adam in groups, schedules, clipping, average of weights."""
 
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -14,7 +14,7 @@ from implicit_slots.runtime.errors import InvalidValue
 SCHEDULES = ("constant", "half_life", "cosine", "plateau")
 CLIPPINGS = ("none", "l2", "max_norm")
 # The groups of parameters, and the names under which their rates are logged.
-MAIN, DVAE, SLOTS = "main", "dvae", "slots"
+MAIN, DVAE, SLOTS, FIXED = "main", "dvae", "slots", "fixed"
 LOGGED = {
     MAIN: "learning_rate",
     DVAE: "dvae_learning_rate",
@@ -57,6 +57,11 @@ def build_optimizer(
         raise InvalidValue(
             f"optimizer.half_life must be positive, got {config.half_life}"
         )
+    if config.get(LOGGED[SLOTS], 0) < 0:
+        raise InvalidValue(
+            "optimizer.slots_learning_rate must not be negative, got "
+            f"{config.slots_learning_rate}"
+        )
     if not 0 <= config.ema_decay < 1:
         raise InvalidValue(
             f"optimizer.ema_decay must be in [0, 1), got {config.ema_decay}"
@@ -64,15 +69,23 @@ def build_optimizer(
     groups: dict[Hashable, optax.GradientTransformation] = {
         group: _adam(rate, num_steps) for group, rate in schedules(config, params)
     }
-    labels = {key: _group(config, key) for key in params}
+    if DVAE in params and not _has_dvae(params):
+        groups[FIXED] = optax.set_to_zero()
+    labels = {key: _group(config, params, key) for key in params}
     return optax.chain(_clipping(config), optax.partition(groups, labels))
 
 
-def _group(config: Config, key: str) -> str:
+def _group(config: Config, params: dict, key: str) -> str:
     """The group of a top-level key."""
     if key == DVAE:
-        return DVAE
+        return DVAE if _has_dvae(params) else FIXED
     return SLOTS if key in OF_SLOTS and config.get(LOGGED[SLOTS], 0) else MAIN
+
+
+def _has_dvae(params: dict) -> bool:
+    """Whether there is a dVAE, and no codebook in its place."""
+    dvae = params.get(DVAE)
+    return dvae is not None and not (isinstance(dvae, dict) and "codes" in dvae)
 
 
 def schedules(config: Config, params: dict) -> list[tuple[str, Schedule]]:
@@ -96,7 +109,7 @@ def schedules(config: Config, params: dict) -> list[tuple[str, Schedule]]:
         return config.dvae_learning_rate * decay(step, num_steps)
 
     found = [(MAIN, warmed(config.learning_rate))]
-    if DVAE in params:
+    if _has_dvae(params):
         found.append((DVAE, dvae_rate))
     if peak := config.get(LOGGED[SLOTS], 0):
         found.append((SLOTS, warmed(peak)))

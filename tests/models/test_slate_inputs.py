@@ -206,7 +206,14 @@ def test_official_weights_have_no_place_for_an_image_encoder(reads_image):
             {"inputs": "image", "encoder_padding": "mirror"},
             "padding must be one of",
         ),
-        ({"inputs": "image", "encoder_kernels": (5,)}, "as many kernels as strides"),
+        (
+            {"inputs": "image", "encoder_kernels": (5, 5, 5)},
+            "must be one, or as many as encoder_strides",
+        ),
+        (
+            {"inputs": "image", "encoder_kernels": (0, 1)},
+            "encoder_kernels must be positive integers",
+        ),
         (
             {"inputs": "image", "encoder_padding": "edge"},
             "as large as its stride or larger by an even number, got 5 and 2",

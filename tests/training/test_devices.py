@@ -14,6 +14,7 @@ import pytest
 
 from configs import scenes
 from implicit_slots.runtime.metric_writers import read_metrics
+from implicit_slots.training.checkpoint import load
 from implicit_slots.training.run import run
 
 pytestmark = pytest.mark.slow  # several real processes
@@ -128,7 +129,7 @@ def preempted(tmp_path_factory):
         subprocess.Popen(
             [
                 *[sys.executable, "-m", "implicit_slots.main"],
-                *["--config=configs/scenes.py:smoke", "--config.data.cache="],
+                *["--config=configs/scenes.py:tokens-smoke", "--config.data.cache="],
                 *["--config.sharding=fsdp", f"--workdir={workdir}"],
                 *[f"--coordinator=localhost:{port}", "--num_processes=2"],
                 f"--process_index={index}",
@@ -211,3 +212,39 @@ def test_different_commands_are_refused(tmp_path):
         assert process.returncode == 1
         assert "error: the processes of this run have different" in errors
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_codes_of_one(tmp_path):
+    port, both = free_port(), tmp_path / "both"
+    changes = {"num_steps": 2, "validate_every": 2, "draw_every": 2}
+    changes |= {"log_every": 2, "checkpoint_every": 2}
+    command = [
+        *[sys.executable, "-m", "implicit_slots.main", f"--workdir={both}"],
+        *["--config=configs/scenes.py:smoke", "--config.data.cache="],
+        *[f"--config.{name}={value}" for name, value in changes.items()],
+        *[f"--coordinator=localhost:{port}", "--num_processes=2"],
+    ]
+    processes = [
+        subprocess.Popen(
+            [*command, f"--process_index={index}"],
+            cwd=HERE.parents[1],
+            env=environment(1),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    said = [process.communicate(timeout=400)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    config = scenes.get_config("smoke")
+    config.data.cache = ""
+    config.update(changes)
+    run(config, tmp_path / "alone")
+    with contextlib.chdir(HERE.parents[1]):
+        codes = [
+            np.asarray(load(tmp_path / name)[1].dvae.codes[...])
+            for name in ("both", "alone")
+        ]
+    assert np.array_equal(*codes)

@@ -50,6 +50,9 @@ def test_slate_with_a_codebook_trains_evaluates_and_goes_on(tmp_path):
     record = run.run(config, whole, mode="evaluate")
     assert record["metrics"]["attention/fg_ari"]["count"] > 0
     assert summary["validation/dvae_mse"] > 0
+    # Learned slots begin in one place.
+    assert "every start is the same" in record["absent"]["fixed_points"]
+    assert "fixed_points" not in record["metrics"]
     shutil.copytree(whole, halted)
     shutil.rmtree(halted / "checkpoints" / "4")
     (halted / "summary.json").unlink()

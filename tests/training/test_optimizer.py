@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -189,6 +190,8 @@ def test_encoder_and_slots_have_a_rate_of_their_own_where_it_is_given():
         == pytest.approx(0.05, rel=1e-4)
     )
     assert (apart["decoder"], apart["dvae"]) == pytest.approx((0.1, 0.2), rel=1e-4)
+    with pytest.raises(ValueError, match="slots_learning_rate must not be negative"):
+        first_update(slots_learning_rate=-1.0)
     named = learning_rates(section(**settings, slots_learning_rate=0.05), params, 0, 9)
     assert named == pytest.approx({**rates, "slots_learning_rate": 0.05})
 
@@ -203,3 +206,14 @@ def test_what_changes_with_the_step_is_there_where_it_is_asked_for():
     # Configurations of older versions have no such section.
     del config.initial_noise
     assert annealing.names(config) == ("temperature",)
+
+
+def test_a_codebook_is_not_trained_and_has_no_moments():
+    params = {"dvae": {"codes": jnp.ones((3, 2))}, "decoder": {"a": jnp.ones(2)}}
+    optimizer = build_optimizer(section(clip="none"), params, num_steps=9)
+    state = optimizer.init(params)
+    updates: Any = optimizer.update(params, state, params)[0]
+    assert not np.any(updates["dvae"]["codes"]) and np.any(updates["decoder"]["a"])
+    shapes = [leaf.shape for leaf in jax.tree.leaves(state)]
+    assert (3, 2) not in shapes and (2,) in shapes
+    assert "dvae_learning_rate" not in learning_rates(section(), params, 0, 9)

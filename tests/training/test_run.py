@@ -255,6 +255,13 @@ def test_another_runs_workdir_is_refused_untouched(finished, changes, sentence):
         ({"diagnostics.krylov": 0}, r"diagnostics\.krylov must be at least 1, got 0"),
         ({"model.adjoint.terms": 0}, "model.adjoint: terms must be at least 1, got 0"),
         ({"seed": -1}, r"seed must not be negative, got -1"),
+        ({"initial_noise.start": 1.0}, "initial_noise is for learned initial slots"),
+        ({"initial_noise.end": -1.0}, r"end must be finite and not negative, got -1"),
+        ({"initial_noise.end": math.nan}, "end must be finite and not negative"),
+        (
+            {"model.tokenizer": "patches", "optimizer.dvae_steps": 3},
+            "has no dVAE to train",
+        ),
         ({"data.resolution": 2}, "image size must be divisible by 4, got 2"),
         (
             {"model.solver.name": "broyden", "model.adjoint.name": "unrolled"},
