@@ -127,7 +127,8 @@ class Case(NamedTuple):
 
     def config(self):
         """The smoke variant with this gradient, two iterations and large rates."""
-        config = MODELS[self.model].get_config("smoke")
+        tokens = "tokens-" if self.model == "slate" else ""  # As published.
+        config = MODELS[self.model].get_config(f"{tokens}smoke")
         config.update(batch_size=self.batch, num_steps=STEPS, optimize_programs=True)
         config.model.solver.max_steps = 2
         if self.model == "autoencoder":

@@ -57,7 +57,8 @@ def with_codebook(state: TrainState, train: Source, seed: int) -> TrainState:
 
 def draw_patches(train: Source, count: int, seed: int) -> np.ndarray:
     """Draws patches of training images, with values in [0, 1]; fewer if there are."""
-    generator = np.random.default_rng([seed, Purpose.CODEBOOK])
+    # NumPy's own stream, which no key of the run meets.
+    generator = np.random.default_rng(seed)
     side = train.example()["image"].shape[0]
     in_image = side**2 * 3 // PATCH
     # Many images: one that is unlike the others must not be half of the patches.
