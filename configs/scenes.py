@@ -2,6 +2,17 @@
 
 Command: python -m implicit_slots.main --config=configs/scenes.py
 Data: rendered by the run itself, 48x48, three or four objects; nothing is downloaded.
+Cost: about 4.5 minutes on two cores of an AMD EPYC (AVX-512), JAX 0.10.1; 5 to 8 with
+    other work beside it.
+Expected result (512 test scenes, attention masks, seeds 0 to 4): foreground ARI 0.90,
+    0.91, 0.91, 0.81, 0.90; ARI 0.82, 0.78, 0.81, 0.85, 0.82; mIoU 0.70, 0.65, 0.69,
+    0.71, 0.69; squared error through the slots 14.5 to 15.5, summed over an image.
+    Other machines and versions add up in other orders and give other runs.
+    experiments/results/notes/finding_objects.md says what was tried and what limits it.
+
+"tokens" is SLATE as published, small: 7,000 steps of 16 images in 4 to 6 minutes;
+foreground ARI 0.52, 0.42, 0.80; ARI 0.69, 0.26, 0.70; mIoU 0.42, 0.21, 0.56; squared
+error through the slots 62, 56, 21 (seeds 0, 1, 2).
 """
 
 from configs import base, image_input

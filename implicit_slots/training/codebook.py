@@ -11,7 +11,6 @@ from implicit_slots.data.registry import Source
 from implicit_slots.models.dvae import patches
 from implicit_slots.models.images import as_float
 from implicit_slots.models.patch_tokenizer import PATCH, fit
-from implicit_slots.runtime.compiling import runs_once
 from implicit_slots.runtime.prng import Purpose, purpose_key
 from implicit_slots.training.state import TrainState
 
@@ -35,9 +34,7 @@ def with_codebook(state: TrainState, train: Source, seed: int) -> TrainState:
     # On a CPU, whose sums are the same every time; a GPU's scatter is not.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         key = purpose_key(seed, Purpose.CODEBOOK, 0)
-        found = jax.jit(fit, static_argnums=1, compiler_options=runs_once())(
-            jnp.asarray(points), vocab_size, key
-        )
+        found = jax.jit(fit, static_argnums=1)(jnp.asarray(points), vocab_size, key)
     found: Any = jax.tree.map(np.asarray, found)
     if jax.process_count() > 1:
         # Not every process need be on the same kind of CPU.
