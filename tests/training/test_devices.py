@@ -243,8 +243,8 @@ def test_two_processes_have_the_codes_of_one(tmp_path):
     config.update(changes)
     run(config, tmp_path / "alone")
     with contextlib.chdir(HERE.parents[1]):
-        codes = [
+        both, alone = (
             np.asarray(load(tmp_path / name)[1].dvae.codes[...])
             for name in ("both", "alone")
-        ]
-    assert np.array_equal(*codes)
+        )
+    assert np.array_equal(both, alone)
