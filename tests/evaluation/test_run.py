@@ -145,9 +145,12 @@ def test_more_masks_than_slots_are_told(record):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", [scenes, autoencoder_scenes])
-def test_of_several_starts_the_one_that_reconstructs_best_is_scored(file):
-    config = file.get_config("smoke")
+@pytest.mark.parametrize(
+    "config",
+    [scenes.get_config("tokens-smoke"), autoencoder_scenes.get_config("smoke")],
+    ids=["scenes", "autoencoder_scenes"],
+)
+def test_of_several_starts_the_one_that_reconstructs_best_is_scored(config):
     config.data.cache = ""
     config.evaluation.masks.num_images = 4
     source, model = registry.build(config.data, "validation"), build(config)
