@@ -18,11 +18,7 @@ def get_config(variant: str | None = None) -> Config:
     """Returns the configuration; its variants are those of scenes.py."""
     config = base.get_config("folder", base.folder())
     scenes.set_size(config)
-    if (variant or "").partition("-")[0] != scenes.TOKENS:
-        image_input.set_small(config)
     config.model.num_slots = 7  # CLEVR6's: six objects and the ground
     config.data.resolution = scenes.RESOLUTION
     config.data.flip = True  # a folder may hold a thousand images
-    return image_input.set_variant(
-        config, variant, lambda config: None, first=scenes.TOKENS
-    )
+    return image_input.set_small_variant(config, variant)

@@ -54,6 +54,21 @@ def set_variant(
     return config
 
 
+def set_small_variant(config: Config, variant: str | None) -> Config:
+    """Applies `set_small` unless the variant is "tokens", then the rest of it.
+
+    Args:
+      config: the published model at a small size.
+      variant: "tokens", one of `base.set_variant`, or both, as in "tokens-vanilla".
+
+    Raises:
+      ValueError: if there is no such variant.
+    """
+    if (variant or "").partition("-")[0] != "tokens":
+        set_small(config)
+    return set_variant(config, variant, lambda config: None, first="tokens")
+
+
 def set_small(config: Config) -> None:
     """Takes what finds objects on two CPU cores.
 

@@ -20,7 +20,6 @@ from configs import base, image_input
 from implicit_slots.runtime.config import Config
 
 RESOLUTION = 48
-TOKENS = "tokens"
 
 
 def get_config(variant: str | None = None) -> Config:
@@ -33,8 +32,6 @@ def get_config(variant: str | None = None) -> Config:
     """
     config = base.get_config("scenes", base.scenes())
     set_size(config)
-    if (variant or "").partition("-")[0] != TOKENS:
-        image_input.set_small(config)
     config.data.update(
         resolution=RESOLUTION,
         train_size=16_384,
@@ -43,7 +40,7 @@ def get_config(variant: str | None = None) -> Config:
         max_objects=4,
         zoom=4 / 3,
     )
-    return image_input.set_variant(config, variant, lambda config: None, first=TOKENS)
+    return image_input.set_small_variant(config, variant)
 
 
 def set_size(config: Config) -> None:

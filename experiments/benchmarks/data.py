@@ -220,7 +220,7 @@ def turns(
 
 def time_training(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
     """Steps/s and the share of the time that is spent waiting for the next batch."""
-    config = scenes.get_config(scenes.TOKENS)
+    config = scenes.get_config("tokens")
     config.data = section(folder, resolution=scenes.RESOLUTION)
     prepared = section(
         folder, resolution=scenes.RESOLUTION, cache=str(folder / "cache")

@@ -87,9 +87,7 @@ def train(parts: Parts, seed: int, steps: int) -> Any:
     config = parts.config.copy_and_resolve_references()
     config.seed = seed
     assert parts.train is not None
-    state = first_state(config, parts.optimizer)
-    if config.model.tokenizer == "patches":
-        state = with_codebook(state, parts.train, seed)
+    state = with_codebook(first_state(config, parts.optimizer), parts.train, seed)
     given = Given.of(config)
     batches = TrainBatches(parts.train, config.batch_size, seed)
     for step in range(steps):

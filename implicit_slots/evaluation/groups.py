@@ -52,6 +52,7 @@ NO_SHADOWS = "the data does not say where shadows are"
 NO_CLASSES = "the data names no class of its objects"
 NO_OBJECTS = "the data does not say what objects there are"
 NO_RENDERER = "the data's scenes cannot be rendered again without an object"
+OF_STARTS = ("fixed_points", "largest_basin", "unconverged", "mask_agreement")
 NO_STARTS = "learned initial slots: every start is the same"
 NO_WEIGHTS = (
     "no weights: --config.evaluation.inception=FILE takes "
@@ -221,19 +222,10 @@ def behaviour(subject: Subject, findings: Findings) -> fixed_points.Trajectory:
     )
     values["jacobian_coupling"] = coupled.jacobian
     values["inverse_coupling"] = coupled.inverse
-    names = ("fixed_points", "largest_basin", "unconverged", "mask_agreement")
-    basins = []
-    learned = subject.config.model.initial_slots in LEARNED
-    if learned:
-        findings.absent |= dict.fromkeys(names, NO_STARTS)
-    for place in subject.progress(range(0 if learned else count), "fixed points"):
-        slots, residual, agreement = jax.device_get(
-            subject.steps.restart(subject.params, image[place], place)
-        )
-        found = fixed_points.find_basins(slots, residual)
-        basins.append([*found[:3], float(agreement)])
-    if basins:
-        values |= dict(zip(names, np.array(basins).T, strict=True))
+    if subject.config.model.initial_slots in LEARNED:
+        findings.absent |= dict.fromkeys(OF_STARTS, NO_STARTS)
+    else:
+        values |= basins(subject, image)
     findings.images |= values
     steps = np.arange(1, trajectory.residual.shape[1] + 1)
     findings.curves["residual"] = curve(
@@ -250,6 +242,18 @@ def behaviour(subject: Subject, findings: Findings) -> fixed_points.Trajectory:
         trajectory.mask_flips.T,
     )
     return trajectory
+
+
+def basins(subject: Subject, image: np.ndarray) -> dict[str, np.ndarray]:
+    """Where many initial slots of each image end."""
+    found = []
+    for place in subject.progress(range(len(image)), "fixed points"):
+        slots, residual, agreement = jax.device_get(
+            subject.steps.restart(subject.params, image[place], place)
+        )
+        ends = fixed_points.find_basins(slots, residual)
+        found.append([*ends[:3], float(agreement)])
+    return dict(zip(OF_STARTS, np.array(found).T, strict=True))
 
 
 def properties(

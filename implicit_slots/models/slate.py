@@ -253,7 +253,8 @@ class SLATE(TokenDecoder):
             key, 5
         )
         token_logits = self.dvae.encode(image)
-        if frozen or self.fixed_tokens:
+        frozen = frozen or self.fixed_tokens
+        if frozen:
             targets = token_logits.argmax(axis=-1)
         else:
             # A second, independent sample; the transformer never trains the dVAE.
@@ -266,7 +267,7 @@ class SLATE(TokenDecoder):
             )
             reconstruction = self.dvae.decode(relaxed)
         mse = squared_error(image, reconstruction)
-        if frozen or self.fixed_tokens:
+        if frozen:
             mse = jax.lax.stop_gradient(mse)
         targets = targets.reshape(len(image), -1)
         embedded = layers.dropout(

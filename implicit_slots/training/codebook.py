@@ -22,13 +22,15 @@ IMAGES_AT_ONCE = 64
 def with_codebook(state: TrainState, train: Source, seed: int) -> TrainState:
     """Returns the state before the first update with codes in the place of random ones.
 
-    Process 0's codes are everybody's.
+    Process 0's codes are everybody's. A model without a `PatchTokenizer` stays as is.
 
     Args:
-      state: of a model with a `PatchTokenizer`.
+      state: of any model.
       train: the training images.
       seed: of the run.
     """
+    if "codes" not in state.params.get("dvae", {}):
+        return state
     vocab_size = len(state.params["dvae"]["shares"])
     points = draw_patches(train, max(POINTS, POINTS_OF_A_CODE * vocab_size), seed)
     # On a CPU, whose sums are the same every time; a GPU's scatter is not.

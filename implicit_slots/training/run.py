@@ -260,9 +260,8 @@ def first_or_latest(
     state = placed_first_state(parts)
     found = restore(checkpoints, state, set_aside=True)
     if found is None:
-        if config.model.get("tokenizer") == "patches":
-            assert parts.train is not None
-            state = with_codebook(state, parts.train, config.seed)
+        assert parts.train is not None
+        state = with_codebook(state, parts.train, config.seed)
         return state, SavedLoop(window=[], best=None)
     state, so_far = found
     if int(state.step) > config.num_steps:

@@ -178,16 +178,15 @@ def examine(
         if penalties.COUPLING in penalties.weights(config)
         else None,
     )
-    values: dict[str, Any] = annealing.annealed(config, state.step)
-    if setup.frozen:
-        values["frozen"] = True
+    changing = annealing.annealed(config, state.step)
+    values: dict[str, Any] = changing | ({"frozen": True} if setup.frozen else {})
     gradient, losses, logged = in_parts(
         lambda part, keys: gradient_of(setup, state.params, part, keys, values),
         batch,
         keys,
         config.accumulate,
     )
-    logged |= {name: values[name] for name in annealing.names(config)}
+    logged |= changing
     return placed(gradient, setup.mesh, config.sharding), losses, logged
 
 

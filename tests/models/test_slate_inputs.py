@@ -193,7 +193,7 @@ def test_noise_on_initial_slots_is_for_training_alone(images):
 
 
 def test_official_weights_have_no_place_for_an_image_encoder(reads_image):
-    with pytest.raises(UserError, match=r"config.model.inputs must be \"tokens\""):
+    with pytest.raises(UserError, match=r"config\.model\.inputs must be \"tokens\""):
         to_official(reads_image.params)
 
 

@@ -120,28 +120,36 @@ def test_four_processes_train_as_one(single):
     assert_same_losses(found[0]["4/replicated/1"], single["1/replicated/1"])
 
 
-@pytest.fixture(scope="module")
-def preempted(tmp_path_factory):
-    """The workdir of two processes, of which one was told to stop; what they said."""
-    workdir = tmp_path_factory.mktemp("runs") / "preempted"
+def two_processes(*arguments, devices=1, each=lambda index: []):
+    """Starts a run of two processes; `each` gives arguments of one alone."""
     port = free_port()
-    processes = [
+    return [
         subprocess.Popen(
             [
-                *[sys.executable, "-m", "implicit_slots.main"],
-                *["--config=configs/scenes.py:tokens-smoke", "--config.data.cache="],
-                *["--config.sharding=fsdp", f"--workdir={workdir}"],
+                *[sys.executable, "-m", "implicit_slots.main", *arguments],
+                *each(index),
                 *[f"--coordinator=localhost:{port}", "--num_processes=2"],
                 f"--process_index={index}",
             ],
             cwd=HERE.parents[1],
-            env=environment(2),
+            env=environment(devices),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for index in range(2)
     ]
+
+
+@pytest.fixture(scope="module")
+def preempted(tmp_path_factory):
+    """The workdir of two processes, of which one was told to stop; what they said."""
+    workdir = tmp_path_factory.mktemp("runs") / "preempted"
+    processes = two_processes(
+        *["--config=configs/scenes.py:tokens-smoke", "--config.data.cache="],
+        *["--config.sharding=fsdp", f"--workdir={workdir}"],
+        devices=2,
+    )
     first = []
     output = processes[0].stdout
     assert output is not None
@@ -190,23 +198,10 @@ def test_another_number_of_devices_goes_on(preempted, smoke_run):
 
 def test_different_commands_are_refused(tmp_path):
     """They would wait for each other, or train something else."""
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            [
-                *[sys.executable, "-m", "implicit_slots.main"],
-                *["--config=configs/scenes.py:smoke", f"--config.seed={index}"],
-                *[f"--workdir={tmp_path / 'run'}", f"--coordinator=localhost:{port}"],
-                *["--num_processes=2", f"--process_index={index}"],
-            ],
-            cwd=HERE.parents[1],
-            env=environment(1),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
+    processes = two_processes(
+        *["--config=configs/scenes.py:smoke", f"--workdir={tmp_path / 'run'}"],
+        each=lambda index: [f"--config.seed={index}"],
+    )
     for process in processes:
         _, errors = process.communicate(timeout=100)
         assert process.returncode == 1
@@ -214,28 +209,14 @@ def test_different_commands_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_two_processes_have_the_codes_of_one(tmp_path):
-    port, both = free_port(), tmp_path / "both"
     changes = {"num_steps": 2, "validate_every": 2, "draw_every": 2}
     changes |= {"log_every": 2, "checkpoint_every": 2}
-    command = [
-        *[sys.executable, "-m", "implicit_slots.main", f"--workdir={both}"],
+    processes = two_processes(
         *["--config=configs/scenes.py:smoke", "--config.data.cache="],
         *[f"--config.{name}={value}" for name, value in changes.items()],
-        *[f"--coordinator=localhost:{port}", "--num_processes=2"],
-    ]
-    processes = [
-        subprocess.Popen(
-            [*command, f"--process_index={index}"],
-            cwd=HERE.parents[1],
-            env=environment(1),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
+        f"--workdir={tmp_path / 'both'}",
+    )
     said = [process.communicate(timeout=400)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     config = scenes.get_config("smoke")

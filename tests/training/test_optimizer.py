@@ -143,7 +143,7 @@ def test_temperature_falls_by_a_cosine_and_stays():
         0.55 + 0.45 * np.cos(np.pi / 3)
     )
     for step in (30_000, 10**6):
-        assert float(cosine(config, step)) == pytest.approx(0.1, rel=1e-4)
+        assert float(cosine(config, step)) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
