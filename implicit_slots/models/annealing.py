@@ -20,9 +20,11 @@ def names(config: Config) -> tuple[str, ...]:
       config: the whole configuration.
     """
     kind = model_class(config.model.name)
+    # A codebook draws no tokens.
+    own = () if config.model.get("tokenizer") == "patches" else kind.annealed
     noise = config.get(NOISE)
     noisy = noise is not None and max(noise.start, noise.end) > 0
-    return (*kind.annealed, NOISE) if noisy else kind.annealed
+    return (*own, NOISE) if noisy else own
 
 
 def annealed(config: Config, step: jax.typing.ArrayLike) -> dict[str, jax.Array]:

@@ -17,6 +17,7 @@ from implicit_slots.fixed_point import BackwardStats
 from implicit_slots.models import layers
 from implicit_slots.models.image_encoder import (
     KERNEL,
+    ImageEncoder,
     ImageSlots,
     PositionEmbedding,
     on_grid,
@@ -90,6 +91,10 @@ class Autoencoder(ImageSlots):
       resolution: image side in pixels, 128 as published.
       features: channels of the encoder's convolutions.
       encoder_strides: of those.
+      encoder_kernels: of the same, their sides; one for all, or as many.
+      encoder_padding: "zeros" or "edge", see `ImageEncoder`.
+      encoder_positions: "added" or "apart", see `ImageEncoder`.
+      position_scale: of the encoder's positions, see `ImageEncoder`.
       decoder_features: channels of the decoder's transposed convolutions.
       decoder_strides: of those; their product times `broadcast_side` is the resolution.
       broadcast_side: of the grid that a slot is broadcast to; 0: what the strides
@@ -109,6 +114,10 @@ class Autoencoder(ImageSlots):
         *,
         features: int = 64,
         encoder_strides: Sequence[int] = (1, 1, 1, 1),
+        encoder_kernels: Sequence[int] = (KERNEL,),
+        encoder_padding: str = "zeros",
+        encoder_positions: str = "added",
+        position_scale: float = 1.0,
         decoder_features: int = 64,
         decoder_strides: Sequence[int] = (2, 2, 2, 2, 1),
         broadcast_side: int = 0,
@@ -123,7 +132,17 @@ class Autoencoder(ImageSlots):
                 f"broadcast_side {side} and decoder_strides {tuple(decoder_strides)}; "
                 f"the data has {resolution}"
             )
-        super().__init__(resolution, features, encoder_strides, slots, rngs)
+        encoder = ImageEncoder(
+            resolution,
+            features,
+            encoder_strides,
+            kernels=encoder_kernels,
+            padding=encoder_padding,
+            positions=encoder_positions,
+            position_scale=position_scale,
+            rngs=rngs,
+        )
+        super().__init__(encoder, slots, rngs)
         self.decoder = BroadcastDecoder(
             side,
             self.slot_attention.slot_size,

@@ -172,6 +172,14 @@ class ImageEncoder(nnx.Module):
         where = jnp.broadcast_to(where, (len(x), *where.shape)).astype(x.dtype)
         return jnp.concatenate([x, where], axis=-1)
 
+    def attended(
+        self, slots: Callable[..., SlotAttention], *, rngs: nnx.Rngs
+    ) -> SlotAttention:
+        """Makes slot attention to the cells from `slots` (input size, rngs=…)."""
+        if self.apart:
+            return slots(self.size, key_size=self.key_size, rngs=rngs)
+        return slots(self.size, rngs=rngs)
+
 
 def cells(side: int) -> tuple[Float[Array, "cells 2"], Float[Array, "cells waves"]]:
     """Where the cells of a grid lie: (y, x) from −1 to 1, and products of cosines."""
@@ -188,9 +196,7 @@ class ImageSlots(nnx.Module):
     """What the two models share: the encoder, and slot attention on its grid.
 
     Args:
-      resolution: image side in pixels.
-      features: channels of the encoder's convolutions.
-      encoder_strides: of those.
+      encoder: of the images.
       slots: makes slot attention from (input size, rngs=…).
       rngs: source of the initial parameters.
     """
@@ -200,14 +206,12 @@ class ImageSlots(nnx.Module):
 
     def __init__(
         self,
-        resolution: int,
-        features: int,
-        encoder_strides: Sequence[int],
+        encoder: ImageEncoder,
         slots: Callable[..., SlotAttention],
         rngs: nnx.Rngs,
     ):
-        self.encoder = ImageEncoder(resolution, features, encoder_strides, rngs=rngs)
-        self.slot_attention = slots(features, rngs=rngs)
+        self.encoder = encoder
+        self.slot_attention = encoder.attended(slots, rngs=rngs)
 
     def attend(
         self,

@@ -16,7 +16,12 @@ from jaxtyping import Array, Float, Int, Key
 
 from implicit_slots.fixed_point import BackwardStats
 from implicit_slots.models import layers
-from implicit_slots.models.image_encoder import ImageSlots, on_grid
+from implicit_slots.models.image_encoder import (
+    KERNEL,
+    ImageEncoder,
+    ImageSlots,
+    on_grid,
+)
 from implicit_slots.models.outputs import Output, Reconstruction
 from implicit_slots.models.slot_attention import SlotAttention
 from implicit_slots.runtime.errors import InvalidValue
@@ -39,6 +44,10 @@ class SetPredictor(ImageSlots):
       resolution: image side in pixels, 128 as published.
       features: channels of the encoder's convolutions.
       encoder_strides: of those.
+      encoder_kernels: of the same, their sides; one for all, or as many.
+      encoder_padding: "zeros" or "edge", see `ImageEncoder`.
+      encoder_positions: "added" or "apart", see `ImageEncoder`.
+      position_scale: of the encoder's positions, see `ImageEncoder`.
       head_size: hidden width of the MLP that reads a slot.
       slots: makes slot attention from (features, rngs=…), with no fewer slots than
         an image may have objects.
@@ -56,11 +65,25 @@ class SetPredictor(ImageSlots):
         *,
         features: int = 64,
         encoder_strides: Sequence[int] = (1, 2, 2, 1),
+        encoder_kernels: Sequence[int] = (KERNEL,),
+        encoder_padding: str = "zeros",
+        encoder_positions: str = "added",
+        position_scale: float = 1.0,
         head_size: int = 64,
         slots: Callable[..., SlotAttention] = partial(SlotAttention, num_slots=10),
         rngs: nnx.Rngs,
     ):
-        super().__init__(resolution, features, encoder_strides, slots, rngs)
+        encoder = ImageEncoder(
+            resolution,
+            features,
+            encoder_strides,
+            kernels=encoder_kernels,
+            padding=encoder_padding,
+            positions=encoder_positions,
+            position_scale=position_scale,
+            rngs=rngs,
+        )
+        super().__init__(encoder, slots, rngs)
         self.enter = layers.Linear(self.slot_attention.slot_size, head_size, rngs=rngs)
         self.leave = layers.Linear(
             head_size, NUM_PROPERTIES, full_output=True, rngs=rngs

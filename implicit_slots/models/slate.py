@@ -183,7 +183,7 @@ class SLATE(TokenDecoder):
             raise InvalidValue(f"drop_tokens must be in [0, 1], got {drop_tokens}")
         self.drop_tokens = drop_tokens
         self.reads_image = inputs == "image"
-        self.slots_side, read = self.side, width
+        self.slots_side = self.side
         if self.reads_image:
             self.image_encoder = encoder = ImageEncoder(
                 resolution,
@@ -195,13 +195,12 @@ class SLATE(TokenDecoder):
                 position_scale=position_scale,
                 rngs=rngs,
             )
-            self.slots_side, read = encoder.side, encoder.size
-            if encoder.key_size != encoder.size:
-                slots = partial(slots, key_size=encoder.key_size)
+            self.slots_side = encoder.side
+            self.slot_attention = encoder.attended(slots, rngs=rngs)
         else:
             self.encoder_norm = layers.LayerNorm(width)
             self.encoder_mlp = layers.MLP(width, width, rngs=rngs)
-        self.slot_attention = slots(read, rngs=rngs)
+            self.slot_attention = slots(width, rngs=rngs)
         self.slot_projection = layers.Linear(
             self.slot_attention.slot_size, width, bias=False, rngs=rngs
         )
@@ -223,7 +222,7 @@ class SLATE(TokenDecoder):
         self,
         batch: Mapping[str, Any],
         *,
-        temperature: Float[Array, ""] | float,
+        temperature: Float[Array, ""] | float | None = None,
         key: Key[Array, ""],
         deterministic: bool = False,
         frozen: bool = False,
@@ -238,7 +237,7 @@ class SLATE(TokenDecoder):
 
         Args:
           batch: of which `image` is read.
-          temperature: of the Gumbel-softmax.
+          temperature: of the Gumbel-softmax; needed where there is a dVAE.
           key: for Gumbel noise, initial slots and dropout.
           deterministic: no dropout and no noise on learned initial slots; the other
             noise stays.
@@ -261,6 +260,8 @@ class SLATE(TokenDecoder):
             targets = noise.categorical(key_hard, jax.lax.stop_gradient(token_logits))
         if self.fixed_tokens:
             reconstruction = self.dvae.decode_ids(targets)
+        elif temperature is None:
+            raise InvalidValue("a model with a dVAE needs a temperature")
         else:
             relaxed = gumbel_softmax(
                 token_logits, temperature, key_relaxed, hard=self.hard

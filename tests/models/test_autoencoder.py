@@ -185,3 +185,34 @@ def test_sizes_that_do_not_fit_are_refused():
         build_model(section(broadcast_side=8), resolution=16, seed=0)
     with pytest.raises(ValueError, match="encoder_strides"):
         build_model(section(encoder_strides=(3,)), resolution=16, seed=0)
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "set_prediction"])
+def test_keys_of_the_encoder_reach_it(name):
+    """With 2x2 kernels at stride two a cell is of its own four pixels, and no others.
+
+    Attention of two cells then differs where their pixels differ alone.
+    """
+    model_section = base.model(name)
+    model_section.update(
+        features=6,
+        encoder_strides=(2, 1),
+        encoder_kernels=(2, 1),
+        encoder_padding="edge",
+        encoder_positions="apart",
+        position_scale=0.25,
+        num_slots=2,
+        slot_size=8,
+        slot_mlp_size=7,
+    )
+    if name == "autoencoder":
+        model_section.update(decoder_features=5, decoder_strides=(2,))
+    found = build_model(model_section, resolution=8, seed=0)
+    assert float(found.encoder.gate[...]) == 0.25
+    assert found.slot_attention.step.key_size == found.encoder.key_size == 8
+
+    graphdef, params = split_model(found)
+    encode = jax.jit(lambda image: nnx.merge(graphdef, params).encoder(image))
+    image = jax.random.uniform(jax.random.key(2), (1, 8, 8, 3))
+    moved = np.abs(encode(image.at[0, 2:4, 4:6].set(0.0)) - encode(image)).sum(-1)
+    np.testing.assert_array_equal(np.flatnonzero(moved), [4 * 1 + 2])

@@ -206,6 +206,8 @@ def test_what_changes_with_the_step_is_there_where_it_is_asked_for():
     # Configurations of older versions have no such section.
     del config.initial_noise
     assert annealing.names(config) == ("temperature",)
+    config.model.tokenizer = "patches"
+    assert annealing.names(config) == ()
 
 
 def test_a_codebook_is_not_trained_and_has_no_moments():
