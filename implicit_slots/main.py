@@ -35,8 +35,9 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "replay"],
-    "Train, evaluate a trained model, or replay the step at which a run stopped.",
+    ["train", "evaluate", "replay", "plan"],
+    "Train, evaluate a trained model, replay the step at which a run stopped, or plan: "
+    "say what the train step needs of --topology, and run nothing.",
 )
 _CHECKPOINT = flags.DEFINE_enum(
     "checkpoint",
@@ -62,6 +63,14 @@ _PROCESS_INDEX = flags.DEFINE_integer(
 _DATA = flags.DEFINE_string(
     "data", None, "To evaluate on other data: the configuration FILE they are from."
 )
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "To plan: the devices, such as v5e:16x16, h100, h100:8, or here.",
+)
+_SLICES = flags.DEFINE_integer(
+    "slices", 1, "To plan: how many TPU slices, or hosts with GPUs."
+)
 flags.mark_flag_as_required("config")
 
 
@@ -81,6 +90,8 @@ def main(_: list[str]) -> None:
     if _DATA.value and _MODE.value != "evaluate":
         sys.exit("error: --data is for --mode=evaluate; --config says what to train on")
     xla_warnings.leave_out()
+    if _MODE.value == "plan":
+        sys.exit(_plan())
     # After the flags are looked at, and --help: they need no JAX.
     from implicit_slots.runtime import processes
     from implicit_slots.runtime.errors import UserError
@@ -130,6 +141,24 @@ def main(_: list[str]) -> None:
 
 def _command() -> str:
     return shlex.join(["python", "-m", "implicit_slots.main", *sys.argv[1:]])
+
+
+def _plan() -> str | int:
+    """Says what the train step needs of devices that may not be here."""
+    from implicit_slots.runtime import topologies
+
+    topologies.prepare(_TOPOLOGY.value or topologies.HERE)
+    from implicit_slots.runtime.errors import UserError
+    from implicit_slots.training import plan
+
+    try:
+        topology = topologies.devices_of(
+            _TOPOLOGY.value or topologies.HERE, _SLICES.value
+        )
+        plan.run(_CONFIG.value, topology)
+    except UserError as error:
+        return f"error: {error}"
+    return 0
 
 
 def _compare(workdirs: list[str]) -> str | int:

@@ -17,7 +17,6 @@ import traceback
 import jax
 import jax.numpy as jnp
 import numpy as np
-from collectives import read_collectives
 from flax import nnx
 
 from configs import scenes
@@ -26,6 +25,7 @@ from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime import devices as mesh_devices
 from implicit_slots.runtime import processes
 from implicit_slots.runtime.devices import build_mesh, state_sharding
+from implicit_slots.runtime.programs import read_collectives
 from implicit_slots.training import device_batches
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.state import initial_state

@@ -1,11 +1,19 @@
-"""What a compiled program sends is read right."""
+"""What a compiled program launches and sends is read right."""
 
-import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
-from collectives import Collective, read_collectives, summarize
+
+from implicit_slots.runtime.programs import (
+    Collective,
+    Kernel,
+    read_collectives,
+    read_kernels,
+    summarize,
+)
 
 # Shaped like XLA's text, with every way of naming the devices and of being called.
 TEXT = """\
@@ -53,7 +61,7 @@ PROGRAM = """
 import jax, jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
-from collectives import read_collectives
+from implicit_slots.runtime.programs import read_collectives
 mesh = jax.make_mesh((4,), ("x",))
 def local(x):
     def body(x, _):
@@ -96,7 +104,6 @@ def test_every_form_is_read():
 def test_the_installed_compiler_is_read():
     arguments = [sys.executable, "-c", PROGRAM]
     environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
-    environment["PYTHONPATH"] = str(pathlib.Path(__file__).parent)
     done = subprocess.run(
         arguments, env=environment, capture_output=True, text=True, check=True
     )
@@ -108,6 +115,72 @@ def test_the_installed_compiler_is_read():
         "collective-permute 80 4 3 True",
         "reduce-scatter 320 4 3 True",
     ]
+
+
+# A loop of four passes, whose fusions take a row of an array and put one back.
+LOOP = """\
+HloModule jit_f, is_scheduled=true
+
+%take (a: f32[10,8], i: s32[], b: f32[8]) -> f32[8] {
+  %a = f32[10,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %b = f32[8]{0} parameter(2)
+  %row = f32[1,8]{1,0} dynamic-slice(%a, %i, %i), dynamic_slice_sizes={1,8}
+  %flat = f32[8]{0} bitcast(%row)
+  ROOT %sum = f32[8]{0} add(%flat, %b)
+}
+
+%put (c: f32[10,8], r: f32[1,8], j: s32[]) -> f32[10,8] {
+  %c = f32[10,8]{1,0} parameter(0)
+  %r = f32[1,8]{1,0} parameter(1)
+  %j = s32[] parameter(2)
+  ROOT %new = f32[10,8]{1,0} dynamic-update-slice(%c, %r, %j, %j)
+}
+
+%body (p: (s32[], f32[10,8], f32[8])) -> (s32[], f32[10,8], f32[8]) {
+  %p = (s32[], f32[10,8]{1,0}, f32[8]{0}) parameter(0)
+  %k = s32[] get-tuple-element(%p), index=0
+  %all = f32[10,8]{1,0} get-tuple-element(%p), index=1
+  %old = f32[8]{0} get-tuple-element(%p), index=2
+  %x = f32[8]{0} fusion(%all, %k, %old), kind=kLoop, calls=%take, metadata={op_name="jit(f)/take"}, backend_config={"estimated_cycles":"30"}
+  %one = f32[1,8]{1,0} bitcast(%x)
+  %y = f32[10,8]{1,0} fusion(%all, %one, %k), kind=kLoop, calls=%put
+  ROOT %t = (s32[], f32[10,8]{1,0}, f32[8]{0}) tuple(%k, %y, %x)
+}
+
+%less (p.1: (s32[], f32[10,8], f32[8])) -> pred[] {
+  %p.1 = (s32[], f32[10,8]{1,0}, f32[8]{0}) parameter(0)
+  %k.1 = s32[] get-tuple-element(%p.1), index=0
+  %n = s32[] constant(4)
+  ROOT %c = pred[] compare(%k.1, %n), direction=LT
+}
+
+ENTRY %main (p0: (s32[], f32[10,8], f32[8])) -> f32[8] {
+  %p0 = (s32[], f32[10,8]{1,0}, f32[8]{0}) parameter(0)
+  %w = (s32[], f32[10,8]{1,0}, f32[8]{0}) while(%p0), condition=%less, body=%body, backend_config={"known_trip_count":{"n":"4"}}
+  ROOT %last = f32[8]{0} get-tuple-element(%w), index=2
+}
+"""  # noqa: E501
+
+
+def test_kernels_of_a_loop_are_counted_by_its_passes_and_slices_by_their_size():
+    row = 4 * 8
+    assert read_kernels(LOOP) == [
+        Kernel("", "", "compare", 4 + 4 + 1, 0, 4),
+        Kernel("jit(f)/take", "", "fusion", row + 4 + row + row, 30, 4),
+        Kernel("", "", "fusion", 0 + row + 4 + row, 0, 4),
+    ]
+
+
+def test_the_installed_compilers_kernels_are_read():
+    """A product reads two matrices and writes one, in a loop of three passes."""
+
+    def f(x):
+        return jax.lax.scan(lambda c, _: (c @ x, None), x, None, length=3)[0]
+
+    text = jax.jit(f).lower(jnp.ones((64, 64))).compile().as_text()
+    products = [k for k in read_kernels(text) if k.bytes >= 3 * 4 * 64 * 64]
+    assert {k.times for k in products} == {3}
 
 
 def test_other_text_is_refused():
