@@ -33,6 +33,7 @@ from implicit_slots.runtime.programs import (
     read_kernels,
 )
 from implicit_slots.runtime.topologies import Topology
+from implicit_slots.training.checks import check
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.state import TrainState, initial_state
 from implicit_slots.training.step import build_steps
@@ -307,7 +308,7 @@ def _sent(plan: Plan) -> Iterable[str]:
     yield f"{apart} of {whole} begin and end apart, so that other work overlaps them"
 
 
-def _size(count: float) -> str:
+def _size(count: int | float) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
@@ -315,6 +316,11 @@ def _size(count: float) -> str:
 
 
 def run(config: Config, topology: Topology) -> None:
-    """Prints the plan of a configuration on devices."""
+    """Prints the plan of a configuration on devices.
+
+    Raises:
+      UserError: see `make`, and what no run can be made of.
+    """
+    check(config, "train")
     with compiling.optimised(config.get("optimize_programs", True)):
         print(describe(make(config, topology)), flush=True)

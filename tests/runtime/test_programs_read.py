@@ -179,6 +179,7 @@ def test_the_installed_compilers_kernels_are_read():
         return jax.lax.scan(lambda c, _: (c @ x, None), x, None, length=3)[0]
 
     text = jax.jit(f).lower(jnp.ones((64, 64))).compile().as_text()
+    assert text is not None
     products = [k for k in read_kernels(text) if k.bytes >= 3 * 4 * 64 * 64]
     assert {k.times for k in products} == {3}
 
