@@ -24,9 +24,10 @@ from reference import relative_error
 
 from configs import base
 from implicit_slots import interop
-from implicit_slots.interop import convert, from_official, to_official
+from implicit_slots.interop import convert
 from implicit_slots.models import noise
 from implicit_slots.models.build import build, split_model
+from implicit_slots.models.official import from_official, to_official
 from implicit_slots.models.slate import SLATE
 from implicit_slots.models.slot_attention import SlotAttention
 from implicit_slots.runtime.config import Config
@@ -497,6 +498,23 @@ def test_other_tensors_are_refused_by_name(weights, shapes, changes, sentence):
         from_official(changed, shapes)
 
 
+def test_what_is_lacking_and_what_is_there_instead_are_both_named(weights, shapes):
+    others = {f"some.{n.replace('.', '_')}": w for n, w in weights.items()}
+    with pytest.raises(
+        UserError, match=r"lack dvae\S+, .* more; they have no .* some\."
+    ):
+        from_official(others, shapes)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.module."])
+def test_a_wrapped_model_is_recognised(weights, shapes, prefix):
+    wrapped = {prefix + name: w for name, w in weights.items()}
+    assert tree_equal(from_official(wrapped, shapes), from_official(weights, shapes))
+    del wrapped[f"{prefix}out.weight"]
+    with pytest.raises(UserError, match=r"the weights lack out\.weight$"):
+        from_official(wrapped, shapes)
+
+
 def test_masks_may_be_missing_and_other_precisions_are_converted(weights, shapes):
     doubles = {n: w.astype("f8") for n, w in weights.items() if w.dtype != bool}
     got = from_official(doubles, shapes)
@@ -571,7 +589,7 @@ def test_a_workdir_that_cannot_be_finished_is_removed(tmp_path, weights, monkeyp
     ("arguments", "code", "sentence"),
     [
         (["--source=tests/official/sample.pt", "--target={}/a.npz"], 0, ""),
-        (["--source=nothing.pt", "--target={}/a.npz"], 1, "nothing.pt"),
+        (["--source=~/nothing.pt", "--target={}/a.npz"], 1, "{}/nothing.pt"),
         (["--source=nothing.pt"], 2, "--target"),
         (["--source=a.pt", "--target={}/a", "--config=no.py"], 1, "no.py"),
     ],
@@ -583,7 +601,7 @@ def test_the_command_line(tmp_path, arguments, code, sentence):
     result = subprocess.run(
         [sys.executable, "-m", interop.__name__, *filled],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
@@ -591,6 +609,7 @@ def test_the_command_line(tmp_path, arguments, code, sentence):
     assert result.returncode == code, result.stderr
     if code:
         assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
-        assert sentence in result.stderr and not list(tmp_path.iterdir())
+        assert sentence.format(tmp_path) in result.stderr
+        assert not list(tmp_path.iterdir())
     else:
         assert "transposed" in read_weights(tmp_path / "a.npz")

@@ -7,8 +7,8 @@ import pytest
 from reference import FLOAT32, relative_error
 from small_slate import RESOLUTION, VOCAB, WIDTH, Compiled, section
 
-from implicit_slots.interop import to_official
 from implicit_slots.models.build import build_model
+from implicit_slots.models.official import to_official
 from implicit_slots.models.token_decoder import with_bos
 from implicit_slots.runtime.errors import InvalidValue, UserError
 

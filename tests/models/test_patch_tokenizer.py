@@ -7,9 +7,9 @@ import pytest
 from reference import FLOAT32, relative_error
 from small_slate import RESOLUTION, VOCAB, Compiled, section
 
-from implicit_slots.interop import to_official
 from implicit_slots.models.build import build_model
 from implicit_slots.models.dvae import patches
+from implicit_slots.models.official import to_official
 from implicit_slots.models.patch_tokenizer import PATCH, fit, unpatched
 from implicit_slots.runtime.errors import InvalidValue, UserError
 

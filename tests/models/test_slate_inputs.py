@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from small_slate import RESOLUTION, Compiled, section
 
-from implicit_slots.interop import to_official
 from implicit_slots.models.build import build_model
+from implicit_slots.models.official import to_official
 from implicit_slots.runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")

@@ -21,10 +21,12 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.weights import read_weights
+from implicit_slots.runtime.weights import find_module, read_weights
 
 _CLASSES = 1008
 _SIDE = 299
+# Names by which the network is found in a module that holds it.
+_ENDS = ("Conv2d_1a_3x3.conv.weight", "fc.weight")
 _EPSILON = 1e-3  # of batch normalisation
 _WANTED = (
     "FID needs the weights of Inception-v3 of 2015-12-05, the file "
@@ -57,7 +59,7 @@ def load(path: pathlib.Path) -> dict[str, Convolution]:
         Inception-v3 included.
     """
     try:
-        state = read_weights(path)
+        state = find_module(read_weights(path), _ENDS)
     except UserError as error:
         raise UserError(f"{error} ({_WANTED})") from error
     suffix = ".conv.weight"

@@ -166,6 +166,12 @@ def test_features_are_those_of_torch_fidelity(features, state, tmp_path):
     assert relative_error(features(levels(pictures())), want.numpy()) < FLOAT32
 
 
+def test_a_wrapped_network_is_recognised(state, monkeypatch):
+    wrapped = {f"module.{name}": value for name, value in state.items()}
+    monkeypatch.setattr(inception, "read_weights", lambda path: wrapped)
+    assert inception.load(pathlib.Path("other.pt")).keys() == layers().keys()
+
+
 def test_images_count_as_their_8_bits(features):
     images = levels(pictures())
     nudge = np.random.default_rng(0).uniform(-0.4, 0.4, images.shape)
