@@ -20,6 +20,7 @@ __all__ = [
     "Broyden",
     "Dense",
     "Implicit",
+    "ImplicitJVP",
     "Neumann",
     "Phantom",
     "Picard",

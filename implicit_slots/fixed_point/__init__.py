@@ -19,6 +19,7 @@ from implicit_slots.fixed_point.adjoints import (
     backward_probe,
 )
 from implicit_slots.fixed_point.api import Solution, Stats, check_pair, fixed_point
+from implicit_slots.fixed_point.implicit_jvp import ImplicitJVP
 from implicit_slots.fixed_point.iteration import Solver
 from implicit_slots.fixed_point.krylov import GMRES, BiCGSTAB
 from implicit_slots.fixed_point.linear import Dense
@@ -38,6 +39,7 @@ __all__ = [
     "Broyden",
     "Dense",
     "Implicit",
+    "ImplicitJVP",
     "Neumann",
     "Phantom",
     "Picard",

@@ -18,6 +18,7 @@ from implicit_slots.fixed_point.adjoints import (
     Truncated,
     Unrolled,
 )
+from implicit_slots.fixed_point.implicit_jvp import ImplicitJVP, solution
 from implicit_slots.fixed_point.iteration import Solved, Solver
 from implicit_slots.fixed_point.linear import Affine
 from implicit_slots.fixed_point.solvers import Anderson, Broyden
@@ -108,14 +109,15 @@ def fixed_point(
     Raises:
       ValueError: at trace time, if f changes the structure, a shape or a dtype of z,
         a leaf of z0 lacks the batch axis or is no floating-point array, the solver
-        cannot be unrolled, or the adjoint solves nothing that a probe could tell of.
-      TypeError: if anything but `Unrolled` and `Truncated` is differentiated twice.
+        cannot be unrolled, or the adjoint has nothing that a probe could tell.
+      TypeError: if anything but `ImplicitJVP`, `Unrolled` and `Truncated` is
+        differentiated twice or in forward mode.
     """
     check_pair(solver, adjoint)
     if probe is not None and not adjoint.measures:
         raise ValueError(
-            f"{type(adjoint).__name__} solves no linear system, so there is nothing "
-            "to probe: leave probe=None, or take Implicit or Adaptive"
+            f"{type(adjoint).__name__} says nothing of its backward pass, so there is "
+            "nothing to probe: leave probe=None, or take Implicit or Adaptive"
         )
     z0 = jax.tree.map(jnp.asarray, z0)
     f = f if has_aux else _WithoutAux(f)
@@ -136,7 +138,7 @@ def check_pair(solver: Any, adjoint: Any) -> None:
     if not isinstance(adjoint, Adjoint):
         raise ValueError(
             "adjoint must be Unrolled(), Truncated(…), Neumann(…), Phantom(…), "
-            f"Adaptive(…) or Implicit(solver=…), got {adjoint!r}"
+            f"Adaptive(…), Implicit(…) or ImplicitJVP(…), got {adjoint!r}"
         )
     if isinstance(adjoint, Unrolled) and isinstance(solver, Broyden):
         raise ValueError(
@@ -191,6 +193,9 @@ def _solve(
         return _unrolled(f, solver, adjoint, params, x, z0)
     if isinstance(adjoint, Truncated):
         return _truncated(f, solver, adjoint, params, x, z0)
+    if isinstance(adjoint, ImplicitJVP):
+        value, aux, solved = solution(f, solver, adjoint, params, x, z0)
+        return value, aux, _implicit_statistics(solver, solved, value)
     return _implicit(f, solver, adjoint, params, x, z0, probe)
 
 
@@ -206,6 +211,12 @@ def _statistics(solver: Solver, solved: Solved, z, fz) -> Stats:
         diverged=solved.diverged | ~jnp.isfinite(error) | ~jnp.isfinite(size),
         trace=solved.trace,
     )
+
+
+def _implicit_statistics(solver: Solver, solved: Solved, value) -> Stats:
+    stats = _statistics(solver, solved, solved.z, value)
+    # It is the solver's own result that this application was made at.
+    return stats._replace(converged=stats.converged | solved.converged)
 
 
 def _unrolled(f, solver: Solver, adjoint: Unrolled, params, x, z0):
@@ -258,9 +269,7 @@ def _implicit_forward(f, solver, adjoint, params, x, z0, probe):
     # The linearisation at z_T is all that the backward pass needs: memory is that of
     # one application, however many the solver made.
     (value, aux), pull_back = jax.vjp(f, params, x, solved.z)
-    stats = _statistics(solver, solved, solved.z, value)
-    # It is the solver's own result that this application was made at.
-    stats = stats._replace(converged=stats.converged | solved.converged)
+    stats = _implicit_statistics(solver, solved, value)
     return (value, aux, stats), (pull_back, solved.z, probe)
 
 
@@ -305,7 +314,7 @@ def _differentiated_once(tree: PyTree) -> PyTree:
 def _refuse_second_derivatives(primals, tangents):
     raise TypeError(
         "this adjoint has first derivatives only: the second would miss how the "
-        "solution moves. Take adjoint=Unrolled()"
+        "solution moves. Take adjoint=ImplicitJVP() or Unrolled()"
     )
 
 
