@@ -62,12 +62,17 @@ class Unrolled:
     alone and are spared.
 
     Attributes:
-      remat: recompute each step in the backward pass instead of storing its
-        intermediate values.
+      remat: recompute in the backward pass instead of storing: True each step's
+        intermediate values, so that z alone is stored of each; "sqrt" the steps in
+        segments of √steps, so that memory grows like √steps. Both evaluate f at most
+        twice as often.
     """
 
-    remat: bool = False
+    remat: bool | str = False
     measures: ClassVar[bool] = False
+
+    def __post_init__(self):
+        _check_remat(self.remat)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +93,13 @@ class Truncated:
 
     steps: int = 1
     damping: float = 1.0
-    remat: bool = False
+    remat: bool | str = False
     measures: ClassVar[bool] = False
 
     def __post_init__(self):
         check_count("steps", self.steps)
         _check_damping(self.damping)
+        _check_remat(self.remat)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +301,11 @@ def _repeat(step, u: Vector, times: int) -> Vector:
 def _check_damping(damping: float) -> None:
     if not 0 < damping <= 1:
         raise ValueError(f"damping must be in (0, 1], got {damping}")
+
+
+def _check_remat(remat: bool | str) -> None:
+    if remat not in (False, True, "sqrt"):
+        raise ValueError(f'remat must be False, True or "sqrt", got {remat!r}')
 
 
 Linearised = Neumann | Phantom | Adaptive | Implicit

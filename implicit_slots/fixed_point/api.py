@@ -1,5 +1,6 @@
 """`fixed_point`: solve z = f(params, x, z), differentiate as the adjoint says."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -225,14 +226,15 @@ def _unrolled(f, solver: Solver, adjoint: Unrolled, params, x, z0):
         following = solver.step(state, fz)
         return following, aux, fz
 
-    if adjoint.remat:
+    in_segments = adjoint.remat == "sqrt"
+    if adjoint.remat and not in_segments:
         step = jax.checkpoint(step)
-    # The last application stands outside the scan: it alone keeps its auxiliary
-    # output.
-    state, _ = jax.lax.scan(
-        lambda state, _: (step(state)[0], None),
+    # The last application stands outside: it alone keeps its auxiliary output.
+    state = _repeat(
+        lambda state: step(state)[0],
         solver.init(z0),
-        length=solver.max_steps - 1,
+        solver.max_steps - 1,
+        in_segments=in_segments,
     )
     last, aux, fz = step(state)
     return last.z, aux, _statistics(solver, solver.finish(last), state.z, fz)
@@ -249,13 +251,33 @@ def _truncated(f, solver: Solver, adjoint: Truncated, params, x, z0):
         moved = jax.tree.map(lambda a, b: a + adjoint.damping * (b - a), z, fz)
         return moved, aux, fz
 
-    if adjoint.remat:
+    in_segments = adjoint.remat == "sqrt"
+    if adjoint.remat and not in_segments:
         step = jax.checkpoint(step)
-    z, _ = jax.lax.scan(
-        lambda z, _: (step(z)[0], None), solved.z, length=adjoint.steps - 1
+    z = _repeat(
+        lambda z: step(z)[0],
+        solved.z,
+        adjoint.steps - 1,
+        in_segments=in_segments,
     )
     value, aux, fz = step(z)
     return value, aux, _statistics(solver, solved, z, fz)
+
+
+def _repeat(step, state, times: int, *, in_segments: bool):
+    """Applies `step` so often; `in_segments` stores the states √times steps apart."""
+
+    def run(state, times):
+        return jax.lax.scan(lambda s, _: (step(s), None), state, length=times)[0]
+
+    if not in_segments or times < 4:
+        return run(state, times)
+    length = math.isqrt(times)
+    segment = jax.checkpoint(partial(run, times=length))
+    state, _ = jax.lax.scan(
+        lambda state, _: (segment(state), None), state, length=times // length
+    )
+    return jax.checkpoint(partial(run, times=times % length))(state)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

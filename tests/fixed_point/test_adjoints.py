@@ -324,6 +324,48 @@ def test_unrolled_differentiates_the_iterations(remat):
     assert np.all(found.stats.steps == 2)
 
 
+@pytest.mark.parametrize(
+    ("solver", "adjoint"),
+    [
+        (Picard(max_steps=12), Unrolled()),  # 3 segments of 3 steps, 2 and the last
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (
+                (Anderson(max_steps=17, depth=2), Unrolled()),
+                (Picard(max_steps=1), Truncated(steps=4)),
+                (Picard(max_steps=1), Truncated(steps=16, damping=0.8)),
+            )
+        ),
+    ],
+)
+def test_segments_change_no_gradient(solver, adjoint):
+    params, x, g = problem("non-normal")
+    z0 = np.ones((BATCH, DIM))
+    want, got = (
+        gradients(tanh, params, x, g, solver=solver, adjoint=choice, z0=z0)
+        for choice in (adjoint, replace(adjoint, remat="sqrt"))
+    )
+    assert_equal(got, want, FLOAT64)
+
+
+def test_segments_evaluate_at_most_twice():
+    evaluations = []
+
+    def f(params, x, z):
+        jax.debug.callback(lambda _: evaluations.append(1), z[0, 0])
+        return params * z + x
+
+    def loss(params):
+        adjoint, z0 = Unrolled(remat="sqrt"), jnp.ones((1, 1))
+        solver = Picard(max_steps=50)
+        found = fixed_point(f, params, z0, z0, solver=solver, adjoint=adjoint)
+        return jnp.sum(found.value)
+
+    jax.block_until_ready(jax.jit(jax.grad(loss))(0.5))
+    jax.effects_barrier()
+    assert 50 < len(evaluations) <= 100
+
+
 def test_unrolled_anderson_equals_central_differences():
     params, x, g = problem("non-normal")
     # Three steps from a point that is no solution: the mixing weights matter.
@@ -566,6 +608,14 @@ def test_adaptive_at_its_maximum_keeps_the_partial_sum():
         (lambda: Neumann(terms=0), "terms must be at least 1, got 0"),
         (lambda: Truncated(steps=0), "steps must be at least 1, got 0"),
         (lambda: Truncated(steps=1, damping=2.0), r"damping must be in \(0, 1\]"),
+        (
+            lambda: replace(Unrolled(), remat="log"),
+            'remat must be False, True or "sqrt"',
+        ),
+        (
+            lambda: replace(Truncated(), remat="log"),
+            'remat must be False, True or "sqrt"',
+        ),
         (lambda: Phantom(steps=0), "steps must be at least 1, got 0"),
         (lambda: Phantom(steps=1, damping=0.0), r"damping must be in \(0, 1\]"),
         (lambda: Adaptive(max_terms=1), "max_terms must be at least 2, got 1"),

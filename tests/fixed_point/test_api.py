@@ -392,6 +392,12 @@ def test_memory_that_grows():
     # Rematerialisation keeps z alone of every step.
     remat = temporary_bytes(Unrolled(remat=True), Picard(max_steps=63))
     assert remat < 0.7 * many
+    # In segments four times the steps take twice the memory.
+    few, many = (
+        temporary_bytes(Unrolled(remat="sqrt"), Picard(max_steps=4**k + 1))
+        for k in (3, 4)
+    )
+    assert many < 2.1 * few
 
 
 @pytest.mark.parametrize("table", [SOLVERS, ADJOINTS], ids=["solvers", "adjoints"])
