@@ -33,11 +33,13 @@ __all__ = [
     "Unrolled",
     "__version__",
     "backward_probe",
+    "best_start",
     "check_pair",
     "coupling_norm",
     "fixed_point",
     "jacobian_norm",
     "load",
+    "start_error",
 ]
 
 # The names that are not the solver core's.

@@ -28,6 +28,7 @@ from implicit_slots.fixed_point.regularisation import (
     jacobian_norm,
 )
 from implicit_slots.fixed_point.solvers import Anderson, Broyden, Picard
+from implicit_slots.fixed_point.starts import best_start, start_error
 
 __all__ = [
     "GMRES",
@@ -49,10 +50,12 @@ __all__ = [
     "Truncated",
     "Unrolled",
     "backward_probe",
+    "best_start",
     "check_pair",
     "coupling_norm",
     "fixed_point",
     "jacobian_norm",
+    "start_error",
 ]
 
 

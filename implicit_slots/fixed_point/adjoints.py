@@ -1,5 +1,6 @@
 """Backward passes: how a cotangent of z* reaches the parameters and the inputs."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -113,17 +114,41 @@ class Neumann:
 
     Attributes:
       terms: how many powers of J are summed, J⁰ included.
+      max_growth: a term that is longer than so often the term before is shortened to
+        that, per example: below one, u stays below ‖g‖ / (1 − max_growth) also where
+        the series diverges (Fein-Ashley and Rashidinejad 2026, arXiv 2605.12466, with
+        two terms).
     """
 
     terms: int = 1
+    max_growth: float = math.inf
     measures: ClassVar[bool] = False
 
     def __post_init__(self):
         check_count("terms", self.terms)
+        if not self.max_growth > 0:
+            raise ValueError(f"max_growth must be positive, got {self.max_growth}")
 
     def cotangent(self, phi: Affine, g: Vector) -> tuple[Vector, None]:
         """Returns u, the cotangent to pull back through one application of f."""
-        return _repeat(phi.apply, g, self.terms - 1), None
+        if self.terms == 1 or self.max_growth == math.inf:
+            return _repeat(phi.apply, g, self.terms - 1), None
+        phi, g, scale = normalised(phi, g)
+
+        def shortened(term, last):
+            most = self.max_growth * vectors.norm(last)
+            share = jnp.minimum(1, vectors.relative(most, vectors.norm(term)))
+            return share[:, None] * term
+
+        def add(state):
+            u, term = state
+            term = shortened(phi.transpose(term), term)
+            return u + term, term
+
+        # The second term holds what auxiliary outputs add.
+        term = shortened(phi.apply(g) - g, g)
+        u, _ = _repeat(add, (g + term, term), self.terms - 2)
+        return scale * u, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +319,7 @@ def _stats(steps, residual, failed) -> BackwardStats:
     )
 
 
-def _repeat(step, u: Vector, times: int) -> Vector:
+def _repeat(step, u, times: int):
     return jax.lax.fori_loop(0, times, lambda _, u: step(u), u) if times else u
 
 

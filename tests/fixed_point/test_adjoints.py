@@ -220,6 +220,60 @@ def test_neumann_sums_as_many_powers_of_the_jacobian(terms):
     assert relative_error(got[1], series @ params["b"].T) < FLOAT64
 
 
+@pytest.mark.parametrize("terms", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_no_term_outgrows_the_one_before_by_more_than_the_bound(terms):
+    params, x, g = problem("non-normal", radius=1.5)
+    x = {"x": x, "scale": np.array([[1.0], [0.01], [3.0]])}
+    adjoint = Neumann(terms=terms, max_growth=0.8)
+    # One step from anywhere: the map runs away.
+    got, _ = gradients(
+        scaled, params, x, g, solver=Picard(max_steps=1), adjoint=adjoint
+    )
+    u = g.copy()
+    for i in range(BATCH):
+        term = g[i]
+        for _ in range(terms - 1):
+            image = x["scale"][i] * term @ params["a"].T
+            growth = np.linalg.norm(image) / np.linalg.norm(term)
+            assert (growth < 0.1) if i == 1 else (growth > 1.2)
+            term = image * min(1, 0.8 / growth)
+            u[i] += term
+    assert relative_error(got[1]["x"], u @ params["b"].T) < FLOAT64
+    assert np.all(np.linalg.norm(u, axis=1) <= np.linalg.norm(g, axis=1) / (1 - 0.8))
+
+
+def test_bound_that_is_never_reached_changes_nothing():
+    params, x, g = problem("non-normal")
+    bounded, plain = (
+        gradient_with_sum(params, x, g, adjoint)
+        for adjoint in (Neumann(terms=4, max_growth=1e3), Neumann(terms=4))
+    )
+    assert_equal(bounded, plain, FLOAT64)
+
+
+def gradient_with_sum(params, x, g, adjoint):
+    """The gradient of a loss that auxiliary outputs enter too."""
+
+    def f(params, x, z):
+        return tanh(params, x, z), jnp.sin(z)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        found = fixed_point(
+            f,
+            params,
+            x,
+            jnp.zeros_like(g),
+            solver=Picard(max_steps=9),
+            adjoint=adjoint,
+            has_aux=True,
+        )
+        return jnp.sum(found.value * g) + jnp.sum(found.aux)
+
+    return gradient(params)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_phantom_sums_the_damped_series(steps):
     params, x, g = problem("non-normal")
@@ -606,6 +660,7 @@ def test_adaptive_at_its_maximum_keeps_the_partial_sum():
     ("make", "sentence"),
     [
         (lambda: Neumann(terms=0), "terms must be at least 1, got 0"),
+        (lambda: Neumann(max_growth=0.0), "max_growth must be positive, got 0"),
         (lambda: Truncated(steps=0), "steps must be at least 1, got 0"),
         (lambda: Truncated(steps=1, damping=2.0), r"damping must be in \(0, 1\]"),
         (
