@@ -495,6 +495,29 @@ def test_probe_residual_is_that_of_the_linear_system():
         assert relative_error(u[i], g[i] + basis @ weights) < FLOAT64
 
 
+@pytest.mark.slow
+def test_preconditioned_map_has_the_same_gradient_in_fewer_products():
+    # Two strong blocks and weak coupling between them.
+    params, x, g = problem("non-normal", radius=0.2)
+    rng = np.random.default_rng(4)
+    blocks = np.kron(np.eye(2), np.ones((3, 3)))
+    params["a"] = 0.05 * params["a"] + blocks * rng.normal(size=(DIM, DIM))
+    inverse = np.linalg.inv(np.eye(DIM) - blocks * params["a"])
+
+    def preconditioned(params, x, z):
+        return z + (affine(params, x, z) - z) @ inverse
+
+    adjoint = Implicit(solver=GMRES(max_steps=DIM, rtol=1e-6))
+    solver = Anderson(max_steps=60, rtol=1e-12, restart=False)
+    (*plain, _), stats = both(affine, params, x, g, solver=solver, adjoint=adjoint)
+    (*got, _), fewer = both(
+        preconditioned, params, x, g, solver=solver, adjoint=adjoint
+    )
+    for gradient in (plain, got):
+        assert_equal(tuple(gradient), exact_gradient(affine, params, x, g), 1e-5)
+    assert np.all(stats.steps >= 5) and np.all(fewer.steps <= 3)
+
+
 FAILING = {
     "gmres": GMRES(max_steps=2, rtol=1e-10),
     "bicgstab": BiCGSTAB(max_steps=2, rtol=1e-10),
