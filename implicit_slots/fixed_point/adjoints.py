@@ -299,9 +299,21 @@ class Implicit:
                 f"Anderson(…), Broyden(…) or Picard(…), got {self.solver!r}"
             )
 
-    def cotangent(self, phi: Affine, g: Vector) -> tuple[Vector, BackwardStats]:
-        """Returns u, the cotangent to pull back, and how it was found."""
+    def cotangent(
+        self, phi: Affine, g: Vector, u0: Vector | None = None
+    ) -> tuple[Vector, BackwardStats]:
+        """Returns u, the cotangent to pull back, and how it was found.
+
+        Args:
+          phi: the map whose fixed point is wanted.
+          g: one term, where the solve begins.
+          u0: where it begins instead, in the examples in which that is nearer.
+        """
         phi, unit, scale = normalised(phi, g)
+        if u0 is not None:
+            u0 = u0 / scale
+            errors = [vectors.norm(phi.apply(u) - u) for u in (u0, unit)]
+            unit = vectors.select(errors[0] < errors[1], u0, unit)
         if isinstance(self.solver, Solver):
             solved = solve_by(self.solver, phi, unit)
         else:

@@ -4,13 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixed_points import BATCH, DIM, affine, problem, tanh
+from fixed_points import BATCH, DIM, affine, assert_equal, problem, tanh
 from reference import FLOAT64, relative_error
 
 from implicit_slots.fixed_point import (
+    GMRES,
     Implicit,
+    ImplicitJVP,
     Neumann,
     Picard,
+    backward_probe,
     best_start,
     fixed_point,
     start_error,
@@ -65,6 +68,57 @@ def test_kept_start_carries_its_gradient_and_no_other():
     gradient = jax.jit(jax.grad(first))(starts)["z"]
     assert set(np.unique(gradient)) == {0.0, 1.0}
     assert np.all(gradient.sum(axis=0) == 1)
+
+
+@jax.jit
+def warm_started(params, x, g, u0):
+    """The gradient of x, u, and what the linear solve did."""
+
+    def loss(x, u0, probe):
+        found = fixed_point(
+            affine,
+            params,
+            x,
+            jnp.zeros_like(g),
+            solver=Picard(max_steps=200),
+            adjoint=Implicit(solver=GMRES(max_steps=3, rtol=0.0)),
+            probe=probe,
+            u0=u0,
+        )
+        return jnp.sum(found.value * g)
+
+    return jax.grad(loss, argnums=(0, 1, 2))(x, u0, backward_probe(BATCH))
+
+
+def test_linear_solve_begins_where_it_is_told_if_that_is_nearer():
+    params, x, g = problem(radius=0.8)
+    exact = np.linalg.solve(np.eye(DIM) - params["a"], g.T).T
+    cold, u, first = warm_started(params, x, g, np.zeros_like(g))
+    assert np.all(first.residual > 1e-2)
+    # Solved, far off, and not finite.
+    u0 = np.stack([exact[0], 1e6 * exact[1], np.full(DIM, np.nan)])
+    warm, found, stats = warm_started(params, x, g, u0)
+    assert stats.residual[0] < FLOAT64
+    assert relative_error(found[0], exact[0]) < FLOAT64
+    assert relative_error(warm[0], params["b"] @ exact[0]) < FLOAT64
+    assert_equal((warm[1:], found[1:]), (cold[1:], u[1:]), FLOAT64)
+    # Twice three products, the second from where the first ended.
+    _, _, second = warm_started(params, x, g, u)
+    assert np.all(second.residual < 0.5 * first.residual)
+
+
+@pytest.mark.parametrize(
+    ("adjoint", "u0", "sentence"),
+    [
+        (Neumann(), np.zeros((1, 2)), "leave u0=None with Neumann"),
+        (ImplicitJVP(), np.zeros((1, 2)), "leave u0=None with ImplicitJVP"),
+        (Implicit(), np.zeros((1, 3)), "u0 must be like z0"),
+    ],
+)
+def test_misuse_of_u0_is_a_sentence(adjoint, u0, sentence):
+    z0, options = np.zeros((1, 2)), {"solver": Picard(max_steps=1), "adjoint": adjoint}
+    with pytest.raises(ValueError, match=sentence):
+        fixed_point(lambda p, x, z: z, {}, None, z0, **options, u0=u0)
 
 
 def test_error_of_a_start_is_relative_and_moves_the_start_alone():
