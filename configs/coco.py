@@ -22,7 +22,7 @@ from implicit_slots.runtime.config import Config
 def get_config(variant: str | None = None) -> Config:
     """Returns the configuration; see `image_input.set_variant` for the variants."""
     data = base.files(
-        "coco", resolution=96, max_objects=255, crop="center", path="data/coco"
+        "coco", resolution=96, max_objects=254, crop="center", path="data/coco"
     )
     data.masks = "instances"
     data.flip = True

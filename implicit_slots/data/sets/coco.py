@@ -88,7 +88,7 @@ class Coco(FileSource):
         split: str,
         resolution: int,
         crop: str = "center",
-        max_objects: int = 255,
+        max_objects: int = 254,
         masks: str = "instances",
         keys: Collection[str] | None = None,
     ):

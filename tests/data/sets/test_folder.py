@@ -29,7 +29,7 @@ def save(file, array, **options):
 
 def everything(path, **options):
     """All images of a folder in one split, at 8 pixels unless told."""
-    options = {"resolution": 8, "split": "train", "max_objects": 255, **options}
+    options = {"resolution": 8, "split": "train", "max_objects": 254, **options}
     return ImageFolder(
         path=str(path), validation_fraction=0.0, test_fraction=0.0, **options
     )
