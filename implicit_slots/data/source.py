@@ -35,9 +35,11 @@ class Source(abc.ABC):
     Attributes:
       shuffle_first_epoch: False where the examples' own order is already random and
         reading them in that order is cheaper.
+      notes: sentences on what of the files is left out, which a user wants to know.
     """
 
     shuffle_first_epoch: bool = True
+    notes: Sequence[str] = ()
 
     @abc.abstractmethod
     def __len__(self) -> int:

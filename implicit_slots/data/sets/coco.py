@@ -11,15 +11,10 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from implicit_slots.data.readers.file_source import FileSource
-from implicit_slots.data.readers.files import (
-    data_folder,
-    list_folder,
-    name_some,
-    read_image,
-    read_json,
-    read_mask,
-)
+from implicit_slots.data.readers.files import data_folder, name_some, read_json
 from implicit_slots.data.readers.frame_source import Frame, Progress
+from implicit_slots.data.readers.listing import list_folder
+from implicit_slots.data.readers.pictures import COLOUR_MODES, read_image, read_mask
 from implicit_slots.data.sets.coco_shapes import (
     decode_runs,
     draw_polygons,
@@ -79,7 +74,7 @@ class Coco(FileSource):
     [max_objects], COCO's `category_id`, 0 where there is no object.
     """
 
-    colour = True
+    mask_modes = COLOUR_MODES
 
     def __init__(
         self,
