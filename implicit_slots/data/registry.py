@@ -43,7 +43,7 @@ CHECKED = 20_000
 OF_TEST = ("test_set",)
 # What the readers make of files, of all others 1: raised when a change of the code
 # changes examples, so that caches of before are not taken for theirs.
-READERS_VERSIONS = MappingProxyType({"folder": 2, "coco": 2, "coco_tfds": 2})
+READERS_VERSIONS = MappingProxyType({"folder": 2, "coco": 2, "coco_tfds": 2, "tfds": 2})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from implicit_slots.data.readers.files import reason
@@ -131,6 +132,20 @@ def split_of(folder: str) -> str | None:
         if len(words) == 1 and words[0] in names:
             return split
     return None
+
+
+def stem(name: str) -> str:
+    """A file's name without its ending."""
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def alike(name: str) -> str:
+    """A stem in any case, and however accents are encoded: systems differ in that."""
+    return unicodedata.normalize("NFC", stem(name)).casefold()
+
+
+# How names of files that belong together are alike, the surest first.
+LEVELS: tuple[Callable[[str], str], ...] = (str, stem, alike)
 
 
 def child(folder: Path, name: str) -> str | None:

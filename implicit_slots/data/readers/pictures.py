@@ -1,6 +1,7 @@
 """Picture files: read upright, looked into, and masks that store ids or colours."""
 
 import functools
+import io
 import os
 from collections.abc import Collection, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
@@ -78,15 +79,19 @@ def read_image(file: Path) -> Image.Image:
 def read_turned(file: Path) -> tuple[Image.Image, Turn | None]:
     """A picture as `read_image` does, and what made it upright."""
     try:
-        image, turn = _read(file)
+        image, turn = decode(file)
         check_pixels(image)
     except BROKEN as error:
         raise unreadable(file, error) from error
     return image, turn
 
 
-def _read(file: Path) -> tuple[Image.Image, Turn | None]:
-    """A picture of any pixels, upright, and what made it so; raises `BROKEN`."""
+def decode(file: Path | io.BytesIO) -> tuple[Image.Image, Turn | None]:
+    """A picture of any pixels, upright, and what made it so.
+
+    Raises:
+      OSError, or another of `BROKEN`: it is not a whole picture.
+    """
     with Image.open(file) as image:
         before = _turn(image)
         image.load()
@@ -176,7 +181,7 @@ def read_stored(file: Path) -> Image.Image:
       DataError: there is none, or it is cut off or not a picture.
     """
     try:
-        return _read(file)[0]
+        return decode(file)[0]
     except BROKEN as error:
         raise unreadable(file, error) from error
 

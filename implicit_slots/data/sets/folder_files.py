@@ -2,15 +2,15 @@
 
 import collections
 import os
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from implicit_slots.data.readers.files import name_some, readable
 from implicit_slots.data.readers.listing import (
+    LEVELS,
     File,
     child,
     list_folder,
@@ -209,9 +209,9 @@ def find_masks(images: Sequence[str], masks: Sequence[str], root: Path) -> list[
       DataError: an image has none, or not one of its own.
     """
     found, lacking = [], []
-    by_level = [_index(masks, level) for level in _LEVELS]
+    by_level = [_index(masks, level) for level in LEVELS]
     for image in images:
-        for level, index in zip(_LEVELS, by_level, strict=True):
+        for level, index in zip(LEVELS, by_level, strict=True):
             fitting = index.get(level(key(image)), [])
             if len(fitting) > 1:
                 raise DataError(
@@ -236,17 +236,6 @@ def find_masks(images: Sequence[str], masks: Sequence[str], root: Path) -> list[
             f"{twice[0]}; rename one of them, and give it a mask of its own"
         )
     return found
-
-
-def _stem(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(""))
-
-
-def _alike(name: str) -> str:
-    return unicodedata.normalize("NFC", _stem(name)).casefold()
-
-
-_LEVELS: tuple[Callable[[str], str], ...] = (str, _stem, _alike)
 
 
 def _index(masks: Sequence[str], level: Callable[[str], str]) -> dict[str, list[str]]:
