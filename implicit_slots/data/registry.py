@@ -16,6 +16,7 @@ from jaxtyping import Int
 
 from implicit_slots.data.prepared.cache import Prepared
 from implicit_slots.data.prepared.cache_folder import cache_folder, is_finished
+from implicit_slots.data.readers.files import readable
 from implicit_slots.data.readers.frame_source import FrameSource, Progress
 from implicit_slots.data.scenes.source import Scenes
 from implicit_slots.data.sets.clevr_mirror import ClevrMirror
@@ -342,7 +343,7 @@ def _are_there(asked: Request) -> bool:
 @functools.cache
 def _say_once(text: str) -> None:
     """Prints a line, however many splits it is true of."""
-    processes.say(text)
+    processes.say(readable(text))
 
 
 class Subset(Source):

@@ -31,8 +31,8 @@ def read_objects(
     Args:
       file: the mask.
       ignore_id: the id of void, of masks that are not in colours; negative for none.
-        255 is no void where the mask's values are levels of grey at equal distances, as
-        0 and 255, or 0, 85, 170 and 255: those are objects.
+        255 is void of 8 bits alone, and not where the mask's values are levels of grey
+        at equal distances, as 0 and 255, or 0, 85, 170 and 255: those are objects.
       numbered: whether ids are the objects' own numbers, which stay as they are. Else
         objects are numbered from 1 on, in the order of the values that the mask has.
 
@@ -54,7 +54,8 @@ def read_objects(
         )
     found, places = np.unique(values, return_inverse=True)
     void = (found == ignore_id) & (not in_colour)
-    if ignore_id == WHITE and _are_levels(found[found > 0]):
+    is_wide = image.mode.startswith("I")
+    if ignore_id == WHITE and (is_wide or _are_levels(found[found > 0])):
         void[:] = False
     numbers = found if numbered else np.cumsum((found > 0) & ~void)
     numbers = np.where(void, IGNORED, numbers).astype(np.int32)

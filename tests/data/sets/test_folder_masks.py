@@ -78,7 +78,7 @@ RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
         (values(0, 254, 253, 255), [0, 2, 1, IGNORED]),
         # Ids with gaps, and beyond a byte.
         (values(0, 9, 4, 9), [0, 2, 1, 2]),
-        (values(0, 26_001, 255, 65_535, dtype=np.uint16), [0, 1, IGNORED, 2]),
+        (values(0, 26_001, 255, 65_535, dtype=np.uint16), [0, 2, 1, 3]),
         (values(3, 3, 3, 1), [2, 2, 2, 1]),
         (values(0, 0, 0, 0), [0, 0, 0, 0]),
         # Colours, of which none is void.
