@@ -33,7 +33,7 @@ class Stats(NamedTuple):
         implicit adjoint, whether the solver's result does.
       stagnated: the solver gave up because the residual no longer fell.
       diverged: f returned something that is not finite.
-      trace: residual of each of the solver's evaluations, NaN after an example
+      trace: residual of each of the solver's evaluations, infinite after an example
         stopped; None unless the solver has `trace=True`.
     """
 
