@@ -33,8 +33,8 @@ class BackwardStats(NamedTuple):
 
     Attributes:
       steps: products with J; of `Adaptive`, the terms summed.
-      residual: ‖g + Jᵀu − u‖ / ‖g‖ of the u that was taken; of `Adaptive`, the
-        estimated relative error of its longest sum.
+      residual: ‖g + Jᵀu − u‖ / ‖g‖ of the u that was taken; where `Adaptive` met its
+        tolerance, the estimated relative error of u.
       failed: 1 where the tolerance was missed, or the result was not finite; else 0.
     """
 
@@ -206,7 +206,9 @@ class Adaptive:
         met = end.error <= self.rtol
         u = scale * vectors.select(met, end.u, end.best)
         terms = jnp.where(met, end.terms, end.best_terms)
-        return u, _stats(terms, end.error, ~met)
+        # Of what is kept the next term is known: its residual.
+        residual = jnp.where(met, end.error, vectors.relative(end.least, size))
+        return u, _stats(terms, residual, ~met)
 
     def _add_term(self, old: "_Series", phi: Affine) -> "_Series":
         u = phi.apply(old.u)

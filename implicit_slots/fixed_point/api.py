@@ -1,8 +1,8 @@
 """`fixed_point`: solve z = f(params, x, z), differentiate as the adjoint says."""
 
+import contextlib
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from implicit_slots.fixed_point.adjoints import (
 )
 from implicit_slots.fixed_point.iteration import Solved, Solver
 from implicit_slots.fixed_point.linear import Affine
+from implicit_slots.fixed_point.program import Program, trace
 from implicit_slots.fixed_point.solvers import Anderson, Broyden
 
 
@@ -69,6 +70,7 @@ def fixed_point(
     adjoint: Adjoint = Implicit(),
     has_aux: bool = False,
     probe: BackwardStats | None = None,
+    matmul_precision: str | None = "highest",
 ) -> Solution:
     """Solves z = f(params, x, z) from `z0`, differentiably.
 
@@ -88,10 +90,10 @@ def fixed_point(
 
     Args:
       f: (params, x, z) -> z, or -> (z, aux) with `has_aux`. It must return z in the
-        shapes and dtypes it got, treat the examples of the batch independently, and
-        close over no traced value. It must be hashable, as functions are: a new
-        function object is compiled anew, and what an old one closes over stays as it
-        was at its first use. Whatever changes belongs into `params` or `x`.
+        shapes and dtypes it got and treat the examples of the batch independently. What
+        it closes over is an input like the others, traced or not, and has a gradient.
+        Outside of jit it is traced at every call, and compiled anew if it is a new
+        function object or computes something else than before.
       params: pytree that is shared by the batch.
       x: pytree of inputs.
       z0: pytree of floating-point arrays to start from; each leaf has a leading batch
@@ -101,6 +103,10 @@ def fixed_point(
       has_aux: whether f returns an auxiliary output. Losses may depend on it.
       probe: from `backward_probe(batch)`, with `Implicit` and `Adaptive`: its gradient
         is what the backward solve did.
+      matmul_precision: of the products in f, forward and backward, as
+        `jax.default_matmul_precision` takes it; products with a precision of their own
+        keep it. None: what the caller has set, which by default is TF32 on NVIDIA's
+        GPUs and one pass of bfloat16 on TPUs.
 
     Returns:
       The fixed point, the auxiliary output of the last application, the statistics.
@@ -108,7 +114,8 @@ def fixed_point(
     Raises:
       ValueError: at trace time, if f changes the structure, a shape or a dtype of z,
         a leaf of z0 lacks the batch axis or is no floating-point array, the solver
-        cannot be unrolled, or the adjoint solves nothing that a probe could tell of.
+        cannot be unrolled, the adjoint solves nothing that a probe could tell of, the
+        probe is of another batch, or there is no such precision.
       TypeError: if anything but `Unrolled` and `Truncated` is differentiated twice.
     """
     check_pair(solver, adjoint)
@@ -118,9 +125,12 @@ def fixed_point(
             "to probe: leave probe=None, or take Implicit or Adaptive"
         )
     z0 = jax.tree.map(jnp.asarray, z0)
-    f = f if has_aux else _WithoutAux(f)
-    _check(f, params, x, z0)
-    return Solution(*_solve(f, solver, adjoint, params, x, z0, probe))
+    _check_start(z0, probe)
+    with _precision(matmul_precision):
+        program, closed_over, returned = trace(f, params, x, z0, has_aux=has_aux)
+    _check_returned(returned, z0)
+    solve = _compiled(program, solver, adjoint)
+    return Solution(*solve((closed_over, params), x, z0, probe))
 
 
 def check_pair(solver: Any, adjoint: Any) -> None:
@@ -145,25 +155,28 @@ def check_pair(solver: Any, adjoint: Any) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _WithoutAux:
-    """Gives f an empty auxiliary output; hashes and compares as f does."""
-
-    f: Callable
-
-    def __call__(self, params: PyTree, x: PyTree, z: PyTree) -> tuple[PyTree, None]:
-        return self.f(params, x, z), None
-
-
-def _check(f: Callable, params: PyTree, x: PyTree, z0: PyTree) -> None:
-    vectors.batch_size(z0)
+def _check_start(z0: PyTree, probe: BackwardStats | None) -> None:
+    batch = vectors.batch_size(z0)
     leaves = jax.tree.leaves(z0)
     if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
         raise ValueError(
             "every leaf of z0 must be a floating-point array, got dtypes "
             f"{[str(leaf.dtype) for leaf in leaves]}"
         )
-    returned = jax.eval_shape(f, params, x, z0)
+    if probe is not None and any(leaf.shape != (batch,) for leaf in probe):
+        raise ValueError(f"the probe must be backward_probe({batch}), got {probe}")
+
+
+def _precision(name: str | None) -> contextlib.AbstractContextManager:
+    if name is None:
+        return contextlib.nullcontext()
+    try:
+        return jax.default_matmul_precision(name)
+    except ValueError as error:
+        raise ValueError(f"no such matmul_precision: {error}") from error
+
+
+def _check_returned(returned: Any, z0: PyTree) -> None:
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise ValueError(f"with has_aux f must return (z, aux), it returned {returned}")
     got, _ = returned
@@ -182,10 +195,15 @@ def _check(f: Callable, params: PyTree, x: PyTree, z0: PyTree) -> None:
         )
 
 
-# Compiled here, so that also a call outside of jit compiles once and not every time.
-@partial(jax.jit, static_argnums=(0, 1, 2))
+# Compiled here, so that also a call outside of jit compiles once and not every time; a
+# few at a time, so that what is no longer called is let go.
+@functools.lru_cache(maxsize=32)
+def _compiled(f: Program, solver: Solver, adjoint: Adjoint) -> Callable:
+    return jax.jit(functools.partial(_solve, f, solver, adjoint))
+
+
 def _solve(
-    f, solver: Solver, adjoint: Adjoint, params, x, z0, probe
+    f: Program, solver: Solver, adjoint: Adjoint, params, x, z0, probe
 ) -> tuple[Any, Any, Stats]:
     if isinstance(adjoint, Unrolled):
         return _unrolled(f, solver, adjoint, params, x, z0)
@@ -247,7 +265,7 @@ def _truncated(f, solver: Solver, adjoint: Truncated, params, x, z0):
     return value, aux, _statistics(solver, solved, z, fz)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _implicit(f, solver: Solver, adjoint: Linearised, params, x, z0, probe) -> Any:
     return _implicit_forward(f, solver, adjoint, params, x, z0, probe)[0]
 
