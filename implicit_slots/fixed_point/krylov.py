@@ -15,11 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from implicit_slots.fixed_point import vectors
-from implicit_slots.fixed_point.iteration import (
-    check_count,
-    check_tolerances,
-    meets,
-)
+from implicit_slots.fixed_point.checks import check_count, check_tolerances
+from implicit_slots.fixed_point.iteration import meets
 from implicit_slots.fixed_point.linear import Affine, LinearSolved, Vector, measured
 
 
@@ -34,12 +31,12 @@ class _Krylov:
     """
 
     max_steps: int
-    rtol: float = 1e-5
+    rtol: float = 0.0
     atol: float = 0.0
 
     def __post_init__(self):
-        check_count("max_steps", self.max_steps, self._least)
-        check_tolerances(self.rtol, self.atol)
+        check_count(self, "max_steps", self._least)
+        check_tolerances(self)
 
     _least = 1
 
@@ -92,7 +89,8 @@ class GMRES(_Krylov):
             step,
             start,
         )
-        return measured(phi, g + _assemble(state), state.steps, size, self._met)
+        u = g + _assemble(state)
+        return measured(phi, g, u, state.steps, size, self.rtol, self.atol)
 
 
 class _Arnoldi(NamedTuple):
@@ -237,7 +235,8 @@ class BiCGSTAB(_Krylov):
             step,
             start,
         )
-        return measured(phi, state.best, state.steps, size, self._met)
+        found = state.best, state.steps
+        return measured(phi, g, *found, size, self.rtol, self.atol)
 
 
 class _Biconjugate(NamedTuple):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from implicit_slots.fixed_point import vectors
-from implicit_slots.fixed_point.iteration import check_count
+from implicit_slots.fixed_point.checks import whole
 
 
 def jacobian_norm(
@@ -39,7 +39,7 @@ def jacobian_norm(
     Raises:
       ValueError: if `samples` is below one.
     """
-    check_count("samples", samples)
+    whole("samples", samples)
     fz, transpose = jax.vjp(lambda z: f(params, x, z), z)
     flat, unravel = vectors.ravel(fz)
 
@@ -80,7 +80,7 @@ def coupling_norm(
     Raises:
       ValueError: if `samples` is below one.
     """
-    check_count("samples", samples)
+    whole("samples", samples)
     _, transpose = jax.vjp(lambda z: f(params, x, z), z)
     batch, blocks, dim = z.shape
     dtype = vectors.working_dtype(z)

@@ -29,12 +29,6 @@ def working_dtype(z: PyTree) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
-def widen(z: PyTree) -> PyTree:
-    """Brings all leaves to the working dtype."""
-    dtype = working_dtype(z)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), z)
-
-
 def ravel(
     z: PyTree,
 ) -> tuple[Float[Array, "batch dim"], Callable[[Float[Array, "batch dim"]], PyTree]]:
@@ -62,13 +56,23 @@ def ravel(
     return jnp.concatenate(flat, axis=1), unravel
 
 
+def binary_scale(a: Float[Array, "batch dim"]) -> Float[Array, "batch 1"]:
+    """Returns the power of two that brings each vector's largest entry near one.
+
+    Times it, squares neither under- nor overflow, and mantissas stay as they are. It
+    carries no gradient: what is computed with it must not depend on it.
+    """
+    info = jnp.finfo(a.dtype)
+    largest = jax.lax.stop_gradient(jnp.abs(a).max(axis=1, keepdims=True))
+    power = jax.lax.reduce_precision(largest, info.nexp, 0)
+    return 1 / jnp.clip(power, info.tiny, 1 / info.tiny)
+
+
 def norm(z: PyTree) -> Float[Array, " batch"]:
-    """Returns the 2-norm of each example, over all leaves."""
-    squares = [
-        jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim)))
-        for leaf in jax.tree.leaves(widen(z))
-    ]
-    return jnp.sqrt(sum(squares[1:], squares[0]))
+    """Returns the 2-norm of each example, over all leaves, whatever its size."""
+    a, _ = ravel(z)
+    scale = binary_scale(a)
+    return jnp.sqrt(jnp.sum(jnp.square(a * scale), axis=1)) / scale[:, 0]
 
 
 def residual_norms(
@@ -78,8 +82,8 @@ def residual_norms(
 
     Half-precision leaves are accumulated in float32.
     """
-    z, fz = widen(z), widen(fz)
-    return norm(jax.tree.map(jnp.subtract, fz, z)), norm(fz)
+    a, b = ravel(z)[0], ravel(fz)[0]
+    return norm(b - a), norm(b)
 
 
 def relative(

@@ -82,19 +82,31 @@ def operations(jaxpr):
             yield from operations(inner)
 
 
-def test_every_product_is_made_in_bfloat16(image, monkeypatch):
+def test_products_are_made_in_bfloat16_but_for_the_fixed_point(image, monkeypatch):
     # As on an accelerator; a CPU multiplies some bfloat16 numbers as float32.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     compiled = build("bfloat16")
     program = jax.make_jaxpr(training(compiled))(compiled.params, image)
     products, exponentials = set(), set()
     for operation in operations(program.jaxpr):
+        dtypes = {var.aval.dtype.name for var in operation.invars}
         if operation.primitive.name in ("dot_general", "conv_general_dilated"):
-            products |= {var.aval.dtype for var in operation.invars}
+            products |= {(name, operation.params["precision"]) for name in dtypes}
         elif operation.primitive.name in ("exp", "log", "tanh", "logistic"):
-            exponentials |= {var.aval.dtype for var in operation.invars}
-    assert products == {jnp.dtype("bfloat16")}
-    assert exponentials == {jnp.dtype("float32")}
+            exponentials |= dtypes
+    # Neither TF32 nor a pass of bfloat16, forward or backward.
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert products == {("bfloat16", None), ("float32", highest)}
+    assert exponentials == {"float32"}
+
+
+def test_slots_are_the_same_whatever_the_precision():
+    inputs, slots = jnp.cos(jnp.arange(64.0)).reshape(2, 4, 8), jnp.ones((2, 2, 6))
+    full, half = (
+        compiled(lambda m, *given: m.slot_attention(*given).slots, inputs, slots)
+        for compiled in (build(), build("bfloat16"))
+    )
+    np.testing.assert_array_equal(half, full)
 
 
 def test_generation_runs_in_bfloat16():
