@@ -1,12 +1,14 @@
 """COCO's format as others write it: names, folders and what annotations leave out."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from implicit_slots.data.sets.coco import Coco
+from implicit_slots.data.sets.coco_files import describe
 from implicit_slots.data.source import IGNORED, DataError
 
 pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed")
@@ -82,12 +84,17 @@ def test_photographs_are_found_by_the_name_that_is_told(
         (tmp_path / base / folder / name).touch()
     file = tmp_path / "annotations" / f"instances_{folder}.json"
     told = [*reversed(told or names), "not there.jpg"]
-    told += ["000000000009.png"]  # Of a photograph that is found by its whole name.
     write(file, told, [(i, box(i, 0, 5, 4)) for i in range(3)])
     source = read(tmp_path)
     assert source.images == sorted(f"{base}{folder}/{name}" for name in names)
     first, second = (f"{base}{folder}/{name}" for name in names)
     assert labels(source) == {first: 6, second: 5}
+
+
+def test_a_photograph_that_is_found_is_no_other_entrys():
+    """Though it has the same stem."""
+    entries = describe(["t/a.jpg", "t/b.png"], ["a.png", "b.tif", "a.jpg"], Path("f"))
+    assert entries == [2, 1]
 
 
 def test_splits_have_the_names_that_people_give_them(tmp_path):
