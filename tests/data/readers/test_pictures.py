@@ -93,6 +93,12 @@ def test_masks_of_turned_pictures_may_be_upright_or_as_stored(tmp_path, ending):
             np.testing.assert_array_equal(got, expected, err_msg=str(orientation))
 
 
+def test_a_turned_mask_is_still_refused_as_a_jpeg(tmp_path):
+    save_turned(tmp_path / "a.png", smooth(8, 8)[..., 0], 3, format="JPEG")
+    with pytest.raises(DataError, match=r"a\.png is a JPEG, which does not keep ids"):
+        pictures.read_mask(tmp_path / "a.png")
+
+
 def read_mask(ids, resolution):
     picture = Image.fromarray(ids)
     return np.asarray(picture.resize((resolution,) * 2, Image.Resampling.NEAREST))

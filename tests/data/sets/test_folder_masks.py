@@ -122,11 +122,16 @@ def test_grey_with_transparency_is_ids_where_it_is_seen(folder):
 
 
 @pytest.mark.parametrize(
-    ("ignore_id", "expected"),
-    [(-1, [0, 1, 2, 3]), (7, [0, IGNORED, 1, 2]), (0, [IGNORED, 1, 2, 3])],
+    ("ids", "ignore_id", "expected"),
+    [
+        ((0, 7, 9, 255), -1, [0, 1, 2, 3]),
+        ((0, 7, 9, 255), 7, [0, IGNORED, 1, 2]),
+        ((0, 7, 9, 255), 0, [IGNORED, 1, 2, 3]),
+        ((0, 128, 255, 0), 128, [0, IGNORED, 1, 0]),
+    ],
 )
-def test_another_id_may_be_void_or_none(folder, ignore_id, expected):
-    save(folder / "masks" / "a.png", values(0, 7, 9, 255))
+def test_another_id_may_be_void_or_none(folder, ids, ignore_id, expected):
+    save(folder / "masks" / "a.png", values(*ids))
     assert objects(folder, ignore_id=ignore_id) == expected
 
 
