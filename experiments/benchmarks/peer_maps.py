@@ -31,7 +31,7 @@ EPSILON = 1e-8  # its default
 DRIFT = 3.0  # weight of the residual in its loss
 SETTLE = 500  # steps in which an example has to converge, to be taken
 FITTING = 200  # steps of the digits' classifier
-NEWTON = 3  # steps to a fixed point in float64; each takes its Jacobian
+NEWTON = 2  # steps to a fixed point in float64; each takes its Jacobian
 
 
 class Map(NamedTuple):
