@@ -13,7 +13,7 @@ solvers did, and ρ(J). One seed: differences of a percent mean nothing.
 import argparse
 import statistics
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from implicit_slots.fixed_point import (
     Adaptive,
     Adjoint,
     Anderson,
+    BackwardStats,
     Implicit,
     Neumann,
     Phantom,
@@ -78,8 +79,28 @@ def forward(params, x, adjoint, probe=None):
     return found.value @ params["out"], found
 
 
-def train(adjoint: Adjoint, penalty: float, steps: int) -> list[str]:
-    """Trains one classifier; returns a row of the table, without the adjoint."""
+class Fitted(NamedTuple):
+    """A classifier that was trained.
+
+    Attributes:
+      params: its parameters.
+      x: pixels; the last 500 rows were not trained on.
+      y: digits.
+      seconds: of each step.
+      steps: of the last step's forward solves.
+      backward: what its backward solves did, if the adjoint says.
+    """
+
+    params: Any
+    x: np.ndarray
+    y: np.ndarray
+    seconds: list[float]
+    steps: jax.Array
+    backward: BackwardStats | None
+
+
+def fit(adjoint: Adjoint, penalty: float, steps: int) -> Fitted:
+    """Trains one classifier."""
     digits: Any = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.data))
     x = (digits.data[order] / 16).astype(np.float32)
@@ -118,14 +139,19 @@ def train(adjoint: Adjoint, penalty: float, steps: int) -> list[str]:
             step(params, state, x[rows], y[rows], jax.random.key(number))
         )
         seconds.append(time.perf_counter() - begin)
+    return Fitted(params, x, y, seconds, stats.steps, backward)
 
+
+def train(adjoint: Adjoint, penalty: float, steps: int) -> list[str]:
+    """Trains one classifier; returns a row of the table, without the adjoint."""
+    params, x, y, seconds, forward_steps, backward = fit(adjoint, penalty, steps)
     logits, found = forward(params, x[-500:], adjoint)
     radius = diagnostics.spectral_radius(
         layer, params["layer"], x[-500:], found.value, jax.random.key(0)
     )
     accuracy = float((logits.argmax(1) == y[-500:]).mean())
     milliseconds = 1e3 * statistics.median(seconds)
-    cells = [f"{accuracy:.3f}", f"{milliseconds:.1f}", f"{stats.steps.mean():.1f}"]
+    cells = [f"{accuracy:.3f}", f"{milliseconds:.1f}", f"{forward_steps.mean():.1f}"]
     for values in (backward.steps, backward.failed) if backward else ():
         cells.append(f"{values.mean():.1f}")
     return [*cells, *[""] * (5 - len(cells)), f"{radius.mean():.2f}"]
