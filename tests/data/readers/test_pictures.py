@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image
 
 from implicit_slots.data.readers import pictures
 from implicit_slots.data.sets.folder import ImageFolder
@@ -60,7 +60,7 @@ def read(folder, **options):
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp", "avif"])
 def test_pictures_are_upright_whatever_their_orientation(tmp_path, ending):
-    if ending == "avif" and not features.check("avif"):
+    if f".{ending}" not in pictures.suffixes():
         pytest.skip("this Pillow has no AVIF")
     upright = smooth(16, 24)
     for orientation in STORED:
