@@ -58,6 +58,24 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "one rate": {"optimizer.slots_learning_rate": 0.0},
     "clipped at 1": {"optimizer.clip_limit": 1.0},
     "vanilla": _UNROLLED,
+    "vanilla, half again the rates": {
+        **_UNROLLED,
+        "optimizer.learning_rate": 2.25e-3,
+        "optimizer.slots_learning_rate": 1.125e-3,
+    },
+    "vanilla, twice the rates": {
+        **_UNROLLED,
+        "optimizer.learning_rate": 3e-3,
+        "optimizer.slots_learning_rate": 1.5e-3,
+    },
+    "half again the rates": {
+        "optimizer.learning_rate": 2.25e-3,
+        "optimizer.slots_learning_rate": 1.125e-3,
+    },
+    "twice the rates": {
+        "optimizer.learning_rate": 3e-3,
+        "optimizer.slots_learning_rate": 1.5e-3,
+    },
     "vanilla, half the rates": {
         **_UNROLLED,
         "optimizer.learning_rate": 7.5e-4,
