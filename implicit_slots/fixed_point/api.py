@@ -127,8 +127,12 @@ def fixed_point(
     z0 = jax.tree.map(jnp.asarray, z0)
     _check_start(z0, probe)
     with _precision(matmul_precision):
-        program, closed_over, returned = trace(f, params, x, z0, has_aux=has_aux)
-    _check_returned(returned, z0)
+        program, closed_over, z0 = trace(f, params, x, z0, has_aux=has_aux)
+    if probe is not None and vectors.varying_axes(probe) != vectors.varying_axes(z0):
+        raise ValueError(
+            "inside jax.shard_map the probe must be split over the devices as z0 is: "
+            "pass it in, and split it by in_specs"
+        )
     solve = _compiled(program, solver, adjoint)
     return Solution(*solve((closed_over, params), x, z0, probe))
 
@@ -174,25 +178,6 @@ def _precision(name: str | None) -> contextlib.AbstractContextManager:
         return jax.default_matmul_precision(name)
     except ValueError as error:
         raise ValueError(f"no such matmul_precision: {error}") from error
-
-
-def _check_returned(returned: Any, z0: PyTree) -> None:
-    if not (isinstance(returned, tuple) and len(returned) == 2):
-        raise ValueError(f"with has_aux f must return (z, aux), it returned {returned}")
-    got, _ = returned
-    want = jax.eval_shape(lambda z: z, z0)
-    # Compared by shape and dtype alone: weak types and shardings may differ.
-    described = [
-        (
-            jax.tree.structure(tree),
-            [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)],
-        )
-        for tree in (got, want)
-    ]
-    if described[0] != described[1]:
-        raise ValueError(
-            f"f must return z as it got it: z0 is {want}, but f returned {got}"
-        )
 
 
 # Compiled here, so that also a call outside of jit compiles once and not every time; a
@@ -309,7 +294,8 @@ def _implicit_backward(f, solver, adjoint: Linearised, residuals, cotangents):
         params_cotangent,
         x_cotangent,
         jax.tree.map(jnp.zeros_like, z),
-        None if probe is None else stats,
+        # Counts may be constants.
+        None if probe is None else vectors.varying(stats, vectors.varying_axes(probe)),
     )
 
 
