@@ -232,7 +232,7 @@ class Adaptive:
                 jnp.any(state.active) & (jnp.max(state.terms) < self.max_terms)
             ),
             lambda state: self._add_term(state, phi),
-            start,
+            vectors.varying(start, vectors.varying_axes(g)),
         )
         met = end.error <= self.rtol
         u = scale * vectors.select(met, end.u, end.best)

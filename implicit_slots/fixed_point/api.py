@@ -143,8 +143,12 @@ def fixed_point(
         want, got = jax.eval_shape(lambda *both: both, z0, u0)
         raise ValueError(f"u0 must be like z0, which is {want}, but it is {got}")
     with _precision(matmul_precision):
-        program, closed_over, returned = trace(f, params, x, z0, has_aux=has_aux)
-    _check_returned(returned, z0)
+        program, closed_over, z0 = trace(f, params, x, z0, has_aux=has_aux)
+    if probe is not None and vectors.varying_axes(probe) != vectors.varying_axes(z0):
+        raise ValueError(
+            "inside jax.shard_map the probe must be split over the devices as z0 is: "
+            "pass it in, and split it by in_specs"
+        )
     solve = _compiled(program, solver, adjoint)
     return Solution(*solve((closed_over, params), x, z0, probe, u0))
 
@@ -190,17 +194,6 @@ def _precision(name: str | None) -> contextlib.AbstractContextManager:
         return jax.default_matmul_precision(name)
     except ValueError as error:
         raise ValueError(f"no such matmul_precision: {error}") from error
-
-
-def _check_returned(returned: Any, z0: PyTree) -> None:
-    if not (isinstance(returned, tuple) and len(returned) == 2):
-        raise ValueError(f"with has_aux f must return (z, aux), it returned {returned}")
-    got, _ = returned
-    if _described(got) != _described(z0):
-        want = jax.eval_shape(lambda z: z, z0)
-        raise ValueError(
-            f"f must return z as it got it: z0 is {want}, but f returned {got}"
-        )
 
 
 def _described(z: PyTree):
@@ -354,7 +347,8 @@ def _implicit_backward(f, solver, adjoint: Linearised, residuals, cotangents):
         params_cotangent,
         x_cotangent,
         jax.tree.map(jnp.zeros_like, z),
-        None if probe is None else stats,
+        # Counts may be constants.
+        None if probe is None else vectors.varying(stats, vectors.varying_axes(probe)),
         None if u0 is None else unravel(u),
     )
 

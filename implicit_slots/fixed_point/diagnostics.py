@@ -193,6 +193,8 @@ def _pull_backs(f, params, x, z0, solver, adjoint):
             _Offset(f), params, (x, offset), z0, solver=solver, adjoint=adjoint
         ).value
 
+    # Inside shard_map the gradients of one device's examples are its own.
+    params = vectors.varying(params, vectors.varying_axes(z0))
     return jax.vjp(value, params, jax.tree.map(jnp.zeros_like, z0))[1]
 
 
@@ -238,11 +240,11 @@ def _hessenberg(
     def unit(v):
         return vectors.divide(v, vectors.norm(v))
 
-    start = unit(jax.random.normal(key, like.shape, like.dtype))
-    start = jax.lax.fori_loop(0, powers, lambda _, v: unit(product(v)), start)
+    start = vectors.normal(key, like)
+    start = jax.lax.fori_loop(0, powers, lambda _, v: unit(product(v)), unit(start))
     basis = jnp.zeros((batch, count + 1, dim), like.dtype)
-    basis = vectors.put(basis, 0, start)
     matrix = jnp.zeros((batch, count, count + 1), like.dtype)
+    carry = vectors.put(basis, 0, start), matrix
 
     def step(j, carry):
         basis, matrix = carry
@@ -251,7 +253,8 @@ def _hessenberg(
         # Column by column: the rows of the transpose.
         return vectors.put(basis, j + 1, new), vectors.put(matrix, j, column)
 
-    _, matrix = jax.lax.fori_loop(0, count, step, (basis, matrix))
+    carry = vectors.varying(carry, vectors.varying_axes(like))
+    _, matrix = jax.lax.fori_loop(0, count, step, carry)
     return matrix[:, :, :count].swapaxes(1, 2)
 
 
@@ -266,6 +269,6 @@ def _matrix_radius(matrix: Float[Array, "batch n n"]) -> Float[Array, " batch"]:
         squared = jnp.matmul(matrix, matrix, precision=jax.lax.Precision.HIGHEST)
         return squared, 2 * log_norm
 
-    start = matrix, jnp.zeros(len(matrix), matrix.dtype)
+    start = matrix, jnp.zeros_like(matrix[:, 0, 0])
     matrix, log_norm = jax.lax.fori_loop(0, _SQUARINGS, square, start)
     return jnp.exp((log_norm + jnp.log(vectors.norm(matrix))) / 2.0**_SQUARINGS)

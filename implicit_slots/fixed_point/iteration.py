@@ -157,7 +157,8 @@ class Solver(abc.ABC):
                 else None,
                 size=size,
             )
-        return State(z0, steps, active, self.start(z0), record)
+        state = State(z0, steps, active, self.start(z0), record)
+        return vectors.varying(state, vectors.varying_axes(z0))
 
     def step(self, state: State, fz: PyTree) -> State:
         """Moves the active examples on, given f at the state's z."""

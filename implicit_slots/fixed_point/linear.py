@@ -97,6 +97,7 @@ def dense_matrix(
       block: how many columns are made at a time.
     """
     units = jnp.eye(like.shape[1], dtype=like.dtype)
+    units = vectors.varying(units, vectors.varying_axes(like))
     columns = jax.lax.map(
         lambda unit: apply(jnp.broadcast_to(unit, like.shape)),
         units,

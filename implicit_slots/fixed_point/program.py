@@ -9,6 +9,8 @@ import jax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import PyTree
 
+from implicit_slots.fixed_point import vectors
+
 
 class Program:
     """What f computes, as a function of ((closed-over values, params), x, z).
@@ -38,20 +40,47 @@ class Program:
 
 
 def trace(
-    f: Callable, params: PyTree, x: PyTree, z: PyTree, *, has_aux: bool
-) -> tuple[Program, list, Any]:
+    f: Callable, params: PyTree, x: PyTree, z0: PyTree, *, has_aux: bool
+) -> tuple[Program, list, PyTree]:
     """Traces f, without `has_aux` with None for an auxiliary output.
 
     Returns:
-      The program, the values that f closes over, the shapes of what it returns.
+      The program, the values that f closes over, and z0, which inside `jax.shard_map`
+      differs on as many devices as what f makes of it.
+
+    Raises:
+      ValueError: if f changes the structure, a shape or a dtype of z.
     """
+    axes = vectors.varying_axes(z0)
 
     # A function of this call: JAX would not trace again what it has seen.
     def fresh(params, x, z):
-        return f(params, x, z) if has_aux else (f(params, x, z), None)
+        nonlocal axes
+        returned = f(params, x, z) if has_aux else (f(params, x, z), None)
+        _check_returned(returned, z)
+        value, aux = returned
+        axes = vectors.varying_axes((z, value))
+        return vectors.varying(value, axes), aux
 
-    jaxpr, shapes = jax.make_jaxpr(fresh, return_shape=True)(params, x, z)
-    return Program(f, jaxpr, jax.tree.structure(shapes)), jaxpr.consts, shapes
+    while True:
+        z0 = vectors.varying(z0, axes)
+        jaxpr, shapes = jax.make_jaxpr(fresh, return_shape=True)(params, x, z0)
+        if axes == vectors.varying_axes(z0):
+            return Program(f, jaxpr, jax.tree.structure(shapes)), jaxpr.consts, z0
+
+
+def _check_returned(returned: Any, z: PyTree) -> None:
+    if not (isinstance(returned, tuple) and len(returned) == 2):
+        raise ValueError(f"with has_aux f must return (z, aux), it returned {returned}")
+    # Compared by shape and dtype alone: weak types and shardings may differ.
+    got, want = (
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+        for tree in (returned[0], z)
+    )
+    if got != want:
+        raise ValueError(
+            f"f must return z as it got it: z0 is {want}, but f returned {got}"
+        )
 
 
 def _weakly(f: Callable) -> Hashable:

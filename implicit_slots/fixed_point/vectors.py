@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -54,6 +54,32 @@ def ravel(
         )
 
     return jnp.concatenate(flat, axis=1), unravel
+
+
+def varying(tree: PyTree, axes: frozenset) -> PyTree:
+    """Lets what is the same on every device of `jax.shard_map` differ over mesh axes.
+
+    A loop has to begin with the types that it goes on with, and what is made of
+    constants is the same on every device.
+    """
+
+    def mark(leaf):
+        missing = axes - varying_axes(leaf)
+        return jax.lax.pcast(leaf, tuple(missing), to="varying") if missing else leaf
+
+    return jax.tree.map(mark, tree)
+
+
+def varying_axes(tree: PyTree) -> frozenset:
+    """Returns the mesh axes of `jax.shard_map` over which a leaf may differ."""
+    leaves = jax.tree.leaves(tree)
+    return frozenset().union(*(jax.typeof(leaf).mat.varying for leaf in leaves))
+
+
+def normal(key: Key[Array, ""], like: Array) -> Array:
+    """Draws a standard normal array of the shape, dtype and mesh axes of another."""
+    drawn = jax.random.normal(key, like.shape, like.dtype)
+    return varying(drawn, varying_axes(like))
 
 
 def binary_scale(a: Float[Array, "batch dim"]) -> Float[Array, "batch 1"]:

@@ -1,12 +1,20 @@
 """Inside JAX's transformations and switches nothing changes: one law for each."""
 
+import os
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixed_points import BATCH, problem, tanh
+from fixed_points import BATCH, DIM, assert_equal, problem, tanh
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from implicit_slots.fixed_point import (
     GMRES,
@@ -45,7 +53,7 @@ ADJOINTS = {
     "dense": Implicit(solver=Dense(block=4)),
     "picard": Implicit(solver=Picard(max_steps=9, rtol=1e-4)),
     "anderson": Implicit(solver=Anderson(max_steps=9, depth=2, rtol=1e-4)),
-    "broyden": Implicit(solver=Broyden(max_steps=7, memory=3)),
+    "broyden": Implicit(solver=Broyden(max_steps=7, memory=3, rtol=1e-3)),
 }
 PAIRS = [
     (solver, adjoint)
@@ -54,39 +62,271 @@ PAIRS = [
     if not (solver == "broyden" and adjoint in ("unrolled", "remat"))
 ]
 # Every solver, and one backward pass of each kind: loop, series, solve.
-SOME = [
-    ("picard", "unrolled"),
-    ("plain", "truncated"),
-    ("picard", "adaptive"),
-    ("anderson", "gmres"),
-    ("broyden", "bicgstab"),
-]
-some = pytest.mark.parametrize(("solver", "adjoint"), SOME)
+kinds = pytest.mark.parametrize(
+    ("solver", "adjoint"),
+    [
+        ("anderson", "gmres"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in [
+                ("picard", "unrolled"),
+                ("plain", "truncated"),
+                ("picard", "adaptive"),
+                ("broyden", "bicgstab"),
+            ]
+        ),
+    ],
+)
+SAME = 1e-5  # relative, of float32 in another order
 
 
-def single():
+def single(batch=BATCH):
     """The problem in single precision, which is what JAX has by default."""
-    return jax.tree.map(np.float32, problem(radius=0.5))
+    params, x, g = jax.tree.map(np.float32, problem(radius=0.5))
+    return params, np.resize(x, (batch, 2)), np.resize(g, (batch, DIM))
 
 
-@some
+def loss_of(solver, adjoint):
+    """(params, x, g, z0) -> (Σ g·value, the solution)."""
+    options: Any = {"solver": SOLVERS[solver], "adjoint": ADJOINTS[adjoint]}
+
+    def loss(params, x, g, z0=None, probe=None):
+        z0 = jnp.zeros_like(g) if z0 is None else z0
+        found = fixed_point(tanh, params, x, z0, probe=probe, **options)
+        return jnp.sum(found.value * g), found
+
+    return loss
+
+
+def gradient_of(loss):
+    """For params and x, the solution's value, and its step counts."""
+
+    def gradient(*arguments):
+        found = jax.grad(loss, argnums=(0, 1), has_aux=True)(*arguments)
+        return found[0], found[1].value, found[1].stats.steps
+
+    return gradient
+
+
+@kinds
+def test_vmap_over_parameters(solver, adjoint):
+    params, x, g = single()
+    gradient = gradient_of(loss_of(solver, adjoint))
+    stacked = jax.tree.map(lambda leaf: np.stack([leaf, 0.5 * leaf]), params)
+    got = jax.jit(jax.vmap(gradient, in_axes=(0, None, None)))(stacked, x, g)
+    one = jax.jit(gradient)
+    want = [one(jax.tree.map(lambda leaf, i=i: leaf[i], stacked), x, g) for i in (0, 1)]
+    assert_equal(got, jax.tree.map(lambda *leaves: np.stack(leaves), *want), SAME)
+
+
+@kinds
+def test_map_scan_and_checkpoint(solver, adjoint):
+    """Each call starts where the one before ended; a loop in Python has the result."""
+    params, x, g = single()
+    loss = loss_of(solver, adjoint)
+
+    def chained(params, xs, over, one):
+        def step(z0, x):
+            total, found = one(params, x, g, z0)
+            return found.value, (total, found.stats.steps)
+
+        z, (totals, steps) = over(step, jnp.zeros_like(g), xs)
+        return jnp.sum(totals) + jnp.sum(z), steps
+
+    def python_loop(step, carry, xs):
+        outputs = []
+        for x in xs:
+            carry, output = step(carry, x)
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+    def gradient(over, one):
+        return jax.jit(
+            jax.grad(partial(chained, over=over, one=one), argnums=(0, 1), has_aux=True)
+        )(params, np.stack([x, 0.5 * x]))
+
+    want = gradient(python_loop, loss)
+    assert_equal(gradient(jax.lax.scan, jax.checkpoint(loss)), want, SAME)
+
+    def mapped(params, xs):
+        totals, _ = jax.lax.map(lambda x: loss(params, x, g), xs)
+        return jnp.sum(totals)
+
+    xs = np.stack([x, 0.5 * x])
+    got = jax.jit(jax.grad(mapped, argnums=1))(params, xs)
+    each = jax.jit(jax.grad(loss, argnums=1, has_aux=True))
+    assert_equal(got, np.stack([each(params, x, g)[0] for x in xs]), SAME)
+
+
+@kinds
+def test_donated_buffers(solver, adjoint):
+    params, x, g = single()
+    loss = loss_of(solver, adjoint)
+
+    def value(params, x, g, z0):
+        return loss(params, x, g, z0)[1].value
+
+    want = jax.jit(value)(params, x, g, jnp.ones_like(g))
+    z0 = jnp.ones_like(g)
+    got = jax.jit(value, donate_argnums=3)(params, x, g, z0)
+    assert z0.is_deleted()
+    assert_equal(got, want, SAME)
+
+
+@kinds
+def test_export(solver, adjoint):
+    arguments = single()
+    gradient = jax.jit(gradient_of(loss_of(solver, adjoint)))
+    exported = jax.export.export(gradient, platforms=("cpu", "tpu", "cuda"))(*arguments)
+    assert exported.platforms == ("cpu", "tpu", "cuda")
+    assert_equal(exported.call(*arguments), gradient(*arguments), SAME)
+
+
+@kinds
 def test_debug_nans(solver, adjoint):
-    """Statistics hold no NaN of their own; an example that stops early has a trace."""
+    """Statistics hold no NaN of their own, the trace of one that stopped included."""
     params, x, g = single()
     x[0] = 0
-    pair = {
+    measures = ADJOINTS[adjoint].measures
+    options: Any = {
         "solver": replace(SOLVERS[solver], trace=True),
         "adjoint": ADJOINTS[adjoint],
     }
 
     def loss(params, x, probe):
-        if not pair["adjoint"].measures:
-            probe = None
-        found = fixed_point(tanh, params, x, np.zeros_like(g), probe=probe, **pair)
+        found = fixed_point(tanh, params, x, np.zeros_like(g), probe=probe, **options)
         return jnp.sum(found.value * g), found
 
     with jax.debug_nans(True):
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
-        got, found = gradient(params, x, backward_probe(BATCH))
-    for leaf in jax.tree.leaves((got, found)):
+        got = gradient(params, x, backward_probe(BATCH) if measures else None)
+    for leaf in jax.tree.leaves(got):
         assert not np.any(np.isnan(leaf))
+
+
+@kinds
+def test_enabling_x64_changes_no_single_precision(solver, adjoint):
+    arguments = single()
+    gradient = gradient_of(loss_of(solver, adjoint))
+    want = jax.jit(gradient)(*arguments)
+    with jax.enable_x64(True):
+        got = jax.jit(gradient)(*arguments)
+    assert jax.tree.map(jnp.result_type, got) == jax.tree.map(jnp.result_type, want)
+    assert_equal(got, want, SAME)
+
+
+def sharded(solver, adjoint, mesh):
+    """The gradients, the probe's, and the solution, and the same in shard_map."""
+    loss = loss_of(solver, adjoint)
+
+    def gradients(params, x, g, probe):
+        # Parameters are the same on every device: their gradient is summed over all.
+        return jax.grad(
+            lambda params, x, probe: loss(params, x, g, probe=probe),
+            argnums=(0, 1, 2),
+            has_aux=True,
+        )(params, x, probe)
+
+    rows = P("data")
+    return jax.jit(gradients), jax.jit(
+        jax.shard_map(
+            gradients,
+            mesh=mesh,
+            in_specs=(P(), rows, rows, rows),
+            out_specs=((P(), rows, rows), rows),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("solver", "adjoint"),
+    [("anderson", adjoint) for adjoint in ADJOINTS]
+    + [("plain", "neumann"), ("picard", "neumann"), ("broyden", "neumann")],
+)
+def test_shard_map_has_the_types_of_what_varies(solver, adjoint):
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    probe = backward_probe(BATCH) if ADJOINTS[adjoint].measures else None
+    plain, split = sharded(solver, adjoint, mesh)
+    want, got = (jax.eval_shape(f, *single(), probe) for f in (plain, split))
+    shapes = [
+        [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
+        for tree in (got, want)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.slow
+def test_shard_map_on_four_devices_gives_what_one_gives():
+    # A process of its own: the number of devices is fixed when JAX starts.
+    code = """
+        import jax, numpy as np
+        from jax.sharding import Mesh
+        from fixed_points import assert_equal
+        from fixed_point.test_transformations import *
+
+        mesh = Mesh(np.array(jax.devices()), ("data",))
+        params, x, g = single(batch=8)
+        x = x * np.linspace(0.1, 3, 8, dtype=np.float32)[:, None]  # other step counts
+        for solver, adjoint in PAIRS:
+            probe = backward_probe(8) if ADJOINTS[adjoint].measures else None
+            plain, split = sharded(solver, adjoint, mesh)
+            got, want = (f(params, x, g, probe) for f in (split, plain))
+            (*gradients, stats), found = got
+            (*others, same), other = want
+            assert_equal(gradients, others, 1e-4)
+            assert_equal(found.value, other.value, SAME)
+            assert np.array_equal(found.stats.steps, other.stats.steps)
+            if probe is not None:
+                assert np.array_equal(stats.steps, same.steps), (solver, adjoint)
+                assert np.array_equal(stats.failed, same.failed), (solver, adjoint)
+        print("same on", jax.device_count())
+    """
+    flag = "--xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ
+        | {
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flag}",
+            "PYTHONPATH": os.path.dirname(os.path.dirname(__file__)),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "same on 4\n", done.stderr
+
+
+def test_what_varies_besides_z_and_a_probe_of_all_devices():
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    params, x, g = single()
+    options: Any = {"solver": SOLVERS["anderson"], "adjoint": ADJOINTS["gmres"]}
+
+    def gradient(params, x, probed):
+        # z0 is the same on every device, and so is the probe; x is closed over.
+        z0, probe = jnp.zeros(g.shape, g.dtype), backward_probe(BATCH)
+
+        def loss(x):
+            found = fixed_point(
+                lambda params, _, z: tanh(params, x, z),
+                params,
+                None,
+                z0,
+                probe=probe if probed else None,
+                **options,
+            )
+            return jnp.sum(found.value)
+
+        return jax.grad(loss)(x)
+
+    def split(probed):
+        return jax.shard_map(
+            partial(gradient, probed=probed),
+            mesh=mesh,
+            in_specs=(P(), P("data")),
+            out_specs=P("data"),
+        )
+
+    want = jax.jit(partial(gradient, probed=False))(params, x)
+    assert_equal(jax.jit(split(probed=False))(params, x), want, SAME)
+    with pytest.raises(ValueError, match="the probe must be split over the devices"):
+        jax.eval_shape(split(probed=True), params, x)
