@@ -18,10 +18,10 @@ from flax import nnx
 
 from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime import processes
-from implicit_slots.runtime.compiling import runs_once
+from implicit_slots.runtime.compiling import runs_once, standard_arithmetic
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.files import write_atomically
+from implicit_slots.runtime.files import expand, write_atomically
 from implicit_slots.runtime.workdir import CONFIG_FILE, read_config, writing
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.state import TrainState, initial_state
@@ -215,17 +215,23 @@ def load(
     Raises:
       UserError: if there is no such run or checkpoint, or it cannot be read.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = expand(workdir)
     path = workdir / CONFIG_FILE
     if not path.exists() or not (workdir / CHECKPOINT_FOLDER).is_dir():
         raise UserError(f"{workdir} holds no run; train one there first")
     config = read_config(path)
+    with standard_arithmetic():
+        return config, _load(config, workdir, step)
+
+
+def _load(config: Config, workdir: pathlib.Path, step: int | None) -> Any:
+    """The model of a run's checkpoint."""
     try:
         graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} is not a configuration of this version ({error}); train again, or "
-            "read it with the version that wrote it"
+            f"{workdir / CONFIG_FILE} is not a configuration of this version "
+            f"({error}); train again, or read it with the version that wrote it"
         ) from error
     optimizer = build_optimizer(config.optimizer, shapes, num_steps=config.num_steps)
 
@@ -246,7 +252,7 @@ def load(
                 raise UserError(f"{folder / str(step)}: {damage}") from damage
     if found is None:
         raise UserError(f"{workdir} holds no checkpoint; train there first")
-    return config, nnx.merge(graphdef, found[0].evaluated)
+    return nnx.merge(graphdef, found[0].evaluated)
 
 
 def _checksums(folder: pathlib.Path) -> dict[str, int]:
