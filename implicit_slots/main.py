@@ -91,6 +91,10 @@ def main(argv: list[str]) -> None:
     several = workdirs(_WORKDIR.value or "", to_compare=evaluates)
     if len(several) > 1:
         sys.exit(_compare(several))
+    try:
+        workdir = expand(_WORKDIR.value or os.path.join("runs", str(config.name)))
+    except UserError as error:
+        sys.exit(f"error: {error}")
     if _DATA.value and _MODE.value != "evaluate":
         sys.exit("error: --data is for --mode=evaluate; --config says what to train on")
     xla_warnings.leave_out()
@@ -99,9 +103,7 @@ def main(argv: list[str]) -> None:
     from implicit_slots.runtime.preemption import Preempted
     from implicit_slots.training.run import run
 
-    workdir = pathlib.Path()
     try:
-        workdir = expand(_WORKDIR.value or os.path.join("runs", str(config.name)))
         if where := processes.initialize(
             _DISTRIBUTED.value,
             coordinator=_COORDINATOR.value,

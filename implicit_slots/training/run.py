@@ -35,7 +35,7 @@ from implicit_slots.runtime.compiling import Program
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import find_devices, replicated, state_sharding
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.files import write_atomically, write_json
+from implicit_slots.runtime.files import expand, write_atomically, write_json
 from implicit_slots.runtime.metric_writers import MetricWriter
 from implicit_slots.runtime.versions import versions
 from implicit_slots.runtime.workdir import (
@@ -95,6 +95,7 @@ def run(
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
     """
     began = time.perf_counter() if began is None else began
+    workdir = expand(workdir)
     compiling.enable_cache()
     find_devices()
     key = "optimize_programs"
