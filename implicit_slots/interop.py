@@ -35,9 +35,10 @@ from ml_collections import config_flags
 from implicit_slots.models.official import from_official, to_official
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.files import expand
-from implicit_slots.runtime.flags import parse
+from implicit_slots.runtime.files import expand, write_json
+from implicit_slots.runtime.flags import parse, refuse_rest
 from implicit_slots.runtime.weights import SUFFIXES, read_weights, write_weights
+from implicit_slots.runtime.workdir import CONFIG_FILE, absolute
 
 
 def convert(
@@ -57,6 +58,7 @@ def convert(
     """
     # A command line's --help needs no JAX.
     from implicit_slots.models.build import split_model
+    from implicit_slots.runtime import compiling, devices
     from implicit_slots.training import checkpoint
 
     if target.exists():
@@ -69,15 +71,16 @@ def convert(
             else f"{target} does not end in {' or '.join(SUFFIXES)}; to write a "
             "workdir, say with which --config"
         )
+    devices.find_devices()
     try:
         if source.is_dir():
             weights = to_official(split_model(checkpoint.load(source)[1])[1])
         else:
             weights = read_weights(source)
         if config is None:
-            write_weights(target, weights)
-        else:
-            _write_run(target, weights, config)
+            return write_weights(target, weights)
+        with compiling.standard_arithmetic():
+            _write_run(target, weights, absolute(config))
     except OSError as error:
         raise UserError(str(error)) from error
 
@@ -87,12 +90,9 @@ def _write_run(
 ) -> None:
     """Makes a workdir that a run goes on with; removes it where that fails."""
     import jax
-    import jax.numpy as jnp
     from flax import nnx
 
     from implicit_slots.models.build import build, split_model
-    from implicit_slots.runtime.files import write_json
-    from implicit_slots.runtime.workdir import CONFIG_FILE
     from implicit_slots.training.checkpoint import CHECKPOINT_FOLDER, Checkpoints
     from implicit_slots.training.checks import check
     from implicit_slots.training.optimizer import build_optimizer
@@ -101,7 +101,7 @@ def _write_run(
     check(config, "train")
     _, shapes = split_model(nnx.eval_shape(lambda: build(config)))
     optimizer = build_optimizer(config.optimizer, shapes, num_steps=config.num_steps)
-    params = jax.tree.map(jnp.asarray, from_official(weights, shapes))
+    params = jax.tree.map(jax.numpy.asarray, from_official(weights, shapes))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         folder = workdir / CHECKPOINT_FOLDER
@@ -114,15 +114,16 @@ def _write_run(
         raise
 
 
-def main(_: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Converts what the flags say; exits with 1 on what the user can put right."""
     logging.set_verbosity(logging.WARNING)
-    source, target = map(expand, (flags.FLAGS.source, flags.FLAGS.target))
+    refuse_rest(argv)
+    given = flags.FLAGS
     try:
-        convert(source, target, flags.FLAGS.config)
+        convert(expand(given.source), expand(given.target), given.config)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(f"wrote {target}")
+    print(f"wrote {expand(given.target)}")
 
 
 def _define_flags() -> None:

@@ -14,6 +14,7 @@ from implicit_slots.runtime.errors import InvalidValue
 NORM_EPSILON = 1e-5
 
 # What products are made in; None: as their parameters are.
+POSITION_KINDS = ("normal", "smooth")
 PRECISIONS = {"float32": None, "bfloat16": jnp.bfloat16}
 
 # PyTorch's kaiming_uniform_(nonlinearity="relu"): bound √(6 / fan_in).
@@ -349,13 +350,14 @@ def token_positions(
       width: of a vector.
       rngs: source of both.
     """
+    if kind not in POSITION_KINDS:
+        raise InvalidValue(
+            f"initial_positions must be one of {', '.join(POSITION_KINDS)}, got "
+            f"{kind!r}"
+        )
     draw = nnx.initializers.truncated_normal(scale)
     positions = draw(rngs.params(), (1 + side**2, width))
     if kind == "smooth":
         grid = scale * smooth_positions(rngs.params(), side, width)
         return positions.at[1:].set(grid)
-    if kind != "normal":
-        raise InvalidValue(
-            f'initial_positions must be "normal" or "smooth", got {kind!r}'
-        )
     return positions

@@ -18,10 +18,10 @@ from flax import nnx
 
 from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime import processes
-from implicit_slots.runtime.compiling import runs_once
+from implicit_slots.runtime.compiling import runs_once, standard_arithmetic
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.files import write_atomically
+from implicit_slots.runtime.files import expand, write_atomically
 from implicit_slots.runtime.workdir import CONFIG_FILE, read_config, writing
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.state import TrainState, initial_state
@@ -115,10 +115,14 @@ class Checkpoints:
         """Reads one checkpoint into the shapes and shardings of `like`.
 
         Raises:
-          Damaged: if it cannot be read or is not what was written.
+          Damaged: if it is not what was written.
+          UserError: if it cannot be read for another reason; it is whole.
         """
         # Before Orbax reads: it would load numbers that were changed.
-        damage = self._damage(step) if processes.is_main() else ""
+        folder, damage, whole = self.folder / str(step), "", False
+        with processes.together():
+            if processes.is_main():
+                damage, whole = _look_through(folder)
         if not processes.agree(not damage):
             raise Damaged(damage)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
@@ -126,34 +130,19 @@ class Checkpoints:
             state=ocp.args.StandardRestore(abstract), loop=ocp.args.JsonRestore()
         )
         found: Any = None
+        failure: Exception | None = None
         try:
             with _silenced():
                 found = self._manager.restore(step, args=items)
             found = TrainState(**found["state"]), SavedLoop(**found["loop"])
         except Exception as error:  # Orbax raises whatever its storage layer raises
-            damage = _reason(error)
-        if not processes.agree(not damage):
-            raise Damaged(damage)
-        return found
-
-    def _damage(self, step: int) -> str:
-        """What is wrong with a checkpoint's files, or nothing."""
-        folder = self.folder / str(step)
-        try:
-            found = _checksums(folder)
-            wanted = dict(json.loads((folder / CHECKSUM_FILE).read_text()))
-        except FileNotFoundError:
-            return ""
-        except OSError as error:
-            return f"{error.filename}: {error.strerror}"
-        except (TypeError, ValueError):
-            return f"{CHECKSUM_FILE} cannot be read"
-        for name in sorted(wanted.keys() | found.keys()):
-            if name not in found:
-                return f"{name} is missing"
-            if wanted.get(name) != found[name]:
-                return f"{name} is not as it was written"
-        return ""
+            failure = error
+        if processes.agree(failure is None):
+            return found
+        reason = "another process cannot" if failure is None else _reason(failure)
+        if not processes.agree(not whole):  # Process 0 knows.
+            raise UserError(_unread(folder, reason)) from failure
+        raise Damaged(reason) from failure
 
     def set_aside(self, step: int) -> pathlib.Path:
         """Moves a checkpoint out of the way; returns where it lies now."""
@@ -226,17 +215,23 @@ def load(
     Raises:
       UserError: if there is no such run or checkpoint, or it cannot be read.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = expand(workdir)
     path = workdir / CONFIG_FILE
     if not path.exists() or not (workdir / CHECKPOINT_FOLDER).is_dir():
         raise UserError(f"{workdir} holds no run; train one there first")
     config = read_config(path)
+    with standard_arithmetic():
+        return config, _load(config, workdir, step)
+
+
+def _load(config: Config, workdir: pathlib.Path, step: int | None) -> Any:
+    """The model of a run's checkpoint."""
     try:
         graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} is not a configuration of this version ({error}); train again, or "
-            "read it with the version that wrote it"
+            f"{workdir / CONFIG_FILE} is not a configuration of this version "
+            f"({error}); train again, or read it with the version that wrote it"
         ) from error
     optimizer = build_optimizer(config.optimizer, shapes, num_steps=config.num_steps)
 
@@ -257,16 +252,62 @@ def load(
                 raise UserError(f"{folder / str(step)}: {damage}") from damage
     if found is None:
         raise UserError(f"{workdir} holds no checkpoint; train there first")
-    return config, nnx.merge(graphdef, found[0].evaluated)
+    return nnx.merge(graphdef, found[0].evaluated)
 
 
 def _checksums(folder: pathlib.Path) -> dict[str, int]:
-    """Of every file of a checkpoint, by its name within."""
+    """Of every file that Orbax wrote to a checkpoint, by its name within."""
     return {
-        str(file.relative_to(folder)): google_crc32c.value(file.read_bytes())
+        file.relative_to(folder).as_posix(): google_crc32c.value(file.read_bytes())
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != CHECKSUM_FILE
+        if file.is_file() and not file.name.startswith(".")
     }
+
+
+def _look_through(folder: pathlib.Path) -> tuple[str, bool]:
+    """Looks for damage in a checkpoint's files.
+
+    Files that were not written with it are none: other programs leave theirs
+    (.DS_Store, ._*, .nfs*, Thumbs.db).
+
+    Returns:
+      What is wrong, or nothing; whether that is known: a checkpoint may have no
+      checksums.
+
+    Raises:
+      UserError: if they cannot be read now, which says nothing of what they hold.
+    """
+    try:
+        wanted = json.loads((folder / CHECKSUM_FILE).read_text())
+        for name, checksum in sorted(wanted.items()):
+            try:
+                found = google_crc32c.value((folder / name).read_bytes())
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                return f"{name} is missing", True
+            if found != checksum:
+                return f"{name} is not as it was written", True
+    except FileNotFoundError:
+        return "", False
+    except OSError as error:
+        reason = f"{error.filename or folder}: {error.strerror}"
+        if error.errno == errno.EIO:  # The disk has lost it.
+            return reason, True
+        raise UserError(_unread(folder, reason)) from error
+    except (AttributeError, ValueError):
+        return f"{CHECKSUM_FILE} cannot be read", True
+    return "", True
+
+
+def _unread(folder: pathlib.Path, reason: str) -> str:
+    """What is said of a checkpoint that cannot be read although it may be whole."""
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads((folder / CHECKSUM_FILE).read_text())
+        if others := sorted(_checksums(folder).keys() - {*known, CHECKSUM_FILE}):
+            reason += f"; no run wrote {others[0]}, which may be why"
+    return (
+        f"the checkpoint {folder} cannot be read ({reason}); it is left as it is: put "
+        "that right and start the same command again"
+    )
 
 
 @contextlib.contextmanager

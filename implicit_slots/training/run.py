@@ -33,9 +33,9 @@ from implicit_slots.report.page import write_report
 from implicit_slots.runtime import compiling, preemption, processes
 from implicit_slots.runtime.compiling import Program
 from implicit_slots.runtime.config import Config
-from implicit_slots.runtime.devices import replicated, state_sharding
+from implicit_slots.runtime.devices import find_devices, replicated, state_sharding
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.files import write_atomically, write_json
+from implicit_slots.runtime.files import expand, write_atomically, write_json
 from implicit_slots.runtime.metric_writers import MetricWriter
 from implicit_slots.runtime.versions import versions
 from implicit_slots.runtime.workdir import (
@@ -43,6 +43,7 @@ from implicit_slots.runtime.workdir import (
     CONFIG_FILE,
     EVALUATION_FOLDER,
     SUMMARY_FILE,
+    absolute,
     locked,
     read_summary,
     writing,
@@ -94,9 +95,12 @@ def run(
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
     """
     began = time.perf_counter() if began is None else began
+    workdir = expand(workdir)
     compiling.enable_cache()
+    find_devices()
     key = "optimize_programs"
-    with compiling.optimised(config.get(key, ABSENT[key])):
+    optimised = compiling.optimised(config.get(key, ABSENT[key]))
+    with compiling.standard_arithmetic(), optimised:
         if not processes.same(f"{config.to_json()} {workdir} {mode} {checkpoint}"):
             raise UserError(
                 "the processes of this run have different configurations, workdirs or "
@@ -104,6 +108,7 @@ def run(
             )
         with processes.together():
             check(config, mode, checkpoint)
+            config = absolute(config)
             check_same_run(config, workdir, training=mode == "train")
             parts = build_parts(config, mode)
         if mode == "replay":
