@@ -1,5 +1,6 @@
 """Command line: `python -m implicit_slots.main --config=configs/scenes.py`."""
 
+import logging as standard_logging
 import os
 import pathlib
 import shlex
@@ -82,8 +83,10 @@ def main(argv: list[str]) -> None:
     Exits with 1 on what the user can put right, and with 75 ("try again") where the run
     was told to stop and the same command goes on.
     """
-    # Orbax and clu report every file they touch at INFO.
+    # Orbax and clu report every file they touch at INFO, Matplotlib a home folder that
+    # is not there.
     logging.set_verbosity(logging.WARNING)
+    standard_logging.getLogger("matplotlib").setLevel(standard_logging.ERROR)
     keep_freed_memory()
     refuse_rest(argv)
     config = _CONFIG.value
