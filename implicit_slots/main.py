@@ -1,5 +1,6 @@
 """Command line: `python -m implicit_slots.main --config=configs/scenes.py`."""
 
+import logging as standard_logging
 import os
 import pathlib
 import shlex
@@ -26,7 +27,7 @@ from implicit_slots.runtime.flags import (
     refuse_rest,
     without,
 )
-from implicit_slots.runtime.signals import stopping
+from implicit_slots.runtime.signals import open_streams, stopping
 from implicit_slots.runtime.workdir import config_flag, workdirs, writing
 
 _BEGAN = time.perf_counter()
@@ -91,8 +92,10 @@ def main(argv: list[str]) -> None:
     Exits with 1 on what the user can put right, and with 75 ("try again") where the run
     was told to stop and the same command goes on.
     """
-    # Orbax and clu report every file they touch at INFO.
+    # Orbax and clu report every file they touch at INFO, Matplotlib a home folder that
+    # is not there.
     logging.set_verbosity(logging.WARNING)
+    standard_logging.getLogger("matplotlib").setLevel(standard_logging.ERROR)
     keep_freed_memory()
     refuse_rest(argv)
     config = _CONFIG.value
@@ -235,6 +238,7 @@ def _end(stop: SystemExit) -> NoReturn:
 
 
 if __name__ == "__main__":
+    open_streams()
     # Before the loop, which saves first, and after it, nothing can be lost. (C++ that
     # calls Python may swallow an exception.)
     for number in stopping():

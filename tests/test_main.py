@@ -38,7 +38,6 @@ def command(*arguments, **environment):
         (["--workdir=gs://b/run", "--config=configs/scenes.py:smoke"], 1, "gcsfuse"),
         (["--workdir=gs://b/run", "--mode=evaluate"], 1, "gcsfuse"),
         (["--config=~no-one/mine.py"], 1, "there is no home folder for ~no-one"),
-        (["--config=configs/scenes.py", "my", "runs"], 2, "'my' is no flag"),
         (["--data=x.py", "--config=configs/scenes.py"], 1, "--mode=evaluate"),
         (["--config=configs/scenes.py:vanila"], 1, "vanila"),
         ([f"--config={ROOT}/configs/scenes.py:vanila"], 1, "vanila"),

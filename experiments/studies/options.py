@@ -28,7 +28,7 @@ from implicit_slots.evaluation.validation import (
     validate,
 )
 from implicit_slots.runtime import compiling
-from implicit_slots.runtime.files import write_atomically, write_json
+from implicit_slots.runtime.files import expand, write_atomically, write_json
 from implicit_slots.runtime.prng import Given
 from implicit_slots.training.codebook import with_codebook
 from implicit_slots.training.parts import Parts, build_parts
@@ -173,7 +173,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Trains what is missing and prints the table of what there is."""
     parser = argparse.ArgumentParser(description="What each option of SLATE is worth.")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=expand, required=True)
     parser.add_argument("--steps", type=int, default=2_500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)

@@ -1,4 +1,4 @@
-"""The signals that tell a run to stop."""
+"""The signals that tell a run to stop, and an output that is gone."""
 
 import os
 import signal
@@ -17,6 +17,21 @@ def stopping() -> list[signal.Signals]:
     """
     found = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
     return [n for n in found if signal.getsignal(n) is not signal.SIG_IGN]
+
+
+def open_streams() -> None:
+    """Opens what a service was started without: output, input or errors, to nowhere.
+
+    Python has None in their place, and the next file that is opened would take theirs.
+    """
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor < 2:
+        descriptor = os.dup(descriptor)
+    if descriptor > 2:
+        os.close(descriptor)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", buffering=1))
 
 
 def terminals() -> list[int]:

@@ -29,8 +29,9 @@ from implicit_slots.runtime.values import (
     check_values,
 )
 from implicit_slots.runtime.workdir import ABSENT
-from implicit_slots.training.optimizer import CLIPPINGS, SCHEDULES
 
+SCHEDULES = ("constant", "half_life", "cosine", "plateau")
+CLIPPINGS = ("none", "l2", "max_norm")
 COUNT, ANY = Whole(1), Whole(0)
 # Of layers: what a model of any machine has, so that a slip is not built for hours.
 SIZE, DEPTH = Whole(1, 2**16), Whole(1, 1_000)

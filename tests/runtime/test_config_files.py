@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import zipfile
 
 import pytest
 
@@ -73,6 +74,10 @@ def test_a_wheel_holds_the_configurations(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+        top = {name.split("/")[0] for name in archive.namelist()}
+    assert {name.split("-")[0] for name in top} == {"implicit_slots"}
     (tmp_path / "work").mkdir()
     command = [
         *[sys.executable, "-m", "implicit_slots.main", "--config=configs/clevr.py"],
@@ -81,7 +86,7 @@ def test_a_wheel_holds_the_configurations(tmp_path):
     done = subprocess.run(
         command,
         cwd=tmp_path / "work",
-        env={**os.environ, "PYTHONPATH": str(wheel)},  # Python reads zip archives.
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
         capture_output=True,
         text=True,
         check=False,

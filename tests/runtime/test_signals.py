@@ -1,6 +1,7 @@
 """Which signals tell a run to stop."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -48,6 +49,24 @@ def test_before_the_loop_they_end_the_command_with_its_code():
     )
     done = subprocess.run([sys.executable, "-c", program], check=False)
     assert done.returncode == 75
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+def test_without_standard_streams_output_goes_nowhere(closed, tmp_path):
+    """As a service may be started."""
+    program = (
+        "import os, sys\n"
+        "from implicit_slots.runtime.signals import open_streams\n"
+        "open_streams()\n"
+        "print('a'); print('b', file=sys.stderr); sys.stdout.flush()\n"
+        "os.fstat(0), os.fstat(1), os.fstat(2)\n"
+        "open(sys.argv[1], 'w').write('done')"
+    )
+    shell = " ".join(f"{number}>&-" for number in closed)
+    command = [sys.executable, "-c", program, str(tmp_path / "file")]
+    done = subprocess.run(f"{shlex.join(command)} {shell}", shell=True, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_text() == "done"
 
 
 def test_what_is_written_to_a_terminal_that_is_gone_goes_nowhere(capfd):
