@@ -45,27 +45,26 @@ def trace(
     """Traces f, without `has_aux` with None for an auxiliary output.
 
     Returns:
-      The program, the values that f closes over, and z0, which inside `jax.shard_map`
-      differs on as many devices as what f makes of it.
+      The program, the values that f closes over, and z0, where what f makes of it lies.
 
     Raises:
       ValueError: if f changes the structure, a shape or a dtype of z.
     """
-    axes = vectors.varying_axes(z0)
+    place = vectors.place_of(z0)
 
     # A function of this call: JAX would not trace again what it has seen.
     def fresh(params, x, z):
-        nonlocal axes
+        nonlocal place
         returned = f(params, x, z) if has_aux else (f(params, x, z), None)
         _check_returned(returned, z)
         value, aux = returned
-        axes = vectors.varying_axes((z, value))
-        return vectors.varying(value, axes), aux
+        place = vectors.place_of((z, value))
+        return vectors.placed(value, place), aux
 
     while True:
-        z0 = vectors.varying(z0, axes)
+        z0 = vectors.placed(z0, place)
         jaxpr, shapes = jax.make_jaxpr(fresh, return_shape=True)(params, x, z0)
-        if axes == vectors.varying_axes(z0):
+        if place == vectors.place_of(z0):
             return Program(f, jaxpr, jax.tree.structure(shapes)), jaxpr.consts, z0
 
 
