@@ -232,7 +232,7 @@ class Adaptive:
                 jnp.any(state.active) & (jnp.max(state.terms) < self.max_terms)
             ),
             lambda state: self._add_term(state, phi),
-            vectors.varying(start, vectors.varying_axes(g)),
+            vectors.placed(start, vectors.place_of(g)),
         )
         met = end.error <= self.rtol
         u = scale * vectors.select(met, end.u, end.best)

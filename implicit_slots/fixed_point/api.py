@@ -144,11 +144,13 @@ def fixed_point(
         raise ValueError(f"u0 must be like z0, which is {want}, but it is {got}")
     with _precision(matmul_precision):
         program, closed_over, z0 = trace(f, params, x, z0, has_aux=has_aux)
-    if probe is not None and vectors.varying_axes(probe) != vectors.varying_axes(z0):
-        raise ValueError(
-            "inside jax.shard_map the probe must be split over the devices as z0 is: "
-            "pass it in, and split it by in_specs"
-        )
+    if probe is not None:
+        if vectors.place_of(probe).varying != vectors.place_of(z0).varying:
+            raise ValueError(
+                "inside jax.shard_map the probe must be split over the devices as z0 "
+                "is: pass it in, and split it by in_specs"
+            )
+        probe = vectors.placed(probe, vectors.place_of(z0))
     solve = _compiled(program, solver, adjoint)
     return Solution(*solve((closed_over, params), x, z0, probe, u0))
 
@@ -348,7 +350,7 @@ def _implicit_backward(f, solver, adjoint: Linearised, residuals, cotangents):
         x_cotangent,
         jax.tree.map(jnp.zeros_like, z),
         # Counts may be constants.
-        None if probe is None else vectors.varying(stats, vectors.varying_axes(probe)),
+        None if probe is None else vectors.placed(stats, vectors.place_of(probe)),
         None if u0 is None else unravel(u),
     )
 

@@ -194,7 +194,7 @@ def _pull_backs(f, params, x, z0, solver, adjoint):
         ).value
 
     # Inside shard_map the gradients of one device's examples are its own.
-    params = vectors.varying(params, vectors.varying_axes(z0))
+    params = vectors.placed(params, vectors.place_of(z0)._replace(rows=None))
     return jax.vjp(value, params, jax.tree.map(jnp.zeros_like, z0))[1]
 
 
@@ -253,7 +253,7 @@ def _hessenberg(
         # Column by column: the rows of the transpose.
         return vectors.put(basis, j + 1, new), vectors.put(matrix, j, column)
 
-    carry = vectors.varying(carry, vectors.varying_axes(like))
+    carry = vectors.placed(carry, vectors.place_of(like))
     _, matrix = jax.lax.fori_loop(0, count, step, carry)
     return matrix[:, :, :count].swapaxes(1, 2)
 

@@ -158,7 +158,7 @@ class Solver(abc.ABC):
                 size=size,
             )
         state = State(z0, steps, active, self.start(z0), record)
-        return vectors.varying(state, vectors.varying_axes(z0))
+        return vectors.placed(state, vectors.place_of(z0))
 
     def step(self, state: State, fz: PyTree) -> State:
         """Moves the active examples on, given f at the state's z."""

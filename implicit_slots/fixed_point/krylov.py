@@ -87,7 +87,7 @@ class GMRES(_Krylov):
         state = jax.lax.while_loop(
             lambda state: jnp.any(state.active) & (jnp.max(state.steps) < count),
             step,
-            vectors.varying(start, vectors.varying_axes(g)),
+            vectors.placed(start, vectors.place_of(g)),
         )
         u = g + _assemble(state)
         return measured(phi, g, u, state.steps, size, self.rtol, self.atol)
@@ -233,7 +233,7 @@ class BiCGSTAB(_Krylov):
                 jnp.any(state.active) & (jnp.max(state.steps) + 2 <= self.max_steps)
             ),
             step,
-            vectors.varying(start, vectors.varying_axes(g)),
+            vectors.placed(start, vectors.place_of(g)),
         )
         found = state.best, state.steps
         return measured(phi, g, *found, size, self.rtol, self.atol)

@@ -97,9 +97,9 @@ def dense_matrix(
       block: how many columns are made at a time.
     """
     units = jnp.eye(like.shape[1], dtype=like.dtype)
-    units = vectors.varying(units, vectors.varying_axes(like))
+    place = vectors.place_of(like)
     columns = jax.lax.map(
-        lambda unit: apply(jnp.broadcast_to(unit, like.shape)),
+        lambda unit: apply(vectors.placed(jnp.broadcast_to(unit, like.shape), place)),
         units,
         batch_size=min(block, like.shape[1]),
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import PyTree
 
@@ -45,38 +46,38 @@ def trace(
     """Traces f, without `has_aux` with None for an auxiliary output.
 
     Returns:
-      The program, the values that f closes over, and z0, which inside `jax.shard_map`
-      differs on as many devices as what f makes of it.
+      The program, the values that f closes over, and z0, where what f makes of it lies.
 
     Raises:
       ValueError: if f changes the structure, a shape or a dtype of z.
     """
-    axes = vectors.varying_axes(z0)
+    place = vectors.place_of(z0)
 
     # A function of this call: JAX would not trace again what it has seen.
     def fresh(params, x, z):
-        nonlocal axes
+        nonlocal place
         returned = f(params, x, z) if has_aux else (f(params, x, z), None)
         _check_returned(returned, z)
         value, aux = returned
-        axes = vectors.varying_axes((z, value))
-        return vectors.varying(value, axes), aux
+        place = vectors.place_of((z, value))
+        return vectors.placed(value, place), aux
 
     while True:
-        z0 = vectors.varying(z0, axes)
+        z0 = vectors.placed(z0, place)
         jaxpr, shapes = jax.make_jaxpr(fresh, return_shape=True)(params, x, z0)
-        if axes == vectors.varying_axes(z0):
+        if place == vectors.place_of(z0):
             return Program(f, jaxpr, jax.tree.structure(shapes)), jaxpr.consts, z0
 
 
 def _check_returned(returned: Any, z: PyTree) -> None:
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise ValueError(f"with has_aux f must return (z, aux), it returned {returned}")
+
     # Compared by shape and dtype alone: weak types and shardings may differ.
-    got, want = (
-        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-        for tree in (returned[0], z)
-    )
+    def described(leaf):
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+
+    got, want = (jax.tree.map(described, tree) for tree in (returned[0], z))
     if got != want:
         raise ValueError(
             f"f must return z as it got it: z0 is {want}, but f returned {got}"

@@ -1,9 +1,11 @@
 """A batch of pytrees as a batch of vectors: one vector per example, over all leaves."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -56,30 +58,49 @@ def ravel(
     return jnp.concatenate(flat, axis=1), unravel
 
 
-def varying(tree: PyTree, axes: frozenset) -> PyTree:
-    """Lets what is the same on every device of `jax.shard_map` differ over mesh axes.
+class Place(NamedTuple):
+    """Where the batch lies, as far as JAX's types say.
 
-    A loop has to begin with the types that it goes on with, and what is made of
-    constants is the same on every device.
+    Attributes:
+      varying: mesh axes of `jax.shard_map` over which values may differ.
+      rows: mesh axes that the batch axis is split over under explicit sharding.
     """
 
-    def mark(leaf):
-        missing = axes - varying_axes(leaf)
-        return jax.lax.pcast(leaf, tuple(missing), to="varying") if missing else leaf
-
-    return jax.tree.map(mark, tree)
+    varying: frozenset
+    rows: Any
 
 
-def varying_axes(tree: PyTree) -> frozenset:
-    """Returns the mesh axes of `jax.shard_map` over which a leaf may differ."""
-    leaves = jax.tree.leaves(tree)
-    return frozenset().union(*(jax.typeof(leaf).mat.varying for leaf in leaves))
+def place_of(tree: PyTree) -> Place:
+    """Returns what the leaves, each with a leading batch axis, have together."""
+    types = [jax.typeof(leaf) for leaf in jax.tree.leaves(tree)]
+    rows = [kind.sharding.spec[0] for kind in types]
+    return Place(
+        frozenset().union(*(kind.mat.varying for kind in types)),
+        next(filter(None, rows), None),
+    )
+
+
+def placed(tree: PyTree, place: Place) -> PyTree:
+    """Returns the leaves, scalars or with a leading batch axis, where z lies.
+
+    A loop has to begin with the types that it goes on with, and what is made of
+    constants is everywhere the same.
+    """
+
+    def move(leaf):
+        missing = place.varying - jax.typeof(leaf).mat.varying
+        if missing:
+            leaf = jax.lax.pcast(leaf, tuple(missing), to="varying")
+        if leaf.ndim and place.rows and not jax.typeof(leaf).sharding.spec[0]:
+            leaf = jax.reshard(leaf, PartitionSpec(place.rows))
+        return leaf
+
+    return jax.tree.map(move, tree)
 
 
 def normal(key: Key[Array, ""], like: Array) -> Array:
     """Draws a standard normal array of the shape, dtype and mesh axes of another."""
-    drawn = jax.random.normal(key, like.shape, like.dtype)
-    return varying(drawn, varying_axes(like))
+    return placed(jax.random.normal(key, like.shape, like.dtype), place_of(like))
 
 
 def binary_scale(a: Float[Array, "batch dim"]) -> Float[Array, "batch 1"]:

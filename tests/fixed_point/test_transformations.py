@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixed_points import BATCH, DIM, assert_equal, problem, tanh
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from implicit_slots.fixed_point import (
@@ -30,7 +30,10 @@ from implicit_slots.fixed_point import (
     Truncated,
     Unrolled,
     backward_probe,
+    coupling_norm,
+    diagnostics,
     fixed_point,
+    jacobian_norm,
 )
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
@@ -211,31 +214,40 @@ def test_enabling_x64_changes_no_single_precision(solver, adjoint):
     want = jax.jit(gradient)(*arguments)
     with jax.enable_x64(True):
         got = jax.jit(gradient)(*arguments)
-    assert jax.tree.map(jnp.result_type, got) == jax.tree.map(jnp.result_type, want)
-    assert_equal(got, want, SAME)
+    assert types(got) == types(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def sharded(solver, adjoint, mesh):
-    """The gradients, the probe's, and the solution, and the same in shard_map."""
+def probed(solver, adjoint, batch):
+    """(params, x, g) -> (gradients, the backward statistics), the solution."""
     loss = loss_of(solver, adjoint)
+    measures = ADJOINTS[adjoint].measures
 
     def gradients(params, x, g, probe):
-        # Parameters are the same on every device: their gradient is summed over all.
         return jax.grad(
             lambda params, x, probe: loss(params, x, g, probe=probe),
             argnums=(0, 1, 2),
             has_aux=True,
         )(params, x, probe)
 
+    return gradients, backward_probe(batch) if measures else None
+
+
+def split(gradients, mesh):
+    """The same on each device's share of the batch, in shard_map."""
     rows = P("data")
-    return jax.jit(gradients), jax.jit(
-        jax.shard_map(
-            gradients,
-            mesh=mesh,
-            in_specs=(P(), rows, rows, rows),
-            out_specs=((P(), rows, rows), rows),
-        )
+    # Parameters are the same on every device: their gradient is summed over all.
+    return jax.shard_map(
+        gradients,
+        mesh=mesh,
+        in_specs=(P(), rows, rows, rows),
+        out_specs=((P(), rows, rows), rows),
     )
+
+
+def types(tree):
+    """Shapes and dtypes."""
+    return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
 
 
 @pytest.mark.parametrize(
@@ -245,40 +257,117 @@ def sharded(solver, adjoint, mesh):
 )
 def test_shard_map_has_the_types_of_what_varies(solver, adjoint):
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    probe = backward_probe(BATCH) if ADJOINTS[adjoint].measures else None
-    plain, split = sharded(solver, adjoint, mesh)
-    want, got = (jax.eval_shape(f, *single(), probe) for f in (plain, split))
-    shapes = [
-        [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
-        for tree in (got, want)
-    ]
-    assert shapes[0] == shapes[1]
+    gradients, probe = probed(solver, adjoint, BATCH)
+    got = jax.eval_shape(split(gradients, mesh), *single(), probe)
+    assert types(got) == types(jax.eval_shape(gradients, *single(), probe))
+
+
+@pytest.mark.parametrize(
+    ("solver", "adjoint"),
+    [
+        ("picard", "unrolled"),
+        ("anderson", "gmres"),
+        ("broyden", "bicgstab"),
+        ("plain", "adaptive"),
+        ("plain", "dense"),
+    ],
+)
+def test_explicit_sharding_has_the_types_of_the_batch(solver, adjoint):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
+    gradients, probe = probed(solver, adjoint, BATCH)
+    with jax.set_mesh(mesh):
+        params, *rows = single()
+        rows = jax.device_put(rows, P("data"))
+        (_, of_x, _), found = jax.eval_shape(gradients, params, *rows, probe)
+    for leaf in (of_x, found.value, *jax.tree.leaves(found.stats)):
+        assert leaf.sharding.spec[0] == "data"
+
+
+@pytest.mark.parametrize(
+    "estimate",
+    [
+        lambda f, p, x, z: diagnostics.spectral_radius(f, p, x, z, jax.random.key(0)),
+        lambda f, p, x, z: diagnostics.spectral_norm(f, p, x, z, jax.random.key(0)),
+        lambda f, p, x, z: jacobian_norm(f, p, x, z, jax.random.key(0)),
+        lambda f, params, x, z: coupling_norm(
+            lambda params, x, z: f(params, x, z[:, 0])[:, None],
+            params,
+            x,
+            z[:, None],
+            jax.random.key(0),
+        ),
+        diagnostics.dense_jacobian,
+    ],
+)
+def test_diagnostics_have_the_types_of_what_varies(estimate):
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    in_specs = P(), P("data"), P("data")
+    one = partial(estimate, tanh)
+    got = jax.shard_map(one, mesh=mesh, in_specs=in_specs, out_specs=P("data"))
+    assert types(jax.eval_shape(got, *single())) == types(
+        jax.eval_shape(one, *single())
+    )
 
 
 @pytest.mark.slow
-def test_shard_map_on_four_devices_gives_what_one_gives():
+def test_four_devices_give_what_one_gives():
     # A process of its own: the number of devices is fixed when JAX starts.
     code = """
         import jax, numpy as np
-        from jax.sharding import Mesh
+        from jax.sharding import Mesh, NamedSharding
         from fixed_points import assert_equal
         from fixed_point.test_transformations import *
 
-        mesh = Mesh(np.array(jax.devices()), ("data",))
         params, x, g = single(batch=8)
         x = x * np.linspace(0.1, 3, 8, dtype=np.float32)[:, None]  # other step counts
-        for solver, adjoint in PAIRS:
-            probe = backward_probe(8) if ADJOINTS[adjoint].measures else None
-            plain, split = sharded(solver, adjoint, mesh)
-            got, want = (f(params, x, g, probe) for f in (split, plain))
-            (*gradients, stats), found = got
-            (*others, same), other = want
+
+        def check(got, want):
+            (*gradients, stats), found = jax.device_get(got)
+            (*others, same), other = jax.device_get(want)
             assert_equal(gradients, others, 1e-4)
             assert_equal(found.value, other.value, SAME)
             assert np.array_equal(found.stats.steps, other.stats.steps)
-            if probe is not None:
-                assert np.array_equal(stats.steps, same.steps), (solver, adjoint)
-                assert np.array_equal(stats.failed, same.failed), (solver, adjoint)
+            if stats is not None:
+                assert np.array_equal(stats.steps, same.steps)
+                assert np.array_equal(stats.failed, same.failed)
+
+        mesh = Mesh(np.array(jax.devices()), ("data",))
+        explicit = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+        rows = jax.device_put((x, g), NamedSharding(explicit, P("data")))
+        for pair in PAIRS:
+            print(*pair, file=sys.stderr)
+            gradients, probe = probed(*pair, 8)
+            want = jax.jit(gradients)(params, x, g, probe)
+            check(jax.jit(split(gradients, mesh))(params, x, g, probe), want)
+            with jax.set_mesh(explicit):
+                check(jax.jit(gradients)(params, *rows, probe), want)
+
+        # The weights' rows are split as well: f sums over the devices that share them.
+        def part(params, x, z):
+            rows = len(params["a"])
+            first = rows * jax.lax.axis_index("model")
+            mine = jax.lax.dynamic_slice_in_dim(z, first, rows, axis=1)
+            total = jax.lax.psum(mine @ params["a"], "model")
+            return jnp.tanh(total + x @ params["b"])
+
+        def gradients(params, x, g, f):
+            def loss(params, x):
+                z0 = jnp.zeros(g.shape, g.dtype)
+                found = fixed_point(f, params, x, z0, **options)
+                return jnp.sum(found.value * g)
+
+            return jax.grad(loss, argnums=(0, 1))(params, x)
+
+        mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
+        specs = {"a": P("model"), "b": P()}, P("data")
+        for solver, adjoint in (("anderson", "gmres"), ("picard", "unrolled")):
+            options = {"solver": SOLVERS[solver], "adjoint": ADJOINTS[adjoint]}
+            both = jax.shard_map(
+                partial(gradients, f=part),
+                mesh=mesh, in_specs=(*specs, P("data")), out_specs=specs,
+            )
+            want = jax.jit(partial(gradients, f=tanh))(params, x, g)
+            assert_equal(jax.jit(both)(params, x, g), want, 1e-4)
         print("same on", jax.device_count())
     """
     flag = "--xla_force_host_platform_device_count=4"
@@ -318,7 +407,7 @@ def test_what_varies_besides_z_and_a_probe_of_all_devices():
 
         return jax.grad(loss)(x)
 
-    def split(probed):
+    def on_devices(probed):
         return jax.shard_map(
             partial(gradient, probed=probed),
             mesh=mesh,
@@ -326,7 +415,8 @@ def test_what_varies_besides_z_and_a_probe_of_all_devices():
             out_specs=P("data"),
         )
 
-    want = jax.jit(partial(gradient, probed=False))(params, x)
-    assert_equal(jax.jit(split(probed=False))(params, x), want, SAME)
+    want = jax.eval_shape(partial(gradient, probed=False), params, x)
+    got = jax.eval_shape(on_devices(probed=False), params, x)
+    assert types(got) == types(want)
     with pytest.raises(ValueError, match="the probe must be split over the devices"):
-        jax.eval_shape(split(probed=True), params, x)
+        jax.eval_shape(on_devices(probed=True), params, x)
