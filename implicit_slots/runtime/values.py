@@ -123,7 +123,7 @@ class Place:
         try:
             expand(value)
         except InvalidValue as error:
-            return f"names no place of this machine ({error})"
+            return f"cannot be found: {error}".replace(f"cannot be found: {value} ", "")
         return ""
 
 

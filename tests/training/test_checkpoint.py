@@ -167,12 +167,18 @@ def test_what_cannot_be_read_now_is_left_as_it_is(
 
 
 def test_what_orbax_cannot_read_is_not_damaged_if_it_is_as_it_was_written(
-    checkpoints, tmp_path
+    checkpoints, tmp_path, monkeypatch
 ):
+    """A copy that a synchronised folder has made, of a file that Orbax looks for."""
+
+    def refuse(*_, **__):
+        raise ValueError("Expecting value: line 1")
+
     for step in (5, 9):
         checkpoints.save(state(step))
     state_of_9 = tmp_path / "checkpoints" / "9" / "state"
     (state_of_9 / "array_metadatas" / "process_0 (conflicted copy)").write_text("x")
+    monkeypatch.setattr(checkpoints._manager, "restore", refuse)
     with pytest.raises(UserError, match=r"9 cannot be read.*process_0 \(conflicted"):
         restore(checkpoints, state(), set_aside=True)
     assert checkpoints.steps() == [9, 5] and not (tmp_path / "damaged").exists()

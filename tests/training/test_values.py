@@ -83,7 +83,11 @@ def test_no_key_takes_what_it_cannot_hold(module):
         ("model.encoder_strides", (), "encoder_strides must be whole numbers from 1"),
         ("name", "", "config.name must be a folder's name, got ''"),
         ("seed", 2**32, "config.seed must be at most 4,294,967,295"),
-        ("data.path", "gs://bucket/imgs", "data.path names no place of this machine"),
+        (
+            "data.path",
+            "gs://bucket/imgs",
+            "data.path is no folder of this machine: mount",
+        ),
         ("alarms.patience", 1.5, "patience must be a whole number, got 1.5"),
         ("model.remat", "False", "remat must be True or False, got 'False'"),
         ("model.adjoint.solver.name", "x", "solver.name must be one of picard,"),
