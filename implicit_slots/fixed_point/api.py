@@ -144,13 +144,14 @@ def fixed_point(
         raise ValueError(f"u0 must be like z0, which is {want}, but it is {got}")
     with _precision(matmul_precision):
         program, closed_over, z0 = trace(f, params, x, z0, has_aux=has_aux)
-    if probe is not None:
-        if vectors.place_of(probe).varying != vectors.place_of(z0).varying:
+    place = vectors.place_of(z0)
+    for told in (probe, u0):  # by their gradients, of each example
+        if told is not None and vectors.place_of(told).varying != place.varying:
             raise ValueError(
-                "inside jax.shard_map the probe must be split over the devices as z0 "
-                "is: pass it in, and split it by in_specs"
+                "inside jax.shard_map the probe and u0 must be split over the devices "
+                "as z0 is: pass them in, and split them by in_specs"
             )
-        probe = vectors.placed(probe, vectors.place_of(z0))
+    probe, u0 = vectors.placed((probe, u0), place)
     solve = _compiled(program, solver, adjoint)
     return Solution(*solve((closed_over, params), x, z0, probe, u0))
 

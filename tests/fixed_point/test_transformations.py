@@ -24,6 +24,7 @@ from implicit_slots.fixed_point import (
     Broyden,
     Dense,
     Implicit,
+    ImplicitJVP,
     Neumann,
     Phantom,
     Picard,
@@ -47,13 +48,16 @@ SOLVERS = {
 ADJOINTS = {
     "unrolled": Unrolled(),
     "remat": Unrolled(remat=True),
+    "sqrt": Unrolled(remat="sqrt"),
     "truncated": Truncated(steps=2, damping=0.8),
     "neumann": Neumann(terms=3),
+    "bounded": Neumann(terms=3, max_growth=0.5),
     "phantom": Phantom(steps=3),
     "adaptive": Adaptive(max_terms=20, rtol=1e-2),
     "gmres": Implicit(solver=GMRES(max_steps=4, rtol=1e-4)),
     "bicgstab": Implicit(solver=BiCGSTAB(max_steps=6, rtol=1e-4)),
     "dense": Implicit(solver=Dense(block=4)),
+    "jvp": ImplicitJVP(solver=GMRES(max_steps=4, rtol=1e-4)),
     "picard": Implicit(solver=Picard(max_steps=9, rtol=1e-4)),
     "anderson": Implicit(solver=Anderson(max_steps=9, depth=2, rtol=1e-4)),
     "broyden": Implicit(solver=Broyden(max_steps=7, memory=3, rtol=1e-3)),
@@ -62,7 +66,7 @@ PAIRS = [
     (solver, adjoint)
     for solver in SOLVERS
     for adjoint in ADJOINTS
-    if not (solver == "broyden" and adjoint in ("unrolled", "remat"))
+    if not (solver == "broyden" and adjoint in ("unrolled", "remat", "sqrt"))
 ]
 # Every solver, and one backward pass of each kind: loop, series, solve.
 kinds = pytest.mark.parametrize(
@@ -76,6 +80,7 @@ kinds = pytest.mark.parametrize(
                 ("plain", "truncated"),
                 ("picard", "adaptive"),
                 ("broyden", "bicgstab"),
+                ("anderson", "jvp"),
             ]
         ),
     ],
@@ -93,9 +98,9 @@ def loss_of(solver, adjoint):
     """(params, x, g, z0) -> (Σ g·value, the solution)."""
     options: Any = {"solver": SOLVERS[solver], "adjoint": ADJOINTS[adjoint]}
 
-    def loss(params, x, g, z0=None, probe=None):
+    def loss(params, x, g, z0=None, **told):
         z0 = jnp.zeros_like(g) if z0 is None else z0
-        found = fixed_point(tanh, params, x, z0, probe=probe, **options)
+        found = fixed_point(tanh, params, x, z0, **told, **options)
         return jnp.sum(found.value * g), found
 
     return loss
@@ -218,19 +223,25 @@ def test_enabling_x64_changes_no_single_precision(solver, adjoint):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def probed(solver, adjoint, batch):
-    """(params, x, g) -> (gradients, the backward statistics), the solution."""
+def telling(solver, adjoint, batch):
+    """(params, x, g, told) -> gradients, the solution; and `told`: probe and u0."""
     loss = loss_of(solver, adjoint)
-    measures = ADJOINTS[adjoint].measures
+    # u0's is what the linear solve found.
+    told = backward_probe(batch), np.zeros((batch, DIM), np.float32)
 
-    def gradients(params, x, g, probe):
-        return jax.grad(
-            lambda params, x, probe: loss(params, x, g, probe=probe),
-            argnums=(0, 1, 2),
-            has_aux=True,
-        )(params, x, probe)
+    def gradients(params, x, g, told):
+        def told_loss(params, x, told):
+            probe, u0 = told
+            return loss(params, x, g, probe=probe, u0=u0)
 
-    return gradients, backward_probe(batch) if measures else None
+        gradient = jax.grad(told_loss, argnums=(0, 1, 2), has_aux=True)
+        return gradient(params, x, told)
+
+    if not ADJOINTS[adjoint].measures:
+        told = None, None
+    elif not isinstance(ADJOINTS[adjoint], Implicit):
+        told = told[0], None
+    return gradients, told
 
 
 def split(gradients, mesh):
@@ -252,14 +263,14 @@ def types(tree):
 
 @pytest.mark.parametrize(
     ("solver", "adjoint"),
-    [("anderson", adjoint) for adjoint in ADJOINTS]
+    [("anderson", adjoint) for adjoint in ADJOINTS if adjoint not in ("remat", "sqrt")]
     + [("plain", "neumann"), ("picard", "neumann"), ("broyden", "neumann")],
 )
 def test_shard_map_has_the_types_of_what_varies(solver, adjoint):
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    gradients, probe = probed(solver, adjoint, BATCH)
-    got = jax.eval_shape(split(gradients, mesh), *single(), probe)
-    assert types(got) == types(jax.eval_shape(gradients, *single(), probe))
+    gradients, told = telling(solver, adjoint, BATCH)
+    got = jax.eval_shape(split(gradients, mesh), *single(), told)
+    assert types(got) == types(jax.eval_shape(gradients, *single(), told))
 
 
 @pytest.mark.parametrize(
@@ -270,15 +281,16 @@ def test_shard_map_has_the_types_of_what_varies(solver, adjoint):
         ("broyden", "bicgstab"),
         ("plain", "adaptive"),
         ("plain", "dense"),
+        ("plain", "jvp"),
     ],
 )
 def test_explicit_sharding_has_the_types_of_the_batch(solver, adjoint):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
-    gradients, probe = probed(solver, adjoint, BATCH)
+    gradients, told = telling(solver, adjoint, BATCH)
     with jax.set_mesh(mesh):
         params, *rows = single()
         rows = jax.device_put(rows, P("data"))
-        (_, of_x, _), found = jax.eval_shape(gradients, params, *rows, probe)
+        (_, of_x, _), found = jax.eval_shape(gradients, params, *rows, told)
     for leaf in (of_x, found.value, *jax.tree.leaves(found.stats)):
         assert leaf.sharding.spec[0] == "data"
 
@@ -322,8 +334,9 @@ def test_four_devices_give_what_one_gives():
         x = x * np.linspace(0.1, 3, 8, dtype=np.float32)[:, None]  # other step counts
 
         def check(got, want):
-            (*gradients, stats), found = jax.device_get(got)
-            (*others, same), other = jax.device_get(want)
+            (*gradients, (stats, u)), found = jax.device_get(got)
+            (*others, (same, v)), other = jax.device_get(want)
+            gradients.append(u), others.append(v)
             assert_equal(gradients, others, 1e-4)
             assert_equal(found.value, other.value, SAME)
             assert np.array_equal(found.stats.steps, other.stats.steps)
@@ -336,11 +349,11 @@ def test_four_devices_give_what_one_gives():
         rows = jax.device_put((x, g), NamedSharding(explicit, P("data")))
         for pair in PAIRS:
             print(*pair, file=sys.stderr)
-            gradients, probe = probed(*pair, 8)
-            want = jax.jit(gradients)(params, x, g, probe)
-            check(jax.jit(split(gradients, mesh))(params, x, g, probe), want)
+            gradients, told = telling(*pair, 8)
+            want = jax.jit(gradients)(params, x, g, told)
+            check(jax.jit(split(gradients, mesh))(params, x, g, told), want)
             with jax.set_mesh(explicit):
-                check(jax.jit(gradients)(params, *rows, probe), want)
+                check(jax.jit(gradients)(params, *rows, told), want)
 
         # The weights' rows are split as well: f sums over the devices that share them.
         def part(params, x, z):
@@ -418,5 +431,5 @@ def test_what_varies_besides_z_and_a_probe_of_all_devices():
     want = jax.eval_shape(partial(gradient, probed=False), params, x)
     got = jax.eval_shape(on_devices(probed=False), params, x)
     assert types(got) == types(want)
-    with pytest.raises(ValueError, match="the probe must be split over the devices"):
+    with pytest.raises(ValueError, match="the probe and u0 must be split"):
         jax.eval_shape(on_devices(probed=True), params, x)
