@@ -80,7 +80,7 @@ def convert(
         if config is None:
             return write_weights(target, weights)
         with compiling.standard_arithmetic():
-            _write_run(target, weights, absolute(config))
+            _write_run(target, weights, config)
     except OSError as error:
         raise UserError(str(error)) from error
 
@@ -108,7 +108,7 @@ def _write_run(
         with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
             checkpoints.save(initial_state(params, optimizer, config.optimizer))
         # Last: a workdir without it is refused, not trained from the beginning.
-        write_json(workdir / CONFIG_FILE, json.loads(config.to_json()))
+        write_json(workdir / CONFIG_FILE, json.loads(absolute(config).to_json()))
     except BaseException:
         shutil.rmtree(workdir, ignore_errors=True)
         raise

@@ -27,7 +27,7 @@ from implicit_slots.runtime.flags import (
     refuse_rest,
     without,
 )
-from implicit_slots.runtime.signals import open_streams, stopping
+from implicit_slots.runtime.signals import stopping
 from implicit_slots.runtime.workdir import config_flag, workdirs, writing
 
 _BEGAN = time.perf_counter()
@@ -238,7 +238,6 @@ def _end(stop: SystemExit) -> NoReturn:
 
 
 if __name__ == "__main__":
-    open_streams()
     # Before the loop, which saves first, and after it, nothing can be lost. (C++ that
     # calls Python may swallow an exception.)
     for number in stopping():

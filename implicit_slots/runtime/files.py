@@ -60,9 +60,14 @@ def expand(path: str | os.PathLike[str]) -> Path:
 
     Raises:
       InvalidValue: it is the address of a bucket, which would become a folder of that
-        name, or there is no home folder.
+        name, there is no home folder, or its name is not text.
     """
     text = os.fspath(path)
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InvalidValue(
+            f"the name {os.fsencode(text)!r} is not UTF-8, which Orbax needs: take "
+            "another, or another locale than LC_ALL=C"
+        )
     if _ADDRESS.match(text):
         raise InvalidValue(
             f"{text} is no folder of this machine: mount the bucket (gcsfuse) and name "

@@ -7,7 +7,7 @@ from absl import flags
 
 from implicit_slots.runtime.config_files import find_config, provide_configs
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.signals import silence
+from implicit_slots.runtime.signals import open_streams, silence
 
 FILE_FLAG = re.compile(r"flag --config=(?!None:)")
 
@@ -63,6 +63,7 @@ def parse(argv: list[str]) -> list[str]:
     Exits with code 2 for bad flags, 1 for a configuration that is not there or a key
     that it does not have.
     """
+    open_streams()
     try:
         provide_configs()
         rest = flags.FLAGS(_found(argv))

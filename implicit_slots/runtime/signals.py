@@ -1,5 +1,6 @@
 """The signals that tell a run to stop, and an output that is gone."""
 
+import io
 import os
 import signal
 import sys
@@ -20,9 +21,11 @@ def stopping() -> list[signal.Signals]:
 
 
 def open_streams() -> None:
-    """Opens what a service was started without: output, input or errors, to nowhere.
+    """Makes standard output and errors take whatever is printed.
 
-    Python has None in their place, and the next file that is opened would take theirs.
+    What a service was started without leads nowhere: Python has None in its place, and
+    the next file that is opened would take its number. Letters that a terminal does not
+    have are escaped.
     """
     descriptor = os.open(os.devnull, os.O_RDWR)
     while descriptor < 2:
@@ -32,6 +35,8 @@ def open_streams() -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "w", buffering=1))
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def terminals() -> list[int]:

@@ -135,8 +135,9 @@ def workdirs(text: str, *, to_compare: bool) -> list[str]:
         )
         found.append(",".join(rest[:count]))
         del rest[:count]
-    there = [_is_folder(path) for path in found]
-    return found if (any(there) if to_compare else all(there)) else [text]
+    there = [_is_folder(path) for path in found if path]
+    several = there and (any(there) if to_compare else all(there))
+    return [path for path in found if path] if several else [text]
 
 
 def _is_folder(path: str) -> bool:

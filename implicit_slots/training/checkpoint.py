@@ -30,6 +30,8 @@ CHECKPOINT_FOLDER = "checkpoints"
 BEST_FOLDER = "best"
 DAMAGED_FOLDER = "damaged"
 CHECKSUM_FILE = "checksums.json"
+# How names begin that a Mac, NFS and FUSE give to files of their own.
+OF_OTHERS = ("._", ".DS_Store", ".nfs", ".fuse_hidden")
 
 
 class SavedLoop(TypedDict):
@@ -260,7 +262,7 @@ def _checksums(folder: pathlib.Path) -> dict[str, int]:
     return {
         file.relative_to(folder).as_posix(): google_crc32c.value(file.read_bytes())
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and not file.name.startswith(".")
+        if file.is_file() and not file.name.startswith(OF_OTHERS)
     }
 
 

@@ -25,6 +25,11 @@ def test_the_home_folder_is_found(monkeypatch):
         assert expand(path) == pathlib.Path(path)
 
 
+def test_a_name_that_is_no_text_is_a_sentence():
+    with pytest.raises(InvalidValue, match=r"the name b'\\xe9' is not UTF-8"):
+        expand(os.fsdecode(b"\xe9"))
+
+
 def test_without_a_home_folder_there_is_a_sentence(monkeypatch):
     """As in a container whose user has no entry: the path comes back as it was."""
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)

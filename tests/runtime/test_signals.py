@@ -51,21 +51,28 @@ def test_before_the_loop_they_end_the_command_with_its_code():
     assert done.returncode == 75
 
 
-@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
-def test_without_standard_streams_output_goes_nowhere(closed, tmp_path):
-    """As a service may be started."""
+@pytest.mark.parametrize("closed", [(), (1,), (2,), (0, 1, 2)])
+def test_output_is_taken_whatever_a_process_was_started_with(closed, tmp_path):
+    """A service may have none, and a terminal only some letters."""
     program = (
         "import os, sys\n"
         "from implicit_slots.runtime.signals import open_streams\n"
         "open_streams()\n"
-        "print('a'); print('b', file=sys.stderr); sys.stdout.flush()\n"
+        "print('±'); print('ρ', file=sys.stderr); sys.stdout.flush()\n"
         "os.fstat(0), os.fstat(1), os.fstat(2)\n"
         "open(sys.argv[1], 'w').write('done')"
     )
     shell = " ".join(f"{number}>&-" for number in closed)
     command = [sys.executable, "-c", program, str(tmp_path / "file")]
-    done = subprocess.run(f"{shlex.join(command)} {shell}", shell=True, check=False)
+    done = subprocess.run(
+        f"{shlex.join(command)} {shell}",
+        shell=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        stdout=subprocess.PIPE,
+        check=False,
+    )
     assert done.returncode == 0
+    assert done.stdout == (b"" if 1 in closed else b"\\xb1\n")
     assert (tmp_path / "file").read_text() == "done"
 
 

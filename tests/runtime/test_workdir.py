@@ -26,6 +26,7 @@ from implicit_slots.runtime.workdir import (
         ("a,b,c,d", ["a,b", "c", "d"], ["a,b", "c", "d"], ["a,b", "c", "d"]),
         ("a,b", ["a", "b", "a,b"], ["a,b"], ["a,b"]),
         ("", [], [""], [""]),
+        ("a,,b,", ["a", "b"], ["a", "b"], ["a", "b"]),
     ],
 )
 def test_commas_are_within_a_name_or_between_names(
