@@ -54,6 +54,7 @@ def results(image):
     }
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_the_same_to_its_precision(results):
     (want, one), gradient = results["float32"]
     (got, other), half = results["bfloat16"]
@@ -115,6 +116,7 @@ def test_generation_runs_in_bfloat16():
     assert compiled(lambda m, s: m.generate(s), slots).shape == (2, 4, 4)
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_change_nothing(results):
     (want, _), gradient = results["float32"]
     (got, _), again = results["remat"]
@@ -125,6 +127,7 @@ def test_recomputed_blocks_change_nothing(results):
         assert np.abs(ours - theirs).max() <= FLOAT32 * np.abs(theirs).max() + 1e-6
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_are_not_kept_for_the_backward_pass():
     size = {"num_blocks": 4, "width": 64, "num_heads": 4, "vocab_size": 8}
 

@@ -88,6 +88,7 @@ def programs(**changes):
     return [found.lower().as_text() for found in traced]
 
 
+@pytest.mark.slow
 def test_another_seed_or_length_is_no_other_program():
     before, after = programs(), programs(seed=7, num_steps=30)
     assert before == after and before[0] != before[1]

@@ -120,6 +120,7 @@ def test_training_lowers_the_loss(finished):
     assert second < first
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(finished, tmp_path):
     stopped = tmp_path / "stopped"
     shutil.copytree(finished[0], stopped)
