@@ -96,7 +96,7 @@ def fixed_point(
         shapes and dtypes it got and treat the examples of the batch independently. What
         it closes over is an input like the others, traced or not, and has a gradient.
         Outside of jit it is traced at every call, and compiled anew if it is a new
-        function object or computes something else than before.
+        function object, cannot be hashed, or computes something else than before.
       params: pytree that is shared by the batch.
       x: pytree of inputs.
       z0: pytree of floating-point arrays to start from; each leaf has a leading batch
@@ -139,8 +139,8 @@ def fixed_point(
         )
     z0, u0 = jax.tree.map(jnp.asarray, (z0, u0))
     _check_start(z0, probe)
-    if u0 is not None and _described(u0) != _described(z0):
-        want, got = jax.eval_shape(lambda *both: both, z0, u0)
+    want, got = vectors.shapes(z0), vectors.shapes(u0)
+    if u0 is not None and want != got:
         raise ValueError(f"u0 must be like z0, which is {want}, but it is {got}")
     with _precision(matmul_precision):
         program, closed_over, z0 = trace(f, params, x, z0, has_aux=has_aux)
@@ -197,12 +197,6 @@ def _precision(name: str | None) -> contextlib.AbstractContextManager:
         return jax.default_matmul_precision(name)
     except ValueError as error:
         raise ValueError(f"no such matmul_precision: {error}") from error
-
-
-def _described(z: PyTree):
-    """Structure, shapes and dtypes alone: weak types and shardings may differ."""
-    leaves, structure = jax.tree.flatten(z)
-    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 # Compiled here, so that also a call outside of jit compiles once and not every time; a

@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import PyTree
 
@@ -72,12 +71,7 @@ def trace(
 def _check_returned(returned: Any, z: PyTree) -> None:
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise ValueError(f"with has_aux f must return (z, aux), it returned {returned}")
-
-    # Compared by shape and dtype alone: weak types and shardings may differ.
-    def described(leaf):
-        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
-
-    got, want = (jax.tree.map(described, tree) for tree in (returned[0], z))
+    got, want = vectors.shapes(returned[0]), vectors.shapes(z)
     if got != want:
         raise ValueError(
             f"f must return z as it got it: z0 is {want}, but f returned {got}"

@@ -25,6 +25,13 @@ def batch_size(z: PyTree) -> int:
     return size
 
 
+def shapes(z: PyTree) -> PyTree:
+    """Returns shapes and dtypes alone: weak types and shardings may differ."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), z
+    )
+
+
 def working_dtype(z: PyTree) -> jnp.dtype:
     """Returns float64 if any leaf has it, else float32: never half precision."""
     double = any(jnp.result_type(leaf) == jnp.float64 for leaf in jax.tree.leaves(z))
