@@ -359,6 +359,7 @@ def check_training(weights, record):
     assert not failed, failed
 
 
+@pytest.mark.slow
 def test_training_steps_equal_the_official_ones(weights):
     record = dict(np.load(RECORDS / f"slot_heads_{official.SLOT_HEADS[-1]}.npz"))
     assert (record["training/norm"] > 2 * official.CLIP).all(), "clipping is active"

@@ -261,6 +261,7 @@ def types(tree):
     return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("solver", "adjoint"),
     [("anderson", adjoint) for adjoint in ADJOINTS if adjoint not in ("remat", "sqrt")]
@@ -273,6 +274,7 @@ def test_shard_map_has_the_types_of_what_varies(solver, adjoint):
     assert types(got) == types(jax.eval_shape(gradients, *single(), told))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("solver", "adjoint"),
     [

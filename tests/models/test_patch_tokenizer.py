@@ -165,6 +165,7 @@ def test_training_weighs_and_everything_else_is_corrected(weighted, images):
     )
 
 
+@pytest.mark.slow
 def test_generated_tokens_are_those_of_corrected_logits(weighted, images):
     """Greedy generation agrees with the logits that a whole pass gives it."""
 

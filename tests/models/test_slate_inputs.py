@@ -40,6 +40,7 @@ def losses(model, image, key=0, deterministic=False):
     )
 
 
+@pytest.mark.slow
 def test_slots_that_read_the_image_have_its_encoders_grid(reads_image, images):
     output = reads_image(losses, images)
     side = RESOLUTION // 2
@@ -57,6 +58,7 @@ def test_slots_that_read_the_image_have_its_encoders_grid(reads_image, images):
     assert read.attention.shape[-1] == RESOLUTION // 4
 
 
+@pytest.mark.slow
 def test_positions_apart_are_read_and_only_their_coordinates_compared(images):
     """The cosines of a cell reach the slots through the values, never the attention."""
     compiled = model_of(
