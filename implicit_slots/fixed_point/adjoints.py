@@ -138,7 +138,6 @@ class Neumann:
         """Returns u, the cotangent to pull back through one application of f."""
         if self.terms == 1 or self.max_growth == math.inf:
             return _repeat(phi.apply, g, self.terms - 1), None
-        phi, g, scale = normalised(phi, g)
 
         def shortened(term, last):
             most = self.max_growth * vectors.norm(last)
@@ -153,7 +152,7 @@ class Neumann:
         # The second term holds what auxiliary outputs add.
         term = shortened(phi.apply(g) - g, g)
         u, _ = _repeat(add, (g + term, term), self.terms - 2)
-        return scale * u, None
+        return u, None
 
 
 @dataclass(frozen=True, kw_only=True)
