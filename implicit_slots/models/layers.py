@@ -13,8 +13,8 @@ from implicit_slots.runtime.errors import InvalidValue
 # PyTorch's default for LayerNorm and group_norm; Flax's is 1e-6.
 NORM_EPSILON = 1e-5
 
-# What products are made in; None: as their parameters are.
 POSITION_KINDS = ("normal", "smooth")
+# What products are made in; None: as their parameters are.
 PRECISIONS = {"float32": None, "bfloat16": jnp.bfloat16}
 
 # PyTorch's kaiming_uniform_(nonlinearity="relu"): bound √(6 / fan_in).

@@ -60,7 +60,7 @@ from implicit_slots.training.checks import check, check_same_run, crowding
 from implicit_slots.training.codebook import with_codebook
 from implicit_slots.training.parts import Parts, build_parts
 from implicit_slots.training.precompile import compile_ahead
-from implicit_slots.training.state import TrainState, first_state, initial_state
+from implicit_slots.training.state import TrainState, first_state
 
 PARAMETERS_FILE = "parameters.txt"
 
@@ -232,17 +232,12 @@ def begin_to_compile(
     if done >= config.num_steps:
         return None
     assert parts.train is not None
-    state = jax.eval_shape(
-        lambda params: initial_state(params, parts.optimizer, config.optimizer),
-        parts.shapes,
-    )
     return compile_ahead(
         parts.steps.at(done + 1),
         validation,
-        state,
+        parts.state_shapes(),
         parts.train,
         batch_size=config.batch_size,
-        sharding=config.sharding,
     )
 
 
