@@ -5,9 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Key
 
 from implicit_slots.models import noise
+from implicit_slots.runtime.devices import platform
 from implicit_slots.runtime.errors import InvalidValue
 
 # PyTorch's default for LayerNorm and group_norm; Flax's is 1e-6.
@@ -74,7 +76,7 @@ def product(
     """Returns an einsum of two arrays of one dtype, in float32 at the least."""
     if one.dtype.itemsize >= 4:
         return jnp.einsum(indices, one, other)
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         # Not every shape has such a product of bfloat16 there. Those of the same
         # numbers as float32 are equal: float32 holds a product of two exactly.
         full = one.astype(jnp.float32), other.astype(jnp.float32)
@@ -94,6 +96,17 @@ def _half_product_jvp(indices, primals, tangents):
     (one, other), (d_one, d_other) = primals, tangents
     tangent = jnp.einsum(indices, d_one, other) + jnp.einsum(indices, one, d_other)
     return _half_product(indices, one, other), tangent.astype(jnp.float32)
+
+
+def row_major(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns x, and has XLA's GPU compiler store it and its gradient row by row.
+
+    That compiler would lay out everything that is added to a broadcast array with the
+    batch innermost, for the sake of the sum over the batch that is its gradient.
+    """
+    if platform() != "gpu":
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def set_precision(model: nnx.Module, precision: str) -> None:
@@ -246,7 +259,7 @@ def _normalise(
 
 
 def dropout(
-    x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None
+    x: Float[Array, "..."], rate: float, key: noise.Seed | None
 ) -> Float[Array, "..."]:
     """Zeroes entries with probability `rate`, scales the rest; off without a key."""
     if key is None or rate == 0:

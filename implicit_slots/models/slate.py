@@ -47,8 +47,7 @@ class SLATE(TokenDecoder):
       num_heads: decoder attention heads.
       dropout: rate in the decoder and on the embedded tokens.
       attention_dropout: rate on the decoder's attention weights.
-      attention: how the decoder's self-attention is computed, "xla" or "cudnn"; see
-        `MultiHeadAttention`.
+      attention: how the decoder's attention is computed; see `MultiHeadAttention`.
       remat: recompute decoder blocks in the backward pass; see `TransformerDecoder`.
       hard: reconstruct from straight-through one-hot instead of relaxed tokens.
       slots: makes slot attention from (width, rngs=…), with positions apart also from
@@ -113,7 +112,7 @@ class SLATE(TokenDecoder):
         num_heads: int = 8,
         dropout: float = 0.1,
         attention_dropout: float = 0.1,
-        attention: str = "xla",
+        attention: str = "auto",
         remat: bool = False,
         hard: bool = False,
         slots: Callable[..., SlotAttention] = partial(

@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from implicit_slots.models import generation
+from implicit_slots.models import generation, layers
 from implicit_slots.models.generation import BOS
 from implicit_slots.models.image_encoder import on_grid
 from implicit_slots.models.outputs import Reading
@@ -38,7 +38,8 @@ class TokenDecoder(nnx.Module):
         self, tokens: Int[Array, "batch tokens"]
     ) -> Float[Array, "batch tokens dim"]:
         """Embeds a sequence that begins with BOS, with its positions."""
-        return self.embedding(tokens) + self.positions[None, : tokens.shape[1]]
+        embedded = self.embedding(tokens) + self.positions[None, : tokens.shape[1]]
+        return layers.row_major(embedded)
 
     def dropped(self, embedded: jax.Array, key: Key[Array, ""]) -> jax.Array:
         """Leaves of some tokens only the position, never of BOS, which comes first."""
