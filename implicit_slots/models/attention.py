@@ -8,17 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from implicit_slots.models import kernels as pallas
 from implicit_slots.models import layers, noise
 from implicit_slots.models.kernels import attention as fused_attention
-from implicit_slots.runtime.devices import platform
 from implicit_slots.runtime.errors import InvalidValue
 
 Heads = Float[Array, "batch _ heads head_dim"]
 CachedHeads = Float[Array, "batch heads length head_dim"]
 
-# "xla": plain products; "fused": our kernel for NVIDIA GPUs; "cudnn": NVIDIA's; "auto":
-# the fused one where it runs.
-IMPLEMENTATIONS = ("auto", "xla", "fused", "cudnn")
 # Groups of queries in causal attention; see `MultiHeadAttention`.
 CAUSAL_GROUPS = 4
 
@@ -38,10 +35,8 @@ class MultiHeadAttention(nnx.Module):
       num_heads: must divide `width`.
       dropout: rate of the dropout on the output.
       attention_dropout: rate of the dropout on the weights.
-      implementation: "xla"; "fused", a kernel that never stores the weights, on NVIDIA
-        GPUs (elsewhere it is interpreted, slowly); "auto", the latter on such GPUs and
-        "xla" on all else; or "cudnn", NVIDIA's kernel, for self-attention in bfloat16
-        alone, which has no dropout on the weights.
+      kernels: whether to use the kernel that never stores the weights; see
+        `implicit_slots.models.kernels`.
       gain: of the output projection's Xavier-uniform initialiser.
       rngs: source of the initial parameters.
     """
@@ -53,7 +48,7 @@ class MultiHeadAttention(nnx.Module):
         *,
         dropout: float,
         attention_dropout: float,
-        implementation: str,
+        kernels: str,
         gain: float,
         rngs: nnx.Rngs,
     ):
@@ -62,25 +57,14 @@ class MultiHeadAttention(nnx.Module):
                 f"the transformer's width must be a multiple of its heads, got {width} "
                 f"and {num_heads}"
             )
-        if implementation not in IMPLEMENTATIONS:
+        if kernels not in pallas.KERNELS:
             raise InvalidValue(
-                f"attention must be one of {', '.join(IMPLEMENTATIONS)}, got "
-                f"{implementation!r}"
-            )
-        if implementation == "cudnn" and attention_dropout > 0:
-            raise InvalidValue(
-                'attention="cudnn" has no dropout on its weights: set '
-                "attention_dropout=0 (the published model has 0.1)"
-            )
-        if implementation == "cudnn" and width // num_heads % 8:
-            raise InvalidValue(
-                'attention="cudnn" needs heads of a multiple of 8 features, got '
-                f"{width // num_heads}"
+                f"kernels must be one of {', '.join(pallas.KERNELS)}, got {kernels!r}"
             )
         self.num_heads = num_heads
         self.dropout = dropout
         self.attention_dropout = attention_dropout
-        self.implementation = implementation
+        self.kernels = kernels
         self.project_q, self.project_k, self.project_v = (
             layers.Linear(width, width, bias=False, rngs=rngs) for _ in range(3)
         )
@@ -109,16 +93,9 @@ class MultiHeadAttention(nnx.Module):
         if seeds is not None and self.attention_dropout > 0:
             shape = (len(x), self.num_heads, x.shape[1], k.shape[1])
             words = noise.grid_words(seeds[0], seeds[1], shape)
-        how = self.implementation
-        if how == "auto":
-            how = "fused" if platform() == "gpu" else "xla"
-        if how == "fused":
+        if pallas.use(self.kernels):
             read = fused_attention.attend(
-                q, k, v, words, self.attention_dropout, causal, platform() != "gpu"
-            )
-        elif how == "cudnn" and causal:
-            read = jax.nn.dot_product_attention(
-                q, k, v, is_causal=True, implementation="cudnn"
+                q, k, v, words, self.attention_dropout, causal, pallas.interpreted()
             )
         elif causal:
             read = self._attend_causally(q, k, v, words)

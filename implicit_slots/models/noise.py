@@ -40,7 +40,16 @@ def random_bits(key: Seed, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
         raise InvalidValue(f"at most 2^32 random words at a time, got shape {shape}")
     seed = key if key.dtype == jnp.uint32 else seeds(key)
     position = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-    return _mix(_mix(position ^ seed[0]) + seed[1])
+    return words_at(position, seed[0], seed[1])
+
+
+def words_at(
+    position: UInt32[Array, "..."],
+    first: UInt32[Array, ""],
+    second: UInt32[Array, ""],
+) -> UInt32[Array, "..."]:
+    """Returns the words of some positions, from both words of a seed."""
+    return _mix(_mix(position ^ first) + second)
 
 
 def keep_mask(key: Seed, rate: float, shape: tuple[int, ...]) -> Bool[Array, "..."]:
@@ -77,10 +86,16 @@ def kept_of_grid(
     return (words >> 1).astype(jnp.int32) < threshold
 
 
-def gumbel(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
+def gumbel(key: Seed, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Returns standard Gumbel noise, −log(−log u)."""
-    words = random_bits(key, shape) >> 9
-    uniform = words.astype(jnp.float32) * jnp.float32(_STEP) + jnp.float32(_STEP / 2)
+    return gumbel_of(random_bits(key, shape))
+
+
+def gumbel_of(words: UInt32[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the Gumbel noise that uniform words stand for."""
+    # By way of signed numbers, which kernels can convert.
+    words = (words >> 9).astype(jnp.int32).astype(jnp.float32)
+    uniform = words * jnp.float32(_STEP) + jnp.float32(_STEP / 2)
     return -jnp.log(-jnp.log(uniform))
 
 

@@ -37,7 +37,7 @@ class Block(nnx.Module):
       num_heads: attention heads.
       dropout: rate, on the output of each of the three.
       attention_dropout: rate, on the attention's weights.
-      attention: how self-attention is computed; see `MultiHeadAttention`.
+      kernels: see `MultiHeadAttention`.
       gain: of the residual branches' last layers.
       is_first: normalise the input itself and add the self-attention to that, as
         official SLATE does in its first block.
@@ -51,7 +51,7 @@ class Block(nnx.Module):
         *,
         dropout: float,
         attention_dropout: float,
-        attention: str,
+        kernels: str,
         gain: float,
         is_first: bool,
         rngs: nnx.Rngs,
@@ -65,7 +65,7 @@ class Block(nnx.Module):
                 num_heads,
                 dropout=dropout,
                 attention_dropout=attention_dropout,
-                implementation=attention,
+                kernels=kernels,
                 gain=gain,
                 rngs=rngs,
             )
@@ -134,7 +134,7 @@ class TransformerDecoder(nnx.Module):
       num_heads: attention heads.
       dropout: rate, on the output of each layer.
       attention_dropout: rate, on the attention's weights.
-      attention: how self-attention is computed; see `MultiHeadAttention`.
+      kernels: see `MultiHeadAttention`.
       remat: recompute each block in the backward pass instead of keeping what it
         computed: memory of one block instead of all, for a third more work.
       rngs: source of the initial parameters.
@@ -148,7 +148,7 @@ class TransformerDecoder(nnx.Module):
         *,
         dropout: float,
         attention_dropout: float,
-        attention: str,
+        kernels: str,
         remat: bool,
         rngs: nnx.Rngs,
     ):
@@ -161,7 +161,7 @@ class TransformerDecoder(nnx.Module):
                 num_heads,
                 dropout=dropout,
                 attention_dropout=attention_dropout,
-                attention=attention,
+                kernels=kernels,
                 gain=(3 * num_blocks) ** -0.5,
                 is_first=index == 0,
                 rngs=rngs,
