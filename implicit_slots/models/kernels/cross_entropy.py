@@ -107,8 +107,9 @@ def _features(x):
 
 
 def _whole(kernel):
-    shape = tiles.padded(kernel.shape[0], FEATURES), tiles.padded(
-        kernel.shape[1], COLUMNS
+    shape = (
+        tiles.padded(kernel.shape[0], FEATURES),
+        tiles.padded(kernel.shape[1], COLUMNS),
     )
     return pl.BlockSpec(shape, lambda *_: (0, 0))
 
@@ -132,7 +133,7 @@ def _logits(x, kernel_ref, at, dim, vocab):
     logits = jnp.zeros((ROWS, COLUMNS), jnp.float32)
     for index, part in enumerate(x):
         features = index * FEATURES, FEATURES, dim
-        logits += pl.dot(part, tiles.load_matrix(kernel_ref, features, columns))
+        logits += tiles.dot(part, tiles.load_matrix(kernel_ref, features, columns))
     classes = at + jnp.arange(COLUMNS)[None]
     return jnp.where(classes < vocab, logits, -jnp.inf), classes
 

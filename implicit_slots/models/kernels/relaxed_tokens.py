@@ -198,8 +198,6 @@ def _specs(s: _Sizes) -> _Specs:
     )
 
 
-
-
 def _load_columns(s, refs, at):
     columns = at, COLUMNS, s.vocab
     return (
@@ -212,7 +210,7 @@ def _load_columns(s, refs, at):
 def _logits(s, x, numbers, kernel, bias, at):
     """A tile of logits, and the positions of its entries among all."""
     classes = at + jnp.arange(COLUMNS)
-    logits = pl.dot(x, kernel) + bias[None]
+    logits = tiles.dot(x, kernel) + bias[None]
     logits = jnp.where((classes < s.vocab)[None], logits, -jnp.inf)
     positions = numbers[:, None] * jnp.uint32(s.vocab) + classes.astype(jnp.uint32)
     return logits, positions, classes
@@ -239,14 +237,12 @@ def _read_kernel(s, x_ref, *refs):
     def add(j, carry):
         y, most, total, best, token = carry
         kernel, bias, of_tokens = _load_columns(s, weights, j * COLUMNS)
-        logits, positions, classes = _logits(
-            s, x, numbers, kernel, bias, j * COLUMNS
-        )
+        logits, positions, classes = _logits(s, x, numbers, kernel, bias, j * COLUMNS)
         noisy = _noisy(logits, positions, relaxed) / temperature
         more = jnp.maximum(most, noisy.max(axis=1))
         soft = jnp.exp(noisy - more[:, None])
         shrunk = jnp.exp(most - more)
-        y = y * shrunk[:, None] + pl.dot(soft.astype(x.dtype), of_tokens)
+        y = y * shrunk[:, None] + tiles.dot(soft.astype(x.dtype), of_tokens)
         total = total * shrunk + soft.sum(axis=1)
         other = _noisy(logits, positions, drawn)
         largest = other.max(axis=1)
@@ -281,7 +277,9 @@ def _cotangents_kernel(s, x_ref, *refs):
         x = tiles.load_matrix(x_ref, rows, entering)
         y, d_y = (tiles.load_matrix(ref, rows, leaving) for ref in (y_ref, d_y_ref))
         means = (y.astype(jnp.float32) * d_y.astype(jnp.float32)).sum(axis=1)
-        sums, numbers = (tiles.load_vector(ref, rows) for ref in (sums_ref, numbers_ref))
+        sums, numbers = (
+            tiles.load_vector(ref, rows) for ref in (sums_ref, numbers_ref)
+        )
         inside = start + jnp.arange(ROWS) < s.length
         return x, d_y, means, sums, numbers, inside
 
@@ -292,7 +290,7 @@ def _cotangents_kernel(s, x_ref, *refs):
         logits, positions, _ = _logits(s, x, numbers, kernel, bias, at)
         noisy = _noisy(logits, positions, seed) / temperature
         soft = jnp.where(inside[:, None], jnp.exp(noisy - sums[:, None]), 0.0)
-        d_soft = pl.dot(d_y, of_tokens, trans_b=True)
+        d_soft = tiles.dot(d_y, of_tokens.T)
         return soft, soft * (d_soft - means[:, None]) / temperature
 
     block = pl.program_id(0)
@@ -305,7 +303,7 @@ def _cotangents_kernel(s, x_ref, *refs):
         def add(j, d_x):
             columns = _load_columns(s, weights, j * COLUMNS)
             _, d_logits = meet(rows, columns, j * COLUMNS)
-            return d_x + pl.dot(d_logits.astype(rows[0].dtype), columns[0], trans_b=True)
+            return d_x + tiles.dot(d_logits.astype(rows[0].dtype), columns[0].T)
 
         zeros = jnp.zeros((ROWS, s.wide_in), jnp.float32)
         d_x = jax.lax.fori_loop(0, pl.cdiv(s.vocab, COLUMNS), add, zeros)
@@ -321,8 +319,8 @@ def _cotangents_kernel(s, x_ref, *refs):
             rows = load_rows(i * ROWS)
             x, d_y = rows[:2]
             soft, d_logits = meet(rows, columns, at)
-            d_kernel += pl.dot(x, d_logits.astype(x.dtype), trans_a=True)
-            d_tokens += pl.dot(soft.astype(x.dtype), d_y, trans_a=True)
+            d_kernel += tiles.dot(x.T, d_logits.astype(x.dtype))
+            d_tokens += tiles.dot(soft.astype(x.dtype).T, d_y)
             return d_kernel, d_bias + d_logits.sum(axis=0), d_tokens
 
         empty = (

@@ -20,6 +20,15 @@ def padded(length: int, tile: int) -> int:
     return pl.cdiv(length, tile) * tile
 
 
+def dot(
+    one: Num[Array, "rows inner"], other: Num[Array, "inner columns"]
+) -> Num[Array, "rows columns"]:
+    """Returns the product of two tiles in float32."""
+    return jax.lax.dot_general(
+        one, other, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
 def load_matrix(
     ref: jax.Array,
     rows: tuple[jax.Array | int, int, int],
