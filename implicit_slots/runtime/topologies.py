@@ -101,9 +101,13 @@ def prepare(name: str) -> None:
     """
     if name == HERE:
         return
-    # No look-out for devices, nor for the TPU's metadata server.
+    # No look-out for devices, nor for the TPU's metadata server. JAX, which is imported
+    # by now, no longer reads its variable; processes that are started do.
     os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Two that compile at a time do not want the same TPU: they want none.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # Libraries that ask the driver for their version, which is not there.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     # Without a GPU nothing is tuned, and Triton's untuned tiles fail.

@@ -109,11 +109,15 @@ def test_a_compiler_that_is_not_there_is_named(name, extra, monkeypatch):
 
 
 def test_what_must_be_set_before_jax_starts_is_set(monkeypatch):
-    for name in ("JAX_PLATFORMS", "XLA_FLAGS"):
+    alone = "ALLOW_MULTIPLE_LIBTPU_LOAD"
+    for name in ("JAX_PLATFORMS", "XLA_FLAGS", alone):
         monkeypatch.setenv(name, "")
+    monkeypatch.delenv(alone)
     topologies.prepare("here")
     assert topologies.os.environ["JAX_PLATFORMS"] == ""
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
     topologies.prepare("h100")
     assert topologies.os.environ["JAX_PLATFORMS"] == "cpu"
+    assert jax.config.jax_platforms == "cpu"  # pyright: ignore
     assert topologies.os.environ["XLA_FLAGS"].startswith("--xla_dump_to=x --xla_gpu")
+    assert topologies.os.environ[alone] == "1"
