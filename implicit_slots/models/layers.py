@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Key
 
 from implicit_slots.models import noise, products
 from implicit_slots.models.products import add_bias, convolve, dense
+from implicit_slots.runtime.devices import platform
 from implicit_slots.runtime.errors import InvalidValue
 
 # PyTorch's default for LayerNorm and group_norm; Flax's is 1e-6.
@@ -65,6 +67,17 @@ class Linear(nnx.Module):
         if self.bias is not None:
             rows = add_bias(rows, self.bias[...])
         return rows.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def row_major(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns x, and has XLA's GPU compiler store it and its gradient row by row.
+
+    That compiler would lay out everything that is added to a broadcast array with the
+    batch innermost, for the sake of the sum over the batch that is its gradient.
+    """
+    if platform() != "gpu":
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def set_precision(model: nnx.Module, precision: str) -> None:
@@ -233,7 +246,7 @@ def _normalise(
 
 
 def dropout(
-    x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None
+    x: Float[Array, "..."], rate: float, key: noise.Seed | None
 ) -> Float[Array, "..."]:
     """Zeroes entries with probability `rate`, scales the rest; off without a key."""
     if key is None or rate == 0:

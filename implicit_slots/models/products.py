@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from implicit_slots.runtime.devices import platform
+
 
 def product(
     indices: str, one: Float[Array, "..."], other: Float[Array, "..."]
@@ -13,52 +15,26 @@ def product(
     """Returns an einsum of two arrays of one dtype, in float32 at the least."""
     if one.dtype.itemsize >= 4:
         return jnp.einsum(indices, one, other)
+    if platform() == "cpu":
+        # Not every shape has such a product of bfloat16 there. Those of the same
+        # numbers as float32 are equal: float32 holds a product of two exactly.
+        full = one.astype(jnp.float32), other.astype(jnp.float32)
+        return jnp.einsum(indices, *full)
     return _half_product(indices, one, other)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _half_product(indices, one, other):
-    def on_cpu(one, other):
-        # Not every shape has such a product of bfloat16 there. Those of the same
-        # numbers as float32 are equal: float32 holds a product of two exactly.
-        return jnp.einsum(indices, one.astype(jnp.float32), other.astype(jnp.float32))
-
-    return jax.lax.platform_dependent(
-        one,
-        other,
-        cpu=on_cpu,
-        default=functools.partial(
-            jnp.einsum, indices, preferred_element_type=jnp.float32
-        ),
-    )
+    return jnp.einsum(indices, one, other, preferred_element_type=jnp.float32)
 
 
-def _half_product_forward(indices, one, other):
-    return _half_product(indices, one, other), (one, other)
-
-
-def _half_product_backward(indices, factors, cotangent):
-    def pull(cotangent, *factors):
-        _, back = jax.vjp(functools.partial(jnp.einsum, indices), *factors)
-        return back(cotangent)
-
-    def on_cpu(cotangent, *factors):
-        found = pull(cotangent, *(factor.astype(jnp.float32) for factor in factors))
-        return tuple(
-            one.astype(factor.dtype) for one, factor in zip(found, factors, strict=True)
-        )
-
-    def elsewhere(cotangent, *factors):
-        # Float32 by bfloat16 would be multiplied at half the speed; so the cotangent
-        # is rounded first, as PyTorch does.
-        return pull(cotangent.astype(factors[0].dtype), *factors)
-
-    return jax.lax.platform_dependent(
-        cotangent, *factors, cpu=on_cpu, default=elsewhere
-    )
-
-
-_half_product.defvjp(_half_product_forward, _half_product_backward)
+@_half_product.defjvp
+def _half_product_jvp(indices, primals, tangents):
+    # The derivative of a product with a float32 result multiplies float32 by bfloat16,
+    # at half the speed. This one rounds the cotangent first, as PyTorch does.
+    (one, other), (d_one, d_other) = primals, tangents
+    tangent = jnp.einsum(indices, d_one, other) + jnp.einsum(indices, one, d_other)
+    return _half_product(indices, one, other), tangent.astype(jnp.float32)
 
 
 # A batch is split over devices, and the gradient of a kernel is summed over them right

@@ -5,11 +5,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from implicit_slots.models import layers
+from implicit_slots.models import layers, noise
 from implicit_slots.models.attention import KeysValues, MultiHeadAttention
 from implicit_slots.runtime.errors import InvalidValue
+
+# Of a block's dropouts: three of each attention, one of the feed-forward layers.
+SEEDS = 7
 
 
 class BlockMemory(NamedTuple):
@@ -34,7 +37,7 @@ class Block(nnx.Module):
       num_heads: attention heads.
       dropout: rate, on the output of each of the three.
       attention_dropout: rate, on the attention's weights.
-      attention: how self-attention is computed; see `MultiHeadAttention`.
+      kernels: see `MultiHeadAttention`.
       gain: of the residual branches' last layers.
       is_first: normalise the input itself and add the self-attention to that, as
         official SLATE does in its first block.
@@ -48,7 +51,7 @@ class Block(nnx.Module):
         *,
         dropout: float,
         attention_dropout: float,
-        attention: str,
+        kernels: str,
         gain: float,
         is_first: bool,
         rngs: nnx.Rngs,
@@ -62,12 +65,11 @@ class Block(nnx.Module):
                 num_heads,
                 dropout=dropout,
                 attention_dropout=attention_dropout,
-                implementation=implementation,
+                kernels=kernels,
                 gain=gain,
                 rngs=rngs,
             )
-            # A dozen slots leave a fused kernel nothing to save.
-            for implementation in (attention, "xla")
+            for _ in range(2)
         )
         self.norm_cross = layers.LayerNorm(width)
         self.norm_mlp = layers.LayerNorm(width)
@@ -78,14 +80,16 @@ class Block(nnx.Module):
         x: Float[Array, "batch tokens dim"],
         slots: Float[Array, "batch slots dim"],
         *,
-        key: Key[Array, ""] | None = None,
+        seeds: UInt32[Array, "sites 2"] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
         """Maps tokens to tokens; token t sees the tokens 0 … t and every slot."""
-        key_self, key_cross, key_mlp = layers.split_key(key, 3)
-        x = self._attend_to_tokens(x, key_self)
-        x = x + self.cross_attention(self.norm_cross(x), slots, key=key_cross)
+        of_self = of_cross = of_mlp = None
+        if seeds is not None:
+            of_self, of_cross, of_mlp = seeds[:3], seeds[3:6], seeds[6]
+        x = self._attend_to_tokens(x, of_self)
+        x = x + self.cross_attention(self.norm_cross(x), slots, seeds=of_cross)
         mlp = self.mlp(self.norm_mlp(x))
-        return x + layers.dropout(mlp, self.dropout, key_mlp)
+        return x + layers.dropout(mlp, self.dropout, of_mlp)
 
     def watch(
         self,
@@ -99,10 +103,10 @@ class Block(nnx.Module):
         x = x + read
         return x + self.mlp(self.norm_mlp(x)), shares
 
-    def _attend_to_tokens(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    def _attend_to_tokens(self, x: jax.Array, seeds: jax.Array | None) -> jax.Array:
         normed = self.norm_self(x)
         x = normed if self.is_first else x
-        return x + self.self_attention(normed, key=key)
+        return x + self.self_attention(normed, seeds=seeds)
 
     def extend(
         self,
@@ -130,7 +134,7 @@ class TransformerDecoder(nnx.Module):
       num_heads: attention heads.
       dropout: rate, on the output of each layer.
       attention_dropout: rate, on the attention's weights.
-      attention: how self-attention is computed; see `MultiHeadAttention`.
+      kernels: see `MultiHeadAttention`.
       remat: recompute each block in the backward pass instead of keeping what it
         computed: memory of one block instead of all, for a third more work.
       rngs: source of the initial parameters.
@@ -144,7 +148,7 @@ class TransformerDecoder(nnx.Module):
         *,
         dropout: float,
         attention_dropout: float,
-        attention: str,
+        kernels: str,
         remat: bool,
         rngs: nnx.Rngs,
     ):
@@ -157,7 +161,7 @@ class TransformerDecoder(nnx.Module):
                 num_heads,
                 dropout=dropout,
                 attention_dropout=attention_dropout,
-                attention=attention,
+                kernels=kernels,
                 gain=(3 * num_blocks) ** -0.5,
                 is_first=index == 0,
                 rngs=rngs,
@@ -174,15 +178,17 @@ class TransformerDecoder(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
         """Maps embedded tokens to features; causal; no dropout without a key."""
-        keys = layers.split_key(key, len(self.blocks))
-        for block, block_key in zip(self.blocks, keys, strict=True):
+        count = len(self.blocks)
+        # All at once: a call of threefry is some kernels of its own.
+        seeds = [None] * count if key is None else noise.seeds(key, count, SEEDS)
+        for block, of_block in zip(self.blocks, seeds, strict=True):
             graphdef, params = nnx.split(block)
 
-            def apply(params, x, slots, key, graphdef=graphdef):
-                return nnx.merge(graphdef, params)(x, slots, key=key)
+            def apply(params, x, slots, seeds, graphdef=graphdef):
+                return nnx.merge(graphdef, params)(x, slots, seeds=seeds)
 
             apply = jax.checkpoint(apply) if self.remat else apply
-            x = apply(params, x, slots, block_key)
+            x = apply(params, x, slots, of_block)
         return self.norm(x)
 
     def watch(

@@ -31,6 +31,7 @@ CONFIG_FILE = "config.json"
 ABSENT: Mapping[str, object] = {
     "penalty.attention_entropy": 0.0,
     "penalty.slot_coupling": 0.0,
+    "model.kernels": "auto",
     "model.attention_gain": 1.0,
     "model.normalizer": "mean",
     "model.inputs": "tokens",
@@ -55,6 +56,7 @@ ABSENT: Mapping[str, object] = {
 }
 # Of them those that SLATE alone has: their absence elsewhere means nothing.
 OF_SLATE = (
+    "model.kernels",
     "optimizer.dvae_steps",
     "model.inputs",
     "model.encoder_features",
@@ -64,6 +66,8 @@ OF_SLATE = (
     "model.tokenizer",
     "model.token_weighting",
 )
+# Keys of older versions that nothing needs any more.
+GONE = ("model.attention",)
 # The same of folders of images alone.
 OF_FOLDERS = ("data.ignore_id",)
 # Keys that name a file or folder; empty: none, or a default of the data set's.
@@ -216,6 +220,9 @@ def read_config(path: pathlib.Path) -> Config:
       AttributeError, ValueError, TypeError: if it is none.
     """
     config: Config = ConfigDict(json.loads(path.read_text()))
+    for key in GONE:
+        section, name = key.split(".")
+        config.get(section, ConfigDict()).pop(name, None)
     for key, value in ABSENT.items():
         if key in OF_SLATE and config.model.get("name") != "slate":
             continue

@@ -56,7 +56,7 @@ MAY_CHANGE = {
     "data.workers",
     # How the same model is computed.
     "precision",
-    "model.attention",
+    "model.kernels",
     "model.remat",
     "model.adjoint.remat",
 }
@@ -128,14 +128,6 @@ def check_slate(config: Config) -> None:
     """
     if config.model.name != "slate":
         return
-    if config.model.attention == "cudnn" and (
-        jax.default_backend() != "gpu" or config.precision != "bfloat16"
-    ):
-        raise UserError(
-            'config.model.attention="cudnn" needs an NVIDIA GPU and '
-            f'config.precision="bfloat16"; this is a {jax.default_backend()} with '
-            f"{config.precision}"
-        )
     # A resolution below the stride is refused where the model is built.
     side = max(config.data.resolution // STRIDE, 1)
     tokens = side**2 * config.model.vocab_size

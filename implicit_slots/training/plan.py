@@ -21,7 +21,7 @@ from implicit_slots.models.build import (
 )
 from implicit_slots.runtime import compiling
 from implicit_slots.runtime.config import Config
-from implicit_slots.runtime.devices import DATA_AXIS
+from implicit_slots.runtime.devices import DATA_AXIS, traced_for
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.programs import (
     KINDS,
@@ -102,7 +102,8 @@ def make(config: Config, topology: Topology) -> Plan:
     state, batch = parts.state_shapes(), train_batch(config, parts.mesh)
     began = time.perf_counter()
     try:
-        compiled = parts.steps.train.compile(state, batch)
+        with traced_for(topology.platform):
+            compiled = parts.steps.train.compile(state, batch)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
