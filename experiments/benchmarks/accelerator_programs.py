@@ -42,7 +42,7 @@ from experiments.benchmarks import contestants, harness
 from experiments.benchmarks.harness import markdown, rounded
 from implicit_slots.runtime import compiling, topologies
 from implicit_slots.runtime.config import Config
-from implicit_slots.runtime.devices import DATA_AXIS, replicated
+from implicit_slots.runtime.devices import DATA_AXIS, replicated, traced_for
 from implicit_slots.runtime.programs import Kernel, read_kernels
 from implicit_slots.training import plan
 from implicit_slots.training.parts import build_parts
@@ -148,7 +148,8 @@ def generation(config: Config, topology: topologies.Topology) -> dict[str, Any]:
     slots = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
     seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     began = time.perf_counter()
-    compiled = jax.jit(generate).lower(params, slots, seed).compile()
+    with traced_for(topology.platform):
+        compiled = jax.jit(generate).lower(params, slots, seed).compile()
     seconds = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
     held = sum(

@@ -15,6 +15,7 @@ from implicit_slots.models import layers, products
 from implicit_slots.models.attention import MultiHeadAttention
 from implicit_slots.models.build import build_model, split_model
 from implicit_slots.models.layers import set_precision
+from implicit_slots.runtime.devices import traced_for
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -84,11 +85,11 @@ def operations(jaxpr):
             yield from operations(inner)
 
 
-def test_products_are_made_in_bfloat16_but_for_the_fixed_point(image, monkeypatch):
-    # As on an accelerator; a CPU multiplies some bfloat16 numbers as float32.
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    compiled = build("bfloat16")
-    program = jax.make_jaxpr(training(compiled))(compiled.params, image)
+def test_products_are_made_in_bfloat16_but_for_the_fixed_point(image):
+    compiled = build("bfloat16", kernels="xla")
+    # A CPU multiplies some bfloat16 numbers as float32.
+    with traced_for("gpu"):
+        program = jax.make_jaxpr(training(compiled))(compiled.params, image)
     products, exponentials = set(), set()
     for operation in operations(program.jaxpr):
         dtypes = {var.aval.dtype.name for var in operation.invars}
