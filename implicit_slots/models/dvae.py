@@ -40,7 +40,7 @@ class Block(nnx.Module):
                 in_features, out_features, bias=False, kernel_init=init, rngs=rngs
             )
         else:
-            self.convolution = nnx.Conv(
+            self.convolution = layers.Conv(
                 in_features,
                 out_features,
                 (kernel_size, kernel_size),
