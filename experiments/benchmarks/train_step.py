@@ -135,15 +135,14 @@ def contest(configuration: Configuration, flags: Any, isolate: bool) -> dict[str
     """Lets the contestants of one configuration take turns; returns what was found."""
     start = functools.partial(Contestant, steps=flags.steps, isolate=isolate)
     adjoints = harness.choices("--adjoints", flags.adjoints, ADJOINTS)
-    steps = [
-        (f"ours, {adjoint}" + (f", {kernels}" if kernels != "auto" else ""), adjoint)
-        + ({"kernels": kernels, "remat": flags.remat},)
-        for adjoint in adjoints
-        for kernels in harness.choices("--kernels", flags.kernels, KERNELS)
-    ]
+    steps = {}
+    for adjoint in adjoints:
+        for kernels in harness.choices("--kernels", flags.kernels, KERNELS):
+            name = f"ours, {adjoint}" + (f", {kernels}" if kernels != "auto" else "")
+            steps[name] = adjoint, {"kernels": kernels, "remat": flags.remat}
     everyone = [
         start(name, build_ours, configuration, adjoint, flags.precision, changes)
-        for name, adjoint, changes in steps
+        for name, (adjoint, changes) in steps.items()
     ]
     if flags.official:
         official = build_official, flags.official, configuration
@@ -152,7 +151,7 @@ def contest(configuration: Configuration, flags: Any, isolate: bool) -> dict[str
             everyone.append(start(ALLOCATOR, *official))
     found = contestants.compete(everyone, flags.rounds)
     theirs = {name: found[name] for name in ("PyTorch", ALLOCATOR) if name in found}
-    for name, adjoint, _ in steps:
+    for name, (adjoint, _) in steps.items():
         ours = found[name]
         facts = ours["facts"]
         flops = count_flops(configuration, adjoint)

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from implicit_slots.models import kernels as pallas
-from implicit_slots.models import layers, noise
+from implicit_slots.models import layers, noise, products
 from implicit_slots.models.kernels import attention as fused_attention
 from implicit_slots.runtime.errors import InvalidValue
 
@@ -80,24 +80,22 @@ class MultiHeadAttention(nnx.Module):
         *,
         seeds: UInt32[Array, "2 2"] | None = None,
     ) -> Float[Array, "batch target dim"]:
-        """Reads `memory` from `x`, in the products' precision; no dropout without seeds.
+        """Reads `memory` from `x`; the result has the precision of the products.
 
         Without a memory it is causal self-attention: token t reads the tokens 0 … t.
+        Without seeds there is no dropout.
         """
-        causal = memory is None
-        q, k, v = self._project(x, x if memory is None else memory)
+        source = x if memory is None else memory
         words = None
         if seeds is not None and self.attention_dropout > 0:
-            shape = (len(x), self.num_heads, x.shape[1], k.shape[1])
+            shape = (len(x), self.num_heads, x.shape[1], source.shape[1])
             words = noise.grid_words(seeds[0], seeds[1], shape)
         if pallas.use(self.kernels):
-            read = fused_attention.attend(
-                q, k, v, words, self.attention_dropout, causal, pallas.interpreted()
-            )
-        elif causal:
-            read = self._attend_causally(q, k, v, words)
+            read = self._attend_fused(x, memory, words)
         else:
-            read = self._attend(q, k, v, words)
+            q, k, v = self._project(x, source)
+            attend = self._attend_causally if memory is None else self._attend
+            read = attend(q, k, v, words)
         return self.project_o(read.reshape(x.shape))
 
     def read(
@@ -183,6 +181,25 @@ class MultiHeadAttention(nnx.Module):
             self._split_heads(self.project_k(memory)),
             self._split_heads(self.project_v(memory)),
         )
+
+    def _attend_fused(
+        self, x: jax.Array, memory: jax.Array | None, words: tuple | None
+    ) -> jax.Array:
+        q, k, v = self.project_q, self.project_k, self.project_v
+        if memory is None:
+            target, source = self._side_by_side(x, q, k, v), None
+        else:
+            target = self._side_by_side(x, q)
+            source = self._side_by_side(memory, k, v)
+        rate = self.attention_dropout
+        return fused_attention.attend(target, source, words, rate, pallas.interpreted())
+
+    def _side_by_side(self, x: jax.Array, *projections: layers.Linear) -> jax.Array:
+        """What several projections make of x, by one product."""
+        kernel = jnp.concatenate([one.kernel[...] for one in projections], axis=1)
+        dtype = projections[0].dtype or kernel.dtype
+        made = products.dense(x.reshape(-1, x.shape[-1]).astype(dtype), kernel)
+        return made.reshape(*x.shape[:-1], len(projections), self.num_heads, -1)
 
     def _attend_causally(
         self, q: jax.Array, k: jax.Array, v: jax.Array, words: tuple | None

@@ -202,7 +202,7 @@ def pixel_shuffle(
 def gumbel_softmax(
     logits: Float[Array, "*grid vocab"],
     temperature: Float[Array, ""] | float,
-    key: Key[Array, ""],
+    key: noise.Seed,
     *,
     hard: bool = False,
 ) -> Float[Array, "*grid vocab"]:

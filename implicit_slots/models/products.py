@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
+from implicit_slots.models.kernels.split import over_batch
 from implicit_slots.runtime.devices import platform
 
 
@@ -41,13 +42,37 @@ def _half_product_jvp(indices, primals, tangents):
 def row_major(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns x, and has XLA's GPU compiler store it and its gradient row by row.
 
-    Left alone that compiler lays out what is added to a broadcast array with the batch
-    innermost, for the sake of the sum over the batch that is its gradient; and the
-    gradients of kernels column by column.
+    Left alone that compiler stores kernels' gradients column by column, and then copies
+    what it makes of them, parameters and moments, once more.
     """
     if platform() != "gpu":
         return x
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+@jax.custom_vjp
+def examples_apart(
+    x: Float[Array, "batch rows columns"],
+) -> Float[Array, "batch rows columns"]:
+    """Returns x, and has XLA's GPU compiler store each example's part by itself.
+
+    Left alone that compiler lays out what is added to a broadcast array with the batch
+    innermost, for the sake of the sum over the batch that is its gradient.
+    """
+    if platform() != "gpu":
+        return x
+    return over_batch(row_major, "b r c -> b r c")(x)
+
+
+def _apart_forward(x):
+    return examples_apart(x), None
+
+
+def _apart_backward(_, cotangent):
+    return (examples_apart(cotangent),)
+
+
+examples_apart.defvjp(_apart_forward, _apart_backward)
 
 
 # A batch is split over devices, and the gradient of a kernel is summed over them right
@@ -87,10 +112,8 @@ def dense(
       kernel: float32.
       full: whether the result is float32 whatever the rows are.
     """
-    if rows.dtype == kernel.dtype and platform() != "gpu":
-        return rows @ kernel
-    # JAX's own derivative makes the kernel's gradient and transposes it; on GPUs XLA
-    # then copied every such parameter and both its moments once more.
+    if rows.dtype == kernel.dtype:
+        return rows @ row_major(kernel)
     multiply = functools.partial(product, "ni,io->no") if full else jnp.matmul
     gradient = functools.partial(product, "ni,no->io")
     return _with_kernel(multiply, gradient, rows, kernel)
@@ -147,24 +170,12 @@ def convolve(
     return _with_kernel(convolution, gradient, x, kernel)
 
 
-@jax.custom_vjp
 def add_bias(
     x: Float[Array, "*grid features"], bias: Float[Array, " features"]
 ) -> Float[Array, "*grid features"]:
-    """Adds to the last axis; the bias's gradient is summed in its own dtype."""
-    return x + bias.astype(x.dtype)[(None,) * (x.ndim - 1)]
-
-
-def _add_bias_forward(x, bias):
-    return add_bias(x, bias), bias
-
-
-def _add_bias_backward(bias, cotangent):
-    axes = tuple(range(cotangent.ndim - 1))
-    return cotangent, cotangent.astype(bias.dtype).sum(axis=axes)
-
-
-add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+    """Adds to the last axis in the bias's dtype, as its gradient is summed."""
+    full = x.astype(bias.dtype) + bias[(None,) * (x.ndim - 1)]
+    return full.astype(x.dtype)
 
 
 @jax.custom_jvp

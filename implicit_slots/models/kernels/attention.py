@@ -20,11 +20,53 @@ from implicit_slots.models import noise
 from implicit_slots.models.kernels import tiles
 from implicit_slots.models.kernels.split import over_batch
 
-Heads = Float[Array, "batch _ heads head_dim"]
 Words = tuple[UInt32[Array, "batch heads target"], UInt32[Array, " source"]]
 
 # Queries, and keys, of a tile at most.
 TILE = 64
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def attend(
+    target: Float[Array, "batch target parts heads head_dim"],
+    source: Float[Array, "batch source 2 heads head_dim"] | None,
+    words: Words | None,
+    rate: float,
+    interpret: bool = False,
+) -> Float[Array, "batch target heads head_dim"]:
+    """Returns softmax(q kᵀ / √d) v, with dropout on the softmax.
+
+    Queries, keys and values come as one product of matrices makes them, side by side.
+
+    Args:
+      target: the queries q. Without a source q, k and v, and query t sees the keys
+        0 … t.
+      source: keys k and values v, all of which a query sees.
+      words: of rows and columns, see `noise.grid_words`; None for no dropout.
+      rate: of the dropout.
+      interpret: run the kernels as JAX operations, on any device.
+    """
+    return _forward(target, source, words, rate, interpret)[0]
+
+
+def _forward(target, source, words, rate, interpret):
+    static = _static(source, words, rate, interpret)
+    arrays = [target] if source is None else [target, source]
+    read, log_sums = _read(static)(*arrays, *(words or ()))
+    return read, (target, source, words, read, log_sums)
+
+
+def _backward(rate, interpret, kept, d_read):
+    target, source, words, read, log_sums = kept
+    static = _static(source, words, rate, interpret)
+    arrays = [target] if source is None else [target, source]
+    d_target, *d_source = _cotangents(static)(
+        *arrays, read, log_sums, d_read.astype(read.dtype), *(words or ())
+    )
+    return d_target, d_source[0] if d_source else None, None
+
+
+attend.defvjp(_forward, _backward)
 
 
 class _Static(NamedTuple):
@@ -32,49 +74,19 @@ class _Static(NamedTuple):
 
     rate: float
     causal: bool
+    dropped: bool
     interpret: bool
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def attend(
-    q: Heads,
-    k: Heads,
-    v: Heads,
-    words: Words | None,
-    rate: float,
-    causal: bool,
-    interpret: bool = False,
-) -> Heads:
-    """Returns softmax(q kᵀ / √d) v, with dropout on the softmax.
-
-    Args:
-      q: queries.
-      k: keys.
-      v: values.
-      words: of rows and columns, see `noise.grid_words`; None for no dropout.
-      rate: of the dropout.
-      causal: query t sees the keys 0 … t.
-      interpret: run the kernels as JAX operations, on any device.
-    """
-    return _forward(q, k, v, words, rate, causal, interpret)[0]
+    def rule(self, *others):
+        """Axes of the arguments, see `over_batch`."""
+        arrays = ["b t n h d"] if self.causal else ["b t n h d", "b s m h d"]
+        words = ["b h t", "s"] if self.dropped else []
+        return ", ".join([*arrays, *others, *words])
 
 
-def _forward(q, k, v, words, rate, causal, interpret):
-    static = _Static(rate if words else 0.0, causal, interpret)
-    read, log_sums = _read(static, bool(words))(q, k, v, *(words or ()))
-    return read, (q, k, v, words, read, log_sums)
-
-
-def _backward(rate, causal, interpret, kept, d_read):
-    q, k, v, words, read, log_sums = kept
-    static = _Static(rate if words else 0.0, causal, interpret)
-    cotangents = _cotangents(static, bool(words))(
-        q, k, v, read, log_sums, d_read.astype(q.dtype), *(words or ())
-    )
-    return *cotangents, None
-
-
-attend.defvjp(_forward, _backward)
+def _static(source, words, rate, interpret):
+    dropped = words is not None
+    return _Static(rate if dropped else 0.0, source is None, dropped, interpret)
 
 
 class _Problem(NamedTuple):
@@ -111,88 +123,101 @@ class _Problem(NamedTuple):
     def features(self):
         return 0, self.wide, self.head_dim
 
+    def parts(self, refs):
+        """Where queries, keys and values lie: an array, and which of its parts."""
+        if self.static.causal:
+            return [(refs[0], part) for part in range(3)]
+        return [(refs[0], 0), (refs[1], 0), (refs[1], 1)]
+
     def specs(self):
-        """Blocks of queries, of keys, of a number a query and of a word a key."""
+        """Blocks of the arrays, of what is read, of words and of a number a query."""
         target = tiles.padded(self.target, self.rows)
         source = tiles.padded(self.source, self.columns)
 
-        def heads(length):
-            shape = None, length, None, self.wide
-            return pl.BlockSpec(shape, lambda i, h, b: (b, 0, h, 0))
+        def heads(*shape):
+            zeros = (0,) * (len(shape) - 1)
+            return pl.BlockSpec(
+                (None, *shape, None, self.wide),
+                lambda i, h, b: (b, 0, *zeros, h, 0),
+            )
 
-        return (
-            heads(target),
-            heads(source),
-            pl.BlockSpec((None, None, target), lambda i, h, b: (b, h, 0)),
-            pl.BlockSpec((source,), lambda i, h, b: (0,)),
-        )
+        numbers = pl.BlockSpec((None, None, target), lambda i, h, b: (b, h, 0))
+        arrays = [heads(target, 3)]
+        if not self.static.causal:
+            arrays = [heads(target, 1), heads(source, 2)]
+        words = []
+        if self.static.dropped:
+            words = [numbers, pl.BlockSpec((source,), lambda i, h, b: (0,))]
+        return arrays, heads(target), words, numbers
 
 
-def _problem(static, q, k):
-    return _Problem(q.shape[1], k.shape[1], q.shape[3], static)
-
-
-_WORDS = ", b h t, s"
+def _problem(static, target, *others):
+    length = target.shape[1]
+    source = length if static.causal else others[0].shape[1]
+    return _Problem(length, source, target.shape[4], static)
 
 
 @functools.cache
-def _read(static, dropped):
-    def run(q, k, v, *words):
-        p = _problem(static, q, k)
-        batch, _, heads, _ = q.shape
-        rows, columns, numbers, key_words = p.specs()
+def _read(static):
+    def run(*inputs):
+        p = _problem(static, *inputs)
+        batch, _, _, heads, dim = inputs[0].shape
+        arrays, rows, words, numbers = p.specs()
         return pl.pallas_call(
             functools.partial(_read_kernel, p),
             grid=(pl.cdiv(p.target, p.rows), heads, batch),
-            in_specs=[rows, columns, columns] + [numbers, key_words][: len(words)],
+            in_specs=[*arrays, *words],
             out_specs=[rows, numbers],
             out_shape=[
-                jax.ShapeDtypeStruct(q.shape, q.dtype),
+                jax.ShapeDtypeStruct((batch, p.target, heads, dim), inputs[0].dtype),
                 jax.ShapeDtypeStruct((batch, heads, p.target), jnp.float32),
             ],
             compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
             interpret=static.interpret,
             name="attention",
-        )(q, k, v, *words)
+        )(*inputs)
 
-    rule = "b t h d, b s h d, b s h d" + (_WORDS if dropped else "")
-    return over_batch(run, f"{rule} -> b t h d, b h t")
+    return over_batch(run, f"{static.rule()} -> b t h d, b h t")
 
 
 @functools.cache
-def _cotangents(static, dropped):
-    def run(q, k, v, read, log_sums, d_read, *words):
-        p = _problem(static, q, k)
-        batch, _, heads, _ = q.shape
-        rows, columns, numbers, key_words = p.specs()
+def _cotangents(static):
+    def run(*inputs):
+        p = _problem(static, *inputs)
+        batch, _, _, heads, _ = inputs[0].shape
+        arrays, rows, words, numbers = p.specs()
         blocks = max(pl.cdiv(p.target, p.rows), pl.cdiv(p.source, p.columns))
         return pl.pallas_call(
             functools.partial(_cotangents_kernel, p),
             grid=(blocks, heads, batch),
-            in_specs=[rows, columns, columns, rows, numbers, rows]
-            + [numbers, key_words][: len(words)],
-            out_specs=[rows, columns, columns],
-            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)],
+            in_specs=[*arrays, rows, numbers, rows, *words],
+            out_specs=arrays,
+            out_shape=[
+                jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs[: len(arrays)]
+            ],
             compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
             interpret=static.interpret,
             name="attention_backward",
-        )(q, k, v, read, log_sums, d_read, *words)
+        )(*inputs)
 
-    rule = "b t h d, b s h d, b s h d, b t h d, b h t, b t h d"
-    rule += _WORDS if dropped else ""
-    return over_batch(run, f"{rule} -> b t h d, b s h d, b s h d")
+    rule = static.rule("b t h d", "b h t", "b t h d")
+    return over_batch(
+        run, f"{rule} -> {_Static(0, static.causal, False, False).rule()}"
+    )
 
 
-def _read_kernel(p, q_ref, k_ref, v_ref, *refs):
-    *word_refs, read_ref, log_sums_ref = refs
+def _read_kernel(p, *refs):
+    *refs, read_ref, log_sums_ref = refs
+    word_refs = refs[-2:] if p.static.dropped else ()
+    q_part, *key_parts = p.parts(refs)
     start = pl.program_id(0) * p.rows
-    q = _scaled(p, tiles.load_matrix(q_ref, p.of_rows(start), p.features))
+    q = _scaled(p, _load(p, q_part, p.of_rows(start)))
     row_words = _row_words(p, word_refs, start)
 
     def add(j, carry):
         read, most, total = carry
         at = j * p.columns
-        k, v, column_words = _load_columns(p, (k_ref, v_ref), word_refs, at)
+        k, v, column_words = _load_columns(p, key_parts, word_refs, at)
         logits = _masked(p, tiles.dot(q, k.T), start, at)
         more = jnp.maximum(most, logits.max(axis=1))
         weights = jnp.exp(logits - more[:, None])
@@ -210,20 +235,23 @@ def _read_kernel(p, q_ref, k_ref, v_ref, *refs):
 
 
 def _cotangents_kernel(p, *refs):
-    *refs, dq_ref, dk_ref, dv_ref = refs
-    q_ref, k_ref, v_ref, read_ref, log_sums_ref, d_read_ref, *word_refs = refs
+    count = 1 if p.static.causal else 2
+    q_part, *key_parts = p.parts(refs[:count])
+    dq_part, dk_part, dv_part = p.parts(refs[-count:])
+    read_ref, log_sums_ref, d_read_ref, *word_refs = refs[count:-count]
 
     def load_rows(start):
-        q, read, d_read = (
-            tiles.load_matrix(ref, p.of_rows(start), p.features)
-            for ref in (q_ref, read_ref, d_read_ref)
+        rows = p.of_rows(start)
+        q = _load(p, q_part, rows)
+        read, d_read = (
+            tiles.load_matrix(ref, rows, p.features) for ref in (read_ref, d_read_ref)
         )
         log_sums = tiles.load_vector(log_sums_ref, p.of_rows(start))
         means = (read.astype(jnp.float32) * d_read.astype(jnp.float32)).sum(axis=1)
         return _scaled(p, q), d_read, log_sums, means, _row_words(p, word_refs, start)
 
     def load_columns(at):
-        return _load_columns(p, (k_ref, v_ref), word_refs, at)
+        return _load_columns(p, key_parts, word_refs, at)
 
     def meet(start, rows, at, columns):
         """The dropped weights of a tile, and the cotangents of its logits."""
@@ -257,8 +285,8 @@ def _cotangents_kernel(p, *refs):
         first = at // p.rows if p.static.causal else 0
         last = pl.cdiv(p.target, p.rows)
         dk, dv = jax.lax.fori_loop(first, last, add, (zeros, zeros))
-        tiles.store_matrix(dk_ref, p.of_columns(at), p.features, dk)
-        tiles.store_matrix(dv_ref, p.of_columns(at), p.features, dv)
+        _store(p, dk_part, p.of_columns(at), dk)
+        _store(p, dv_part, p.of_columns(at), dv)
 
     @pl.when(block * p.rows < p.target)
     def _():
@@ -272,7 +300,15 @@ def _cotangents_kernel(p, *refs):
 
         zeros = jnp.zeros((p.rows, p.wide), jnp.float32)
         dq = jax.lax.fori_loop(0, _last(p, start), add, zeros)
-        tiles.store_matrix(dq_ref, p.of_rows(start), p.features, dq * p.scale)
+        _store(p, dq_part, p.of_rows(start), dq * p.scale)
+
+
+def _load(p, part, rows):
+    return tiles.load_matrix(part[0], rows, p.features, part[1])
+
+
+def _store(p, part, rows, x):
+    tiles.store_matrix(part[0], rows, p.features, x, part[1])
 
 
 def _scaled(p, q):
@@ -286,8 +322,8 @@ def _last(p, start):
     return pl.cdiv(end, p.columns)
 
 
-def _load_columns(p, refs, word_refs, at):
-    k, v = (tiles.load_matrix(ref, p.of_columns(at), p.features) for ref in refs)
+def _load_columns(p, parts, word_refs, at):
+    k, v = (_load(p, part, p.of_columns(at)) for part in parts)
     words = word_refs[1:]
     return k, v, tiles.load_vector(words[0], p.of_columns(at)) if words else None
 

@@ -160,7 +160,7 @@ def _cotangents(interpret):
                 of_examples(s.vocab),
                 of_examples(s.vocab, s.leaving),
             ],
-            compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+            compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
             interpret=interpret,
             name="relaxed_tokens_backward",
         )(x, to_logits, bias, of_tokens, *rest)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 
 
@@ -12,7 +13,7 @@ def over_batch(function: Callable[..., Any], rule: str) -> Callable[..., Any]:
     XLA cannot look into a kernel: left alone it would gather all arguments.
 
     Args:
-      function: of arrays, to a list of arrays; what it does for an example depends on
+      function: of arrays; what it does for an example depends on
         no other.
       rule: its arrays' axes, as in "b t d, v d -> b t v"; `b` is the batch.
     """
@@ -20,11 +21,12 @@ def over_batch(function: Callable[..., Any], rule: str) -> Callable[..., Any]:
 
     def partition(mesh, arguments, results):
         def shardings(those):
-            return tuple(one.sharding for one in those)
+            return jax.tree.map(lambda one: one.sharding, those)
 
         return mesh, function, shardings(results), shardings(arguments)
 
-    others = sorted({axis for axis in rule if axis.isalpha()} - {"b"})
+    # In the order in which the rule names them.
+    others = dict.fromkeys(axis for axis in rule if axis.isalpha() and axis != "b")
     split.def_partition(
         partition=partition,
         sharding_rule=rule,
