@@ -57,7 +57,7 @@ def convert(
     """
     # A command line's --help needs no JAX.
     from implicit_slots.models.build import split_model
-    from implicit_slots.training import checkpoint
+    from implicit_slots.training import pretrained
 
     if target.exists():
         raise UserError(f"{target} exists; choose another --target")
@@ -71,7 +71,7 @@ def convert(
         )
     try:
         if source.is_dir():
-            weights = to_official(split_model(checkpoint.load(source)[1])[1])
+            weights = to_official(split_model(pretrained.load(source)[1])[1])
         else:
             weights = read_weights(source)
         if config is None:

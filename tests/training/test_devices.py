@@ -14,7 +14,7 @@ import pytest
 
 from configs import scenes
 from implicit_slots.runtime.metric_writers import read_metrics
-from implicit_slots.training.checkpoint import load
+from implicit_slots.training.pretrained import load
 from implicit_slots.training.run import run
 
 pytestmark = pytest.mark.slow  # several real processes
