@@ -47,7 +47,7 @@ CARD_NUMBERS = (
     "validation/ari",
     "validation/miou",
     "validation/loss",
-    "validation/slots_mse",
+    "validation/slot_mse",
 )
 
 
