@@ -287,6 +287,7 @@ def folder() -> Config:
     section.validation_fraction = 0.05
     section.test_fraction = 0.05
     section.skip_unreadable = False
+    section.ignore_id = 255  # of masks: no metric counts it; -1: none
     return section
 
 

@@ -5,7 +5,8 @@ Data: train2017/ (19.3 GB), val2017/ (0.8 GB) and annotations/ of cocodataset.or
     118,287 / 5,000 images; the test split is the validation split again, because the
     real one has no labels. --config.data.masks is instances (needs `pip install
     pycocotools`), panoptic or none. --config.data.name=coco_tfds reads
-    tensorflow-datasets' coco/2017_panoptic instead. Cache 4.5 GB.
+    tensorflow-datasets' coco/2017_panoptic instead. Cache 4.5 GB. Other sets in COCO's
+    format are read as well: implicit_slots/data/README.md.
 Preprocessing: short side to 96 (Lanczos), centre crop, masks nearest, random mirroring.
 Used by: Chang et al. 2022, Table 3; DINOSAUR and BO-QSA, with eleven slots.
 Cost and expected result: Chang et al. 2022 (Table 3): FID 127.79 and squared error
@@ -22,7 +23,7 @@ from implicit_slots.runtime.config import Config
 def get_config(variant: str | None = None) -> Config:
     """Returns the configuration; see `image_input.set_variant` for the variants."""
     data = base.files(
-        "coco", resolution=96, max_objects=255, crop="center", path="data/coco"
+        "coco", resolution=96, max_objects=254, crop="center", path="data/coco"
     )
     data.masks = "instances"
     data.flip = True

@@ -2,8 +2,8 @@
 
 Command: python -m implicit_slots.main --config=configs/folder.py \
     --config.data.path=DIR
-Data: DIR/images/ (or DIR itself) with PNG or JPEG files, optional DIR/masks/ with the
-    same names and DIR/scenes.json; implicit_slots/data/README.md has the layout.
+Data: DIR/images/ (or DIR itself) with pictures, optional DIR/masks/ with the same names
+    and DIR/scenes.json; implicit_slots/data/README.md has what a folder may look like.
 Cost: 6.5 to 8.2 minutes for 972 CLEVR renders on two cores with another run beside it.
 Expected result (54 held-out CLEVR renders of CLEVR's generator, seeds 0, 1, 2):
     foreground ARI 0.81, 0.84, 0.76; ARI 0.40, 0.35, 0.19; mIoU 0.58, 0.61, 0.51. Spare

@@ -20,6 +20,7 @@ __all__ = [
     "Broyden",
     "Dense",
     "Implicit",
+    "ImplicitJVP",
     "Neumann",
     "Phantom",
     "Picard",
@@ -32,12 +33,14 @@ __all__ = [
     "Unrolled",
     "__version__",
     "backward_probe",
+    "best_start",
     "check_pair",
     "coupling_norm",
     "fixed_point",
     "jacobian_norm",
     "load",
     "save_pretrained",
+    "start_error",
 ]
 
 # The names that are not the solver core's.

@@ -1,6 +1,7 @@
 """The table of data sets, and how a configuration's section becomes a source."""
 
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -26,6 +27,7 @@ from implicit_slots.data.sets.multi_object_files import LAYOUTS, split_sizes
 from implicit_slots.data.sets.shapestacks import ShapeStacks
 from implicit_slots.data.sets.tfds import Tfds
 from implicit_slots.data.source import SPLITS, Batch, DataError, Example, Source
+from implicit_slots.runtime import processes
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.files import expand
 from implicit_slots.runtime.progress import bar
@@ -39,9 +41,9 @@ USAGE = MappingProxyType(
 CHECKED = 20_000
 # Arguments that the test split alone depends on.
 OF_TEST = ("test_set",)
-# What the readers make of files: raised when a change of the code changes examples, so
-# that caches of before are not taken for theirs.
-READERS_VERSION = 1
+# What the readers make of files, of all others 1: raised when a change of the code
+# changes examples, so that caches of before are not taken for theirs.
+READERS_VERSIONS = MappingProxyType({"folder": 2, "coco": 2, "coco_tfds": 2, "tfds": 2})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +253,7 @@ def request(
         "name": name,
         **{key: value for key, value in arguments.items() if key not in leave},
         "keep_objects": usage["keep_objects"],
-        "readers": READERS_VERSION,
+        "readers": READERS_VERSIONS.get(name, 1),
     }
     if isinstance(splits := identity.get("splits"), Mapping):
         identity["splits"] = splits.get(split)  # The other splits' are not its own.
@@ -264,6 +266,8 @@ def open_files(
     asked: Request, keys: Collection[str] | None = None
 ) -> "Source | Subset":
     """Opens the data set's own files; neither decodes nor checks them.
+
+    Says what of them is left out.
 
     Of a compressed file the examples of at most `keep_objects` objects are unknown
     until it is read: there is no `Subset` of it, its `stream` leaves them out.
@@ -278,6 +282,8 @@ def open_files(
         if files and not (asked.path and os.path.exists(expand(asked.path))):
             raise DataError(f"{error}; it reads {files}") from error
         raise
+    for note in source.notes:
+        _say_once(f"note: {note}")
     most = asked.usage["keep_objects"]
     if most == 0 or (isinstance(source, MultiObject) and source.is_packed):
         return source
@@ -331,6 +337,12 @@ def _are_there(asked: Request) -> bool:
     if asked.data_set.reader is Tfds:
         return Tfds.is_prepared(asked.arguments["dataset"], asked.path)
     return bool(asked.path) and os.path.exists(expand(asked.path))
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    """Prints a line, however many splits it is true of."""
+    processes.say(text)
 
 
 class Subset(Source):

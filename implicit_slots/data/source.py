@@ -14,6 +14,8 @@ Example = dict[str, Any]
 Batch = dict[str, Any]
 
 SPLITS = ("train", "validation", "test")
+# In `segmentation`: nobody knows what is there, and no metric looks.
+IGNORED = -1
 # Integer codes, in the order of tensorflow-datasets' CLEVR.
 CLEVR_CODES: Mapping[str, tuple[str, ...]] = {
     "color": ("gray", "blue", "brown", "yellow", "red", "green", "purple", "cyan"),
@@ -33,9 +35,11 @@ class Source(abc.ABC):
     Attributes:
       shuffle_first_epoch: False where the examples' own order is already random and
         reading them in that order is cheaper.
+      notes: sentences on what of the files is left out, which a user wants to know.
     """
 
     shuffle_first_epoch: bool = True
+    notes: Sequence[str] = ()
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -52,6 +56,7 @@ class Source(abc.ABC):
           `image` uint8 [batch, H, W, 3] and, where the source has them,
           `segmentation` and `shadow` int32 [batch, H, W] and `objects`, a dictionary
           of arrays [batch, max_objects, …] with `present` bool [batch, max_objects].
+          `segmentation` is 0 on the background and `IGNORED` where no metric counts.
         """
 
     def example(self) -> Example:

@@ -26,6 +26,7 @@ PALETTE = (
     *("#AADD99", "#662255", "#DDCCFF", "#665500", "#5577AA", "#AA8822"),
 )
 NEUTRAL = (0x8C, 0x8F, 0x94)  # what no slot claims
+IGNORED = (0xFF, 0xFF, 0xFF)  # true masks do not say what is there
 NOT_FINITE = (0xFF, 0x00, 0xFF)
 PAGE = (0xF1, 0xF2, 0xF4)
 EDGE = (0xC6, 0xC9, 0xCE)
@@ -59,7 +60,8 @@ def reconstruction_grid(
       slots: Its reconstruction from the slots, or None without a decoder.
       attention: Per slot, its weight at each position of the feature grid; the
         weights of a position sum to one.
-      segmentation: True segmentation, 0 for background, or None if unknown.
+      segmentation: True segmentation, 0 for background, −1 (white) for what no metric
+        counts, or None if unknown.
 
     Returns:
       The picture. Small images are enlarged by a whole factor without smoothing;
@@ -114,7 +116,8 @@ def contact_sheet(
 
     Args:
       images: uint8 or float in [0, 1].
-      segmentation: Ids of objects, 0 for background, which is drawn grey.
+      segmentation: Ids of objects, 0 for background, which is drawn grey, −1 for what
+        no metric counts, which is drawn white.
       columns: Images per row.
       captions: A few words under each image.
 
@@ -125,7 +128,8 @@ def contact_sheet(
     if segmentation is not None:
         ids = np.asarray(segmentation)
         colours = slot_colours(max(int(ids.max()), 1))
-        colours = np.concatenate([np.array([NEUTRAL], np.uint8), colours])
+        ends = np.array([[NEUTRAL], [IGNORED]], np.uint8)  # 0 and −1
+        colours = np.concatenate([ends[0], colours, ends[1]])
         masks = _enlarge(colours[ids])
         seam = np.full((len(cells), 1, *cells.shape[2:]), EDGE, np.uint8)
         cells = np.concatenate([cells, seam, masks], axis=1)
@@ -214,15 +218,17 @@ def _colour_like_prediction(
     """Colours true masks as the slots that cover them, one slot to one mask.
 
     Takes the pair of largest intersection over union again and again; a true mask
-    that is left over is neutral grey.
+    that is left over is neutral grey, and white what no metric counts.
     """
     ids, true = np.unique(true, return_inverse=True)
     true = true.reshape(predicted.shape)
     overlap = np.zeros((len(ids), len(colours)))
     np.add.at(overlap, (true, predicted), 1)
+    overlap[ids < 0] = 0
     union = overlap.sum(0) + overlap.sum(1, keepdims=True) - overlap
-    score = overlap / union
+    score = overlap / np.maximum(union, 1)
     chosen = np.tile(np.array(NEUTRAL, np.uint8), (len(ids), 1))
+    chosen[ids < 0] = IGNORED
     while score.max() > 0:
         mask, slot = np.unravel_index(np.argmax(score), score.shape)
         chosen[mask] = colours[slot]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from implicit_slots.data.source import Batch
+from implicit_slots.data.source import IGNORED, Batch
 from implicit_slots.evaluation.catalogue import describe
 from implicit_slots.evaluation.findings import (
     Findings,
@@ -63,14 +63,16 @@ NO_WEIGHTS = (
 def masks(subject: Subject, findings: Findings) -> None:
     """Segmentation, locality and cross-entropy of both kinds of masks."""
     count = subject.config.evaluation.masks.num_images
-    rows, more, seen, absent = [], 0, 0, {}
+    rows, more, seen, ignored, absent = [], 0, 0, [], {}
     slots = subject.config.model.num_slots
     for number, batch, host in subject.batches(count, "masks"):
         values = subject.steps.masks(subject.params, batch, number)
         rows.append(kept_values(values, host))
         if "segmentation" in host:
-            shown = [len(np.unique(ids)) for ids in host["segmentation"][host["mask"]]]
+            true = host["segmentation"][host["mask"]]
+            shown = [len(np.unique(ids[ids != IGNORED])) for ids in true]
             more += sum(objects > slots for objects in shown)
+            ignored += [np.mean(ids == IGNORED) for ids in true]
         seen += int(host["mask"].sum())
         absent = _missing(host)
     findings.images |= joined(rows, count)
@@ -79,6 +81,11 @@ def masks(subject: Subject, findings: Findings) -> None:
         findings.notes.append(
             f"masks are those of the best of {starts} initial slots for each image, by "
             "the reconstruction"
+        )
+    if (share := np.mean(ignored or 0)) > 0:
+        findings.notes.append(
+            f"{share:.2%} of the pixels are ignored by the true masks (void, crowds): "
+            "they count in no comparison with them"
         )
     if more:
         findings.notes.append(
@@ -313,7 +320,7 @@ def _regions(subject: Subject, batch: Batch, attention: jax.Array) -> deletion.R
     true = jnp.asarray(batch["segmentation"])
     objects = iou.one_hot_objects(true, subject.config.data.max_objects)
     weights = upsample(attention, height, width)
-    weights = weights.reshape(*weights.shape[:2], -1)
+    weights = iou.drop_ignored(weights.reshape(*weights.shape[:2], -1), true)
     matched = iou.match(iou.intersection_over_union(objects, weights))
     shadow = batch.get("shadow")
     return deletion.object_regions(

@@ -191,10 +191,10 @@ def draw_compositions(subject: Subject, folder: pathlib.Path) -> Pictures:
     weights = upsample(forced.attention, *batch["image"].shape[1:3])
     weights = weights.reshape(*weights.shape[:2], -1)
     if "segmentation" in batch:
-        objects = iou.one_hot_objects(
-            jnp.asarray(batch["segmentation"]), subject.config.data.max_objects
-        )
-        best = iou.intersection_over_union(objects, weights).max(axis=1)
+        true = jnp.asarray(batch["segmentation"])
+        objects = iou.one_hot_objects(true, subject.config.data.max_objects)
+        seen = iou.drop_ignored(weights, true)
+        best = iou.intersection_over_union(objects, seen).max(axis=1)
         taken = best.argmax(axis=1)
     else:
         # The largest is likely the ground.

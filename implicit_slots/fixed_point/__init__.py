@@ -19,6 +19,7 @@ from implicit_slots.fixed_point.adjoints import (
     backward_probe,
 )
 from implicit_slots.fixed_point.api import Solution, Stats, check_pair, fixed_point
+from implicit_slots.fixed_point.implicit_jvp import ImplicitJVP
 from implicit_slots.fixed_point.iteration import Solver
 from implicit_slots.fixed_point.krylov import GMRES, BiCGSTAB
 from implicit_slots.fixed_point.linear import Dense
@@ -27,6 +28,7 @@ from implicit_slots.fixed_point.regularisation import (
     jacobian_norm,
 )
 from implicit_slots.fixed_point.solvers import Anderson, Broyden, Picard
+from implicit_slots.fixed_point.starts import best_start, start_error
 
 __all__ = [
     "GMRES",
@@ -38,6 +40,7 @@ __all__ = [
     "Broyden",
     "Dense",
     "Implicit",
+    "ImplicitJVP",
     "Neumann",
     "Phantom",
     "Picard",
@@ -47,10 +50,12 @@ __all__ = [
     "Truncated",
     "Unrolled",
     "backward_probe",
+    "best_start",
     "check_pair",
     "coupling_norm",
     "fixed_point",
     "jacobian_norm",
+    "start_error",
 ]
 
 

@@ -1,5 +1,6 @@
 """Backward passes: how a cotangent of z* reaches the parameters and the inputs."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -62,12 +63,17 @@ class Unrolled:
     alone and are spared.
 
     Attributes:
-      remat: recompute each step in the backward pass instead of storing its
-        intermediate values.
+      remat: recompute in the backward pass instead of storing: True each step's
+        intermediate values, so that z alone is stored of each; "sqrt" the steps in
+        segments of √steps, so that memory grows like √steps. Both evaluate f at most
+        twice as often.
     """
 
-    remat: bool = False
+    remat: bool | str = False
     measures: ClassVar[bool] = False
+
+    def __post_init__(self):
+        _check_remat(self.remat)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +94,13 @@ class Truncated:
 
     steps: int = 1
     damping: float = 1.0
-    remat: bool = False
+    remat: bool | str = False
     measures: ClassVar[bool] = False
 
     def __post_init__(self):
         check_count("steps", self.steps)
         _check_damping(self.damping)
+        _check_remat(self.remat)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,17 +114,41 @@ class Neumann:
 
     Attributes:
       terms: how many powers of J are summed, J⁰ included.
+      max_growth: a term that is longer than so often the term before is shortened to
+        that, per example: below one, u stays below ‖g‖ / (1 − max_growth) also where
+        the series diverges (Fein-Ashley and Rashidinejad 2026, arXiv 2605.12466, with
+        two terms).
     """
 
     terms: int = 1
+    max_growth: float = math.inf
     measures: ClassVar[bool] = False
 
     def __post_init__(self):
         check_count("terms", self.terms)
+        if not self.max_growth > 0:
+            raise ValueError(f"max_growth must be positive, got {self.max_growth}")
 
     def cotangent(self, phi: Affine, g: Vector) -> tuple[Vector, None]:
         """Returns u, the cotangent to pull back through one application of f."""
-        return _repeat(phi.apply, g, self.terms - 1), None
+        if self.terms == 1 or self.max_growth == math.inf:
+            return _repeat(phi.apply, g, self.terms - 1), None
+        phi, g, scale = normalised(phi, g)
+
+        def shortened(term, last):
+            most = self.max_growth * vectors.norm(last)
+            share = jnp.minimum(1, vectors.relative(most, vectors.norm(term)))
+            return share[:, None] * term
+
+        def add(state):
+            u, term = state
+            term = shortened(phi.transpose(term), term)
+            return u + term, term
+
+        # The second term holds what auxiliary outputs add.
+        term = shortened(phi.apply(g) - g, g)
+        u, _ = _repeat(add, (g + term, term), self.terms - 2)
+        return scale * u, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,9 +299,21 @@ class Implicit:
                 f"Anderson(…), Broyden(…) or Picard(…), got {self.solver!r}"
             )
 
-    def cotangent(self, phi: Affine, g: Vector) -> tuple[Vector, BackwardStats]:
-        """Returns u, the cotangent to pull back, and how it was found."""
+    def cotangent(
+        self, phi: Affine, g: Vector, u0: Vector | None = None
+    ) -> tuple[Vector, BackwardStats]:
+        """Returns u, the cotangent to pull back, and how it was found.
+
+        Args:
+          phi: the map whose fixed point is wanted.
+          g: one term, where the solve begins.
+          u0: where it begins instead, in the examples in which that is nearer.
+        """
         phi, unit, scale = normalised(phi, g)
+        if u0 is not None:
+            u0 = u0 / scale
+            errors = [vectors.norm(phi.apply(u) - u) for u in (u0, unit)]
+            unit = vectors.select(errors[0] < errors[1], u0, unit)
         if isinstance(self.solver, Solver):
             solved = solve_by(self.solver, phi, unit)
         else:
@@ -288,13 +331,18 @@ def _stats(steps, residual, failed) -> BackwardStats:
     )
 
 
-def _repeat(step, u: Vector, times: int) -> Vector:
+def _repeat(step, u, times: int):
     return jax.lax.fori_loop(0, times, lambda _, u: step(u), u) if times else u
 
 
 def _check_damping(damping: float) -> None:
     if not 0 < damping <= 1:
         raise ValueError(f"damping must be in (0, 1], got {damping}")
+
+
+def _check_remat(remat: bool | str) -> None:
+    if remat not in (False, True, "sqrt"):
+        raise ValueError(f'remat must be False, True or "sqrt", got {remat!r}')
 
 
 Linearised = Neumann | Phantom | Adaptive | Implicit

@@ -1,5 +1,6 @@
 """`fixed_point`: solve z = f(params, x, z), differentiate as the adjoint says."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from implicit_slots.fixed_point.adjoints import (
     Truncated,
     Unrolled,
 )
+from implicit_slots.fixed_point.implicit_jvp import ImplicitJVP, solution
 from implicit_slots.fixed_point.iteration import Solved, Solver
 from implicit_slots.fixed_point.linear import Affine
 from implicit_slots.fixed_point.solvers import Anderson, Broyden
@@ -69,6 +71,7 @@ def fixed_point(
     adjoint: Adjoint = Implicit(),
     has_aux: bool = False,
     probe: BackwardStats | None = None,
+    u0: PyTree | None = None,
 ) -> Solution:
     """Solves z = f(params, x, z) from `z0`, differentiably.
 
@@ -101,6 +104,9 @@ def fixed_point(
       has_aux: whether f returns an auxiliary output. Losses may depend on it.
       probe: from `backward_probe(batch)`, with `Implicit` and `Adaptive`: its gradient
         is what the backward solve did.
+      u0: pytree like z0, with `Implicit`: where its linear solve begins, per example
+        where that is nearer than one term. Its gradient is the u that was found, the
+        start of the next call on the same batch; zeros will do for the first.
 
     Returns:
       The fixed point, the auxiliary output of the last application, the statistics.
@@ -108,19 +114,29 @@ def fixed_point(
     Raises:
       ValueError: at trace time, if f changes the structure, a shape or a dtype of z,
         a leaf of z0 lacks the batch axis or is no floating-point array, the solver
-        cannot be unrolled, or the adjoint solves nothing that a probe could tell of.
-      TypeError: if anything but `Unrolled` and `Truncated` is differentiated twice.
+        cannot be unrolled, the adjoint has nothing that a probe could tell, or u0 is
+        not like z0 or for another adjoint than `Implicit`.
+      TypeError: if anything but `ImplicitJVP`, `Unrolled` and `Truncated` is
+        differentiated twice or in forward mode.
     """
     check_pair(solver, adjoint)
     if probe is not None and not adjoint.measures:
         raise ValueError(
-            f"{type(adjoint).__name__} solves no linear system, so there is nothing "
-            "to probe: leave probe=None, or take Implicit or Adaptive"
+            f"{type(adjoint).__name__} says nothing of its backward pass, so there is "
+            "nothing to probe: leave probe=None, or take Implicit or Adaptive"
         )
-    z0 = jax.tree.map(jnp.asarray, z0)
+    if u0 is not None and (not isinstance(adjoint, Implicit) or not adjoint.measures):
+        raise ValueError(
+            "u0 is where the linear solve of Implicit begins: leave u0=None with "
+            f"{type(adjoint).__name__}"
+        )
+    z0, u0 = jax.tree.map(jnp.asarray, (z0, u0))
     f = f if has_aux else _WithoutAux(f)
     _check(f, params, x, z0)
-    return Solution(*_solve(f, solver, adjoint, params, x, z0, probe))
+    if u0 is not None and _described(u0) != _described(z0):
+        want, got = jax.eval_shape(lambda *both: both, z0, u0)
+        raise ValueError(f"u0 must be like z0, which is {want}, but it is {got}")
+    return Solution(*_solve(f, solver, adjoint, params, x, z0, probe, u0))
 
 
 def check_pair(solver: Any, adjoint: Any) -> None:
@@ -136,7 +152,7 @@ def check_pair(solver: Any, adjoint: Any) -> None:
     if not isinstance(adjoint, Adjoint):
         raise ValueError(
             "adjoint must be Unrolled(), Truncated(…), Neumann(…), Phantom(…), "
-            f"Adaptive(…) or Implicit(solver=…), got {adjoint!r}"
+            f"Adaptive(…), Implicit(…) or ImplicitJVP(…), got {adjoint!r}"
         )
     if isinstance(adjoint, Unrolled) and isinstance(solver, Broyden):
         raise ValueError(
@@ -167,31 +183,32 @@ def _check(f: Callable, params: PyTree, x: PyTree, z0: PyTree) -> None:
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise ValueError(f"with has_aux f must return (z, aux), it returned {returned}")
     got, _ = returned
-    want = jax.eval_shape(lambda z: z, z0)
-    # Compared by shape and dtype alone: weak types and shardings may differ.
-    described = [
-        (
-            jax.tree.structure(tree),
-            [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)],
-        )
-        for tree in (got, want)
-    ]
-    if described[0] != described[1]:
+    if _described(got) != _described(z0):
+        want = jax.eval_shape(lambda z: z, z0)
         raise ValueError(
             f"f must return z as it got it: z0 is {want}, but f returned {got}"
         )
 
 
+def _described(z: PyTree):
+    """Structure, shapes and dtypes alone: weak types and shardings may differ."""
+    leaves, structure = jax.tree.flatten(z)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
 # Compiled here, so that also a call outside of jit compiles once and not every time.
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _solve(
-    f, solver: Solver, adjoint: Adjoint, params, x, z0, probe
+    f, solver: Solver, adjoint: Adjoint, params, x, z0, probe, u0
 ) -> tuple[Any, Any, Stats]:
     if isinstance(adjoint, Unrolled):
         return _unrolled(f, solver, adjoint, params, x, z0)
     if isinstance(adjoint, Truncated):
         return _truncated(f, solver, adjoint, params, x, z0)
-    return _implicit(f, solver, adjoint, params, x, z0, probe)
+    if isinstance(adjoint, ImplicitJVP):
+        value, aux, solved = solution(f, solver, adjoint, params, x, z0)
+        return value, aux, _implicit_statistics(solver, solved, value)
+    return _implicit(f, solver, adjoint, params, x, z0, probe, u0)
 
 
 def _statistics(solver: Solver, solved: Solved, z, fz) -> Stats:
@@ -208,20 +225,27 @@ def _statistics(solver: Solver, solved: Solved, z, fz) -> Stats:
     )
 
 
+def _implicit_statistics(solver: Solver, solved: Solved, value) -> Stats:
+    stats = _statistics(solver, solved, solved.z, value)
+    # It is the solver's own result that this application was made at.
+    return stats._replace(converged=stats.converged | solved.converged)
+
+
 def _unrolled(f, solver: Solver, adjoint: Unrolled, params, x, z0):
     def step(state):
         fz, aux = f(params, x, state.z)
         following = solver.step(state, fz)
         return following, aux, fz
 
-    if adjoint.remat:
+    in_segments = adjoint.remat == "sqrt"
+    if adjoint.remat and not in_segments:
         step = jax.checkpoint(step)
-    # The last application stands outside the scan: it alone keeps its auxiliary
-    # output.
-    state, _ = jax.lax.scan(
-        lambda state, _: (step(state)[0], None),
+    # The last application stands outside: it alone keeps its auxiliary output.
+    state = _repeat(
+        lambda state: step(state)[0],
         solver.init(z0),
-        length=solver.max_steps - 1,
+        solver.max_steps - 1,
+        in_segments=in_segments,
     )
     last, aux, fz = step(state)
     return last.z, aux, _statistics(solver, solver.finish(last), state.z, fz)
@@ -238,34 +262,52 @@ def _truncated(f, solver: Solver, adjoint: Truncated, params, x, z0):
         moved = jax.tree.map(lambda a, b: a + adjoint.damping * (b - a), z, fz)
         return moved, aux, fz
 
-    if adjoint.remat:
+    in_segments = adjoint.remat == "sqrt"
+    if adjoint.remat and not in_segments:
         step = jax.checkpoint(step)
-    z, _ = jax.lax.scan(
-        lambda z, _: (step(z)[0], None), solved.z, length=adjoint.steps - 1
+    z = _repeat(
+        lambda z: step(z)[0],
+        solved.z,
+        adjoint.steps - 1,
+        in_segments=in_segments,
     )
     value, aux, fz = step(z)
     return value, aux, _statistics(solver, solved, z, fz)
 
 
+def _repeat(step, state, times: int, *, in_segments: bool):
+    """Applies `step` so often; `in_segments` stores the states √times steps apart."""
+
+    def run(state, times):
+        return jax.lax.scan(lambda s, _: (step(s), None), state, length=times)[0]
+
+    if not in_segments or times < 4:
+        return run(state, times)
+    length = math.isqrt(times)
+    segment = jax.checkpoint(partial(run, times=length))
+    state, _ = jax.lax.scan(
+        lambda state, _: (segment(state), None), state, length=times // length
+    )
+    return jax.checkpoint(partial(run, times=times % length))(state)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _implicit(f, solver: Solver, adjoint: Linearised, params, x, z0, probe) -> Any:
-    return _implicit_forward(f, solver, adjoint, params, x, z0, probe)[0]
+def _implicit(f, solver, adjoint: Linearised, params, x, z0, probe, u0) -> Any:
+    return _implicit_forward(f, solver, adjoint, params, x, z0, probe, u0)[0]
 
 
-def _implicit_forward(f, solver, adjoint, params, x, z0, probe):
+def _implicit_forward(f, solver, adjoint, params, x, z0, probe, u0):
     constant = _differentiated_once((params, x, z0))
     solved = solver.solve(lambda z: f(*constant[:2], z)[0], constant[2])
     # The linearisation at z_T is all that the backward pass needs: memory is that of
     # one application, however many the solver made.
     (value, aux), pull_back = jax.vjp(f, params, x, solved.z)
-    stats = _statistics(solver, solved, solved.z, value)
-    # It is the solver's own result that this application was made at.
-    stats = stats._replace(converged=stats.converged | solved.converged)
-    return (value, aux, stats), (pull_back, solved.z, probe)
+    stats = _implicit_statistics(solver, solved, value)
+    return (value, aux, stats), (pull_back, solved.z, probe, u0)
 
 
 def _implicit_backward(f, solver, adjoint: Linearised, residuals, cotangents):
-    pull_back, z, probe = residuals
+    pull_back, z, probe, u0 = residuals
     g, aux_cotangent, _ = cotangents
     no_aux = jax.tree.map(_zeros_like, aux_cotangent)
     # All arithmetic on cotangents is done on vectors in float32 or wider.
@@ -285,13 +327,17 @@ def _implicit_backward(f, solver, adjoint: Linearised, residuals, cotangents):
         right=right,
         eps=max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(g)),
     )
-    u, stats = adjoint.cotangent(phi, start)
+    if isinstance(adjoint, Implicit) and u0 is not None:
+        u, stats = adjoint.cotangent(phi, start, vectors.ravel(u0)[0])
+    else:
+        u, stats = adjoint.cotangent(phi, start)
     params_cotangent, x_cotangent, _ = pull_back((unravel(u), aux_cotangent))
     return (
         params_cotangent,
         x_cotangent,
         jax.tree.map(jnp.zeros_like, z),
         None if probe is None else stats,
+        None if u0 is None else unravel(u),
     )
 
 
@@ -305,7 +351,7 @@ def _differentiated_once(tree: PyTree) -> PyTree:
 def _refuse_second_derivatives(primals, tangents):
     raise TypeError(
         "this adjoint has first derivatives only: the second would miss how the "
-        "solution moves. Take adjoint=Unrolled()"
+        "solution moves. Take adjoint=ImplicitJVP() or Unrolled()"
     )
 
 

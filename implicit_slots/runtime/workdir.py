@@ -51,6 +51,7 @@ ABSENT: Mapping[str, object] = {
     "optimizer.slots_learning_rate": 0.0,
     "optimize_programs": True,
     "evaluation.masks.starts": 1,
+    "data.ignore_id": 255,
 }
 # Of them those that SLATE alone has: their absence elsewhere means nothing.
 OF_SLATE = (
@@ -63,6 +64,8 @@ OF_SLATE = (
     "model.tokenizer",
     "model.token_weighting",
 )
+# The same of folders of images alone.
+OF_FOLDERS = ("data.ignore_id",)
 # Between the workdir and the file whose data section takes the place of the run's.
 SEPARATOR = "\n"
 
@@ -162,6 +165,8 @@ def read_config(path: pathlib.Path) -> Config:
     config: Config = ConfigDict(json.loads(path.read_text()))
     for key, value in ABSENT.items():
         if key in OF_SLATE and config.model.get("name") != "slate":
+            continue
+        if key in OF_FOLDERS and config.data.get("name") != "folder":
             continue
         *sections, name = key.split(".")
         section = config

@@ -158,6 +158,17 @@ def test_contact_sheet_sets_masks_below_images():
     np.testing.assert_array_equal(shown, colours[arrays["segmentation"][1]])
 
 
+def test_what_no_metric_counts_is_white_in_true_masks():
+    arrays = scene(batch=2)
+    arrays["segmentation"][:, :3] = -1
+    sheet = contact_sheet(arrays["image"], arrays["segmentation"])
+    shown = tile(sheet, 0, 1, top=MARGIN + SIZE * SCALE + 1)
+    grid = tile(reconstruction_grid(**arrays), 0, VIEWS.index("true"))
+    for masks in (shown, grid):
+        white = (masks == 255).all(axis=-1)
+        assert white[:3].all() and not white[3:].any()
+
+
 def test_large_images_keep_their_pixels():
     images = np.zeros((1, 128, 128, 3), np.uint8)
     side = 128 + 2 * MARGIN

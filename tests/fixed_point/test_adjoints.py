@@ -220,6 +220,60 @@ def test_neumann_sums_as_many_powers_of_the_jacobian(terms):
     assert relative_error(got[1], series @ params["b"].T) < FLOAT64
 
 
+@pytest.mark.parametrize("terms", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_no_term_outgrows_the_one_before_by_more_than_the_bound(terms):
+    params, x, g = problem("non-normal", radius=1.5)
+    x = {"x": x, "scale": np.array([[1.0], [0.01], [3.0]])}
+    adjoint = Neumann(terms=terms, max_growth=0.8)
+    # One step from anywhere: the map runs away.
+    got, _ = gradients(
+        scaled, params, x, g, solver=Picard(max_steps=1), adjoint=adjoint
+    )
+    u = g.copy()
+    for i in range(BATCH):
+        term = g[i]
+        for _ in range(terms - 1):
+            image = x["scale"][i] * term @ params["a"].T
+            growth = np.linalg.norm(image) / np.linalg.norm(term)
+            assert (growth < 0.1) if i == 1 else (growth > 1.2)
+            term = image * min(1, 0.8 / growth)
+            u[i] += term
+    assert relative_error(got[1]["x"], u @ params["b"].T) < FLOAT64
+    assert np.all(np.linalg.norm(u, axis=1) <= np.linalg.norm(g, axis=1) / (1 - 0.8))
+
+
+def test_bound_that_is_never_reached_changes_nothing():
+    params, x, g = problem("non-normal")
+    bounded, plain = (
+        gradient_with_sum(params, x, g, adjoint)
+        for adjoint in (Neumann(terms=4, max_growth=1e3), Neumann(terms=4))
+    )
+    assert_equal(bounded, plain, FLOAT64)
+
+
+def gradient_with_sum(params, x, g, adjoint):
+    """The gradient of a loss that auxiliary outputs enter too."""
+
+    def f(params, x, z):
+        return tanh(params, x, z), jnp.sin(z)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        found = fixed_point(
+            f,
+            params,
+            x,
+            jnp.zeros_like(g),
+            solver=Picard(max_steps=9),
+            adjoint=adjoint,
+            has_aux=True,
+        )
+        return jnp.sum(found.value * g) + jnp.sum(found.aux)
+
+    return gradient(params)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_phantom_sums_the_damped_series(steps):
     params, x, g = problem("non-normal")
@@ -324,6 +378,48 @@ def test_unrolled_differentiates_the_iterations(remat):
     assert np.all(found.stats.steps == 2)
 
 
+@pytest.mark.parametrize(
+    ("solver", "adjoint"),
+    [
+        (Picard(max_steps=12), Unrolled()),  # 3 segments of 3 steps, 2 and the last
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (
+                (Anderson(max_steps=17, depth=2), Unrolled()),
+                (Picard(max_steps=1), Truncated(steps=4)),
+                (Picard(max_steps=1), Truncated(steps=16, damping=0.8)),
+            )
+        ),
+    ],
+)
+def test_segments_change_no_gradient(solver, adjoint):
+    params, x, g = problem("non-normal")
+    z0 = np.ones((BATCH, DIM))
+    want, got = (
+        gradients(tanh, params, x, g, solver=solver, adjoint=choice, z0=z0)
+        for choice in (adjoint, replace(adjoint, remat="sqrt"))
+    )
+    assert_equal(got, want, FLOAT64)
+
+
+def test_segments_evaluate_at_most_twice():
+    evaluations = []
+
+    def f(params, x, z):
+        jax.debug.callback(lambda _: evaluations.append(1), z[0, 0])
+        return params * z + x
+
+    def loss(params):
+        adjoint, z0 = Unrolled(remat="sqrt"), jnp.ones((1, 1))
+        solver = Picard(max_steps=50)
+        found = fixed_point(f, params, z0, z0, solver=solver, adjoint=adjoint)
+        return jnp.sum(found.value)
+
+    jax.block_until_ready(jax.jit(jax.grad(loss))(0.5))
+    jax.effects_barrier()
+    assert 50 < len(evaluations) <= 100
+
+
 def test_unrolled_anderson_equals_central_differences():
     params, x, g = problem("non-normal")
     # Three steps from a point that is no solution: the mixing weights matter.
@@ -397,6 +493,29 @@ def test_probe_residual_is_that_of_the_linear_system():
         basis = np.linalg.qr(np.array(krylov).T)[0]
         weights = np.linalg.lstsq(system @ basis, krylov[0], rcond=None)[0]
         assert relative_error(u[i], g[i] + basis @ weights) < FLOAT64
+
+
+@pytest.mark.slow
+def test_preconditioned_map_has_the_same_gradient_in_fewer_products():
+    # Two strong blocks and weak coupling between them.
+    params, x, g = problem("non-normal", radius=0.2)
+    rng = np.random.default_rng(4)
+    blocks = np.kron(np.eye(2), np.ones((3, 3)))
+    params["a"] = 0.05 * params["a"] + blocks * rng.normal(size=(DIM, DIM))
+    inverse = np.linalg.inv(np.eye(DIM) - blocks * params["a"])
+
+    def preconditioned(params, x, z):
+        return z + (affine(params, x, z) - z) @ inverse
+
+    adjoint = Implicit(solver=GMRES(max_steps=DIM, rtol=1e-6))
+    solver = Anderson(max_steps=60, rtol=1e-12, restart=False)
+    (*plain, _), stats = both(affine, params, x, g, solver=solver, adjoint=adjoint)
+    (*got, _), fewer = both(
+        preconditioned, params, x, g, solver=solver, adjoint=adjoint
+    )
+    for gradient in (plain, got):
+        assert_equal(tuple(gradient), exact_gradient(affine, params, x, g), 1e-5)
+    assert np.all(stats.steps >= 5) and np.all(fewer.steps <= 3)
 
 
 FAILING = {
@@ -564,8 +683,17 @@ def test_adaptive_at_its_maximum_keeps_the_partial_sum():
     ("make", "sentence"),
     [
         (lambda: Neumann(terms=0), "terms must be at least 1, got 0"),
+        (lambda: Neumann(max_growth=0.0), "max_growth must be positive, got 0"),
         (lambda: Truncated(steps=0), "steps must be at least 1, got 0"),
         (lambda: Truncated(steps=1, damping=2.0), r"damping must be in \(0, 1\]"),
+        (
+            lambda: replace(Unrolled(), remat="log"),
+            'remat must be False, True or "sqrt"',
+        ),
+        (
+            lambda: replace(Truncated(), remat="log"),
+            'remat must be False, True or "sqrt"',
+        ),
         (lambda: Phantom(steps=0), "steps must be at least 1, got 0"),
         (lambda: Phantom(steps=1, damping=0.0), r"damping must be in \(0, 1\]"),
         (lambda: Adaptive(max_terms=1), "max_terms must be at least 2, got 1"),

@@ -1,6 +1,7 @@
 """How programs are compiled: what is an input, what XLA knows, what comes ahead."""
 
 import functools
+import json
 from typing import Any
 
 import jax
@@ -10,13 +11,13 @@ import pytest
 from flax import nnx
 from reference import FLOAT32, relative_error
 
-from configs import autoencoder_scenes, scenes, set_prediction_scenes
+from configs import autoencoder_scenes, folder, scenes, set_prediction_scenes
 from implicit_slots.data.scenes.source import Scenes
 from implicit_slots.evaluation.steps import build_evaluation_steps
 from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime import compiling
 from implicit_slots.runtime.config import flat
-from implicit_slots.runtime.workdir import ABSENT, OF_SLATE
+from implicit_slots.runtime.workdir import ABSENT, OF_FOLDERS, OF_SLATE, read_config
 from implicit_slots.training import run
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.penalties import KEYS
@@ -152,8 +153,24 @@ def test_where_training_ends_may_be_told_with_an_update():
 
 
 def test_what_absent_keys_mean_is_said_of_keys_that_exist():
-    assert set(KEYS) <= ABSENT.keys() and set(OF_SLATE) <= ABSENT.keys()
+    assert {*KEYS, *OF_SLATE, *OF_FOLDERS} <= ABSENT.keys()
     for module in (scenes, autoencoder_scenes, set_prediction_scenes):
         config = flat(module.get_config().to_dict())
         of_others = OF_SLATE if config["model.name"] != "slate" else ()
-        assert ABSENT.keys() - config.keys() <= set(of_others)
+        assert ABSENT.keys() - config.keys() <= {*of_others, *OF_FOLDERS}
+    folders = flat(folder.get_config().to_dict())
+    assert all(folders[key] == ABSENT[key] for key in OF_FOLDERS)
+
+
+NAMES = [key.removeprefix("data.") for key in OF_FOLDERS]
+
+
+@pytest.mark.parametrize(("module", "count"), [(folder, len(NAMES)), (scenes, 0)])
+def test_keys_of_folders_are_added_to_their_runs_alone(tmp_path, module, count):
+    before = module.get_config().to_dict()
+    of_old = {key: value for key, value in before["data"].items() if key not in NAMES}
+    old = json.dumps(before | {"data": of_old})
+    (tmp_path / "config.json").write_text(old)
+    again = read_config(tmp_path / "config.json")
+    assert json.loads(again.to_json()) == json.loads(json.dumps(before))
+    assert len(again.data) - len(of_old) == count

@@ -14,8 +14,11 @@ from jaxtyping import Int
 
 from implicit_slots.data.prepared import cache_folder
 from implicit_slots.data.prepared.cache_folder import BLOCKS, MANIFEST, PRESENT
-from implicit_slots.data.source import Batch, DataError, Source
+from implicit_slots.data.source import IGNORED, Batch, DataError, Source
 
+# Fields of ids, which are stored as bytes.
+IDS = ("segmentation", "shadow")
+IGNORED_BYTE = IGNORED % 256
 # Blocks whose bytes are compared with their checksums whenever a cache is opened.
 SAMPLED_BLOCKS = 8
 
@@ -228,7 +231,8 @@ def gather(
 ) -> Batch:
     """Copies the examples of these indices out of arrays, as a batch.
 
-    Ids of `segmentation` and `shadow` are stored as bytes and come as int32.
+    Ids of `segmentation` and `shadow` are stored as bytes and come as int32, 255 as
+    `IGNORED`.
     """
     batch: Batch = {}
     for name, field in fields.items():
@@ -238,8 +242,8 @@ def gather(
         values = np.take(field.view(np.ndarray), indices, axis=0)
         if (names := values.dtype.names) is not None:
             batch[name] = {n: np.ascontiguousarray(values[n]) for n in names}
-        elif name in ("segmentation", "shadow"):
-            batch[name] = values.astype(np.int32)
+        elif name in IDS:
+            batch[name] = np.where(values == IGNORED_BYTE, np.int32(IGNORED), values)
         else:
             batch[name] = values
     return batch
@@ -253,7 +257,7 @@ def _stored_type(name: str, leaf: Any) -> tuple[np.dtype, tuple[int, ...]]:
     if isinstance(leaf, Mapping):
         columns = [(n, v.dtype, v.shape[1:]) for n, v in sorted(leaf.items())]
         return np.dtype(columns), ()
-    dtype = np.uint8 if name in ("segmentation", "shadow") else leaf.dtype
+    dtype = np.uint8 if name in IDS else leaf.dtype
     return np.dtype(dtype), leaf.shape[1:]
 
 

@@ -11,7 +11,7 @@ from implicit_slots.data.prepared.cache import Prepared
 from implicit_slots.data.readers.frame_source import stack
 from implicit_slots.data.scenes.source import Scenes
 from implicit_slots.data.sets.multi_object import MultiObject
-from implicit_slots.data.source import Batch
+from implicit_slots.data.source import IGNORED, Batch
 from implicit_slots.drawing import grids
 
 
@@ -78,7 +78,10 @@ def describe(batch: Batch) -> list[str]:
         lines.append(f"  number of objects: {text}")
         if "segmentation" in batch:
             ground = np.mean(batch["segmentation"] == 0)
-            lines.append(f"  background: {ground:.1%} of the pixels")
+            line = f"  background: {ground:.1%} of the pixels"
+            ignored = np.mean(batch["segmentation"] == IGNORED)
+            line += f"; ignored by all metrics: {ignored:.1%}" if ignored else ""
+            lines.append(line)
     return lines
 
 
@@ -98,6 +101,5 @@ def count_objects(batch: Batch) -> np.ndarray | None:
     if "objects" in batch:
         return batch["objects"]["present"].sum(-1)
     if "segmentation" in batch:
-        masks = batch["segmentation"].reshape(len(batch["segmentation"]), -1)
-        return np.array([np.count_nonzero(np.unique(mask)) for mask in masks])
+        return np.array([np.sum(np.unique(m) > 0) for m in batch["segmentation"]])
     return None

@@ -2,20 +2,21 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-from implicit_slots.data.readers.files import (
-    BROKEN,
-    check_mask,
-    digest,
-    name_some,
-    reason,
-    verify,
-)
+from implicit_slots.data.readers.files import BROKEN, digest, name_some, reason
 from implicit_slots.data.readers.frame_source import FrameSource, Progress
+from implicit_slots.data.readers.pictures import (
+    ID_MODES,
+    LYING,
+    check_mask,
+    check_pixels,
+    look,
+    read_image,
+)
 from implicit_slots.data.readers.preprocessing import crop_box
 from implicit_slots.data.source import DataError
 
@@ -28,7 +29,7 @@ class FileSource(FrameSource):
       images: the picture of each example.
       masks: the mask of each; empty where there are none or none are wanted.
       annotations: other files that the examples depend on.
-      colour: whether masks hold colours; ids in one channel otherwise.
+      mask_modes: Pillow's modes that masks may have.
       remedy: what to do about files that cannot be read, for the sentence.
     """
 
@@ -36,7 +37,7 @@ class FileSource(FrameSource):
     images: Sequence[str]
     masks: Sequence[str] = ()
     annotations: Sequence[str] = ()
-    colour: bool = False
+    mask_modes: Collection[str] = ID_MODES
     remedy: str = "download them again"
 
     def __len__(self) -> int:
@@ -47,7 +48,7 @@ class FileSource(FrameSource):
         return str(self.root / self.images[index])
 
     def check(self, progress: Progress) -> None:
-        """Looks into every picture and mask, without decoding it.
+        """Looks into every picture and mask; decodes no PNG and no JPEG.
 
         Raises:
           DataError: some cannot be read, or do not fit each other or the crop.
@@ -74,25 +75,31 @@ class FileSource(FrameSource):
         """
         fit = functools.cache(lambda width, height: crop_box(self.crop, width, height))
 
-        def look(index: int) -> Exception | None:
+        def check_one(index: int) -> Exception | None:
+            file = self.root / images[index]
             try:
-                image = verify(self.root / images[index])
-                mask = verify(self.root / masks[index]) if masks else None
+                image = look(file)
+                check_pixels(image)
+                mask = look(self.root / masks[index]) if masks else None
             except BROKEN as error:
                 return error
             fit(*image.size)
-            if mask is not None:
-                if mask.size != image.size:
-                    raise DataError(
-                        f"mask {self.root / masks[index]} has {mask.width} x "
-                        f"{mask.height} pixels and its image {images[index]} "
-                        f"{image.width} x {image.height}; they must be of one size"
-                    )
-                check_mask(self.root / masks[index], mask, self.colour)
+            if mask is None:
+                return None
+            check_mask(self.root / masks[index], mask, self.mask_modes)
+            stored = image.size[::-1] if image.turn in LYING else image.size
+            fits = mask.size in (image.size, stored)
+            # EXIF behind the pixels is known only to who reads them.
+            if not fits and mask.size != read_image(file).size:
+                raise DataError(
+                    f"mask {self.root / masks[index]} has {mask.size[0]} x "
+                    f"{mask.size[1]} pixels and its image {images[index]} "
+                    f"{image.size[0]} x {image.size[1]}; they must be of one size"
+                )
             return None
 
         with ThreadPool(os.cpu_count()) as pool:
-            found = pool.imap(look, range(len(images)), chunksize=16)
+            found = pool.imap(check_one, range(len(images)), chunksize=16)
             found = progress(found, total=len(images), desc="checking files")
             return {index: error for index, error in enumerate(found) if error}
 

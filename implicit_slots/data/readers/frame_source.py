@@ -21,8 +21,8 @@ from implicit_slots.data.source import Batch, DataError, Example, Source
 
 # A source keeps its decoded examples in memory up to this size.
 KEPT_BYTES = 1 << 30
-# Ids of objects fit into a byte.
-MOST_OBJECTS = 255
+# Ids of objects fit into a byte of a cache, in which 255 stands for `IGNORED`.
+MOST_OBJECTS = 254
 
 # Wraps an iterable and shows how far it is; called with its length and a description.
 Progress = Callable[..., Any]
@@ -34,7 +34,8 @@ class Frame:
 
     Attributes:
       image: in any of Pillow's modes.
-      segmentation: object at each pixel, 0 for background, or None.
+      segmentation: object at each pixel, 0 for background, `source.IGNORED` for what
+        no metric counts; or None.
       objects: arrays [max_objects, …] by name, among them `present`; those with a
         `pixel_position` (column, row) have it in pixels of the frame. Object k has id
         k + 1 in `segmentation`. None where nothing is known.
@@ -132,7 +133,7 @@ class FrameSource(Source):
             if frame.objects is not None:
                 counts[index] = np.sum(frame.objects["present"])
             elif frame.segmentation is not None:
-                counts[index] = np.count_nonzero(np.unique(frame.segmentation))
+                counts[index] = np.sum(np.unique(frame.segmentation) > 0)
             else:
                 raise DataError(
                     f"{self.where(index)} has neither masks nor attributes to count "

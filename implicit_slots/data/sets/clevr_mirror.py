@@ -8,14 +8,10 @@ import numpy as np
 from jaxtyping import Int
 
 from implicit_slots.data.readers.file_source import FileSource
-from implicit_slots.data.readers.files import (
-    data_folder,
-    list_folder,
-    name_some,
-    read_image,
-    read_objects,
-)
+from implicit_slots.data.readers.files import data_folder, name_some, read_objects
 from implicit_slots.data.readers.frame_source import Frame, Progress
+from implicit_slots.data.readers.listing import list_folder
+from implicit_slots.data.readers.pictures import read_image
 from implicit_slots.data.source import DataError, pack_objects
 
 # Where each split begins and ends, in hundredths of the sorted images.

@@ -8,16 +8,10 @@ import numpy as np
 from jaxtyping import Int
 
 from implicit_slots.data.readers.file_source import FileSource
-from implicit_slots.data.readers.files import (
-    count_ids,
-    data_folder,
-    name_some,
-    read_image,
-    read_mask,
-    read_objects,
-    walk_folder,
-)
+from implicit_slots.data.readers.files import data_folder, name_some, read_objects
 from implicit_slots.data.readers.frame_source import Frame, Progress
+from implicit_slots.data.readers.listing import walk_folder
+from implicit_slots.data.readers.pictures import count_ids, read_image, read_mask
 from implicit_slots.data.source import DataError, mark_present
 
 VARIANTS = ("full", "pbg", "vbg", "grassbg", "camo", "outd")
@@ -80,7 +74,7 @@ class ClevrTex(FileSource):
         root = data_folder(path, "CLEVRTex")
         below = root / f"clevrtex_{variant}"
         self.root = below if os.path.isdir(below) else root
-        there = set(walk_folder(self.root))
+        there = {file.name for file in walk_folder(self.root)}
         stems = self._number(there, variant)
         first, last = (share * len(stems) // 10 for share in shares[split])
         self._stems = stems[first:last]

@@ -1,36 +1,36 @@
-"""COCO 2017: photographs with instance or panoptic masks, as downloaded."""
+"""COCO: photographs with instance or panoptic masks, as downloaded, or of one's own."""
 
 import functools
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Int32
 
 from implicit_slots.data.readers.file_source import FileSource
-from implicit_slots.data.readers.files import (
-    data_folder,
-    list_folder,
-    name_some,
-    read_image,
-    read_json,
-    read_mask,
-)
+from implicit_slots.data.readers.files import data_folder, name_some, read_json
 from implicit_slots.data.readers.frame_source import Frame, Progress
+from implicit_slots.data.readers.pictures import (
+    COLOUR_MODES,
+    LYING,
+    read_mask,
+    read_turned,
+    turn_along,
+)
+from implicit_slots.data.sets.coco_files import describe, find_split, list_photographs
 from implicit_slots.data.sets.coco_shapes import (
     decode_runs,
     draw_polygons,
     import_pycocotools,
     number_segments,
 )
-from implicit_slots.data.source import DataError, mark_present
+from implicit_slots.data.source import IGNORED, DataError, mark_present
 
-# The published test images have no annotations.
-YEARS = {"train": "train2017", "validation": "val2017", "test": "val2017"}
-PHOTOGRAPH = re.compile(r"(\d{12})\.jpg")
+# As COCO names photographs; the mask of such a one has the same name.
+PUBLISHED = re.compile(r"(COCO_\w+_)?\d{12}\.jpg")
 KINDS = ("instances", "panoptic", "none")
 
 
@@ -52,34 +52,40 @@ class Scene(NamedTuple):
 
     Attributes:
       regions: the objects in the order of their ids in masks.
-      size: (width, height) that it is made for; None where a mask's file tells.
-      crowds: ids of panoptic segments that are background.
+      crowds: what no metric is to count: shapes of instances, as in `Region`, or ids
+        of panoptic segments.
+      size: (width, height) that it is made for; None where a file's own size tells.
+      mask: file of its panoptic mask, in the folder of those.
     """
 
     regions: list[Region]
+    crowds: list[Any]
     size: tuple[int, int] | None = None
-    crowds: frozenset[int] = frozenset()
+    mask: str = ""
 
 
 class Coco(FileSource):
-    """COCO 2017 (Lin et al. 2014; panoptic: Kirillov et al. 2019), unpacked.
+    """COCO (Lin et al. 2014; panoptic: Kirillov et al. 2019), or a set in its format.
 
-    Layout: `train2017/*.jpg`, `val2017/*.jpg` and, for masks, in `annotations/`
+    Layout: `train2017/`, `val2017/` and, for masks, in `annotations/`
     `instances_{train,val}2017.json`, or `panoptic_{train,val}2017.json` with the PNGs
-    of the same name in `panoptic_{train,val}2017/` (unpack the archives in the
-    archive). Formats: cocodataset.org/#format-data. Validation and test are both
-    `val2017`, because COCO keeps the annotations of its test images to itself. The
-    examples come in the order of the image ids.
+    in `panoptic_{train,val}2017/` (unpack the archives in the archive). Other names of
+    splits' folders, endings and names of photographs will do; README.md has them.
+    Formats: cocodataset.org/#format-data. Validation and test are both `val2017`,
+    because COCO keeps the annotations of its test images to itself. The examples come
+    in the order of their names, which is that of COCO's image ids.
 
     Instances: polygons and run-length codes as pycocotools rasterises them. Ids go by
     annotated area, larger objects first, then by annotation id; where objects overlap
-    the later id, the smaller object, is seen. Panoptic: things and stuff alike are
-    objects, in the order of `segments_info`. In both, crowds and what is not annotated
-    are background. `objects` has `present` bool [max_objects] and `label` int32
-    [max_objects], COCO's `category_id`, 0 where there is no object.
+    the later id, the smaller object, is seen. What is not annotated is background;
+    crowds, and boxes of objects that have no mask, are `IGNORED` where no object is.
+    Panoptic: things and stuff alike are objects, in the order of `segments_info`;
+    crowds, and what is not annotated, are `IGNORED`, as COCO's own measure ignores
+    them. `objects` has `present` bool [max_objects] and `label` int32 [max_objects],
+    COCO's `category_id`, 0 where there is no object.
     """
 
-    colour = True
+    mask_modes = COLOUR_MODES
 
     def __init__(
         self,
@@ -88,14 +94,15 @@ class Coco(FileSource):
         split: str,
         resolution: int,
         crop: str = "center",
-        max_objects: int = 255,
+        max_objects: int = 254,
         masks: str = "instances",
         keys: Collection[str] | None = None,
     ):
         """Lists the split's photographs.
 
         Annotations are read when they are first wanted, which takes half a minute and
-        some memory for the training split.
+        some memory for the training split; at once for panoptic masks of photographs
+        that have names of their own.
 
         Args:
           path: the folder that holds `train2017`, `val2017` and `annotations`.
@@ -118,35 +125,36 @@ class Coco(FileSource):
                 f"{', '.join(KINDS)}"
             )
         self.root = data_folder(path, "COCO")
-        self._year = YEARS[split]
         self._kind = masks
-        names = map(PHOTOGRAPH.fullmatch, list_folder(self.root / self._year))
-        self._ids = [int(name[1]) for name in names if name]
-        if not self._ids:
-            raise DataError(
-                f"folder {self.root / self._year} has no photographs "
-                "NNNNNNNNNNNN.jpg; unpack COCO's images there"
-            )
-        self.images = [f"{self._year}/{number:012}.jpg" for number in self._ids]
-        if masks == "panoptic" and self.wants("segmentation"):
-            self.masks = [
-                f"annotations/panoptic_{self._year}/{number:012}.png"
-                for number in self._ids
-            ]
+        kind = "instances" if masks == "none" else masks
+        self._place = find_split(self.root, split, kind)
+        self.images = list_photographs(self.root, self._place.folder)
         if masks != "none" and (self.wants("segmentation") or self.wants("objects")):
-            self.annotations = [f"annotations/{masks}_{self._year}.json"]
+            self.annotations = [self._place.annotations]
+        if masks == "panoptic" and self.wants("segmentation"):
+            names = [PurePosixPath(image).name for image in self.images]
+            if all(map(PUBLISHED.fullmatch, names)):
+                names = [name.removesuffix(".jpg") + ".png" for name in names]
+            else:
+                names = [scene.mask for scene in self._scenes]
+            self.masks = [f"{self._place.segments}/{name}" for name in names]
 
     def read(self, index: int) -> Frame:
         """Reads one photograph, and draws or reads its mask."""
-        scene = self._scenes[self._ids[index]] if self.annotations else None
-        image = read_image(self.root / self.images[index])
+        scene = self._scenes[index] if self.annotations else None
+        image, turn = read_turned(self.root / self.images[index])
         if scene is None:
             return Frame(image)
         segmentation = None
         if self.masks:
             segmentation = _read_segments(self.root / self.masks[index], scene)
         elif self.wants("segmentation"):
-            segmentation = self._draw(scene, image.size, index)
+            width, height = image.size
+            if turn in LYING and scene.size == (height, width):
+                width, height = height, width  # The annotations are of it as stored.
+            segmentation = self._draw(scene, (width, height), index)
+        if segmentation is not None:
+            segmentation = turn_along(segmentation, image.size, turn)
         count = len(scene.regions)
         labels = np.zeros(self.max_objects, np.int32)
         labels[:count] = [region.category for region in scene.regions]
@@ -154,7 +162,7 @@ class Coco(FileSource):
         return Frame(image, segmentation, {"present": present, "label": labels})
 
     def check(self, progress: Progress) -> None:
-        """Looks into every photograph and panoptic mask, without decoding it.
+        """Looks into every photograph and panoptic mask; decodes no JPEG and no PNG.
 
         Raises:
           DataError: some cannot be read, or do not fit each other or the crop.
@@ -163,7 +171,7 @@ class Coco(FileSource):
             _ = self._scenes
             if self._kind == "instances" and self.wants("segmentation"):
                 _ = self._tools
-        folder = self.root / f"annotations/panoptic_{self._year}"
+        folder = self.root / self._place.segments
         if self.masks and not os.path.isdir(folder):
             raise DataError(
                 f"there is no folder {folder}; unpack {folder.name}.zip there, which "
@@ -175,7 +183,7 @@ class Coco(FileSource):
         """Number of annotated objects of each photograph, crowds left out."""
         if self._kind == "none":
             return super().count_objects(progress)
-        return np.array([len(self._scenes[i].regions) for i in self._ids], np.int64)
+        return np.array([len(scene.regions) for scene in self._scenes], np.int64)
 
     @functools.cached_property
     def _tools(self) -> Any:
@@ -184,11 +192,11 @@ class Coco(FileSource):
     @property
     def _file(self) -> Path:
         """The annotations."""
-        return self.root / f"annotations/{self._kind}_{self._year}.json"
+        return self.root / self._place.annotations
 
     @functools.cached_property
-    def _scenes(self) -> dict[int, Scene]:
-        """The annotations by image id.
+    def _scenes(self) -> list[Scene]:
+        """The annotations of each photograph.
 
         Raises:
           DataError: they are not there, not COCO's, without some of the photographs,
@@ -202,46 +210,66 @@ class Coco(FileSource):
             )
         content = read_json(file)
         try:
+            if isinstance(content, Mapping) and "annotations" not in content:
+                raise DataError(
+                    f"{file} lists images and has no annotations; do without masks by "
+                    "--config.data.masks=none"
+                )
             if self._kind == "instances":
-                scenes = _instances(content["images"], content["annotations"])
+                images = content["images"]
+                scenes = _instances(images, content["annotations"], file)
             else:
                 scenes = _segments(content["annotations"])
+                # Those of the photographs, which some writers leave out.
+                images = content.get("images") or [
+                    {"id": a["image_id"], "file_name": a["file_name"]}
+                    for a in content["annotations"]
+                ]
+            names = [image["file_name"] for image in images]
+            entries = describe(self.images, names, file)
+            found = [
+                None if entry is None else scenes.get(images[entry]["id"])
+                for entry in entries
+            ]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
                 f"{file} is not in COCO's {self._kind} format ({error!r}); unpack it "
                 "again"
             ) from error
-        lacking = [self.images[i] for i, d in enumerate(self._ids) if d not in scenes]
+        lacking = [self.images[i] for i, scene in enumerate(found) if scene is None]
         if lacking:
             raise DataError(
                 f"{name_some(lacking, len(self))} in {self.root} are not described in "
                 f"{file}; unpack images and annotations of the same year"
             )
-        for index, identity in enumerate(self._ids):
-            count = len(scenes[identity].regions)
-            mark_present(count, self.max_objects, self.where(index))
+        scenes = [scene for scene in found if scene is not None]
+        for index, scene in enumerate(scenes):
+            mark_present(len(scene.regions), self.max_objects, self.where(index))
         return scenes
 
     def _draw(
         self, scene: Scene, size: tuple[int, int], index: int
-    ) -> UInt8[np.ndarray, "height width"]:
-        """Paints instances over each other, the last on top."""
+    ) -> Int32[np.ndarray, "height width"]:
+        """Paints instances over each other, the last on top, and all over crowds."""
         where = f"{self.where(index)} and {self._file}"
-        if scene.size != size:
+        if scene.size not in (None, size):
             raise DataError(
                 f"{where} do not agree on the size, {size} and {scene.size}; unpack "
                 "the images as COCO publishes them"
             )
-        ids = np.zeros(size[::-1], np.uint8)
-        for number, (_, shape) in enumerate(scene.regions, start=1):
+        ids = np.zeros(size[::-1], np.int32)
+        shapes = [(shape, IGNORED) for shape in scene.crowds]
+        shapes += [(region.shape, k) for k, region in enumerate(scene.regions, start=1)]
+        for shape, number in shapes:
             try:
                 if isinstance(shape, Mapping):
                     inside = decode_runs(shape, *size)
                 else:
                     inside = draw_polygons(self._tools, shape, *size)
             except (KeyError, TypeError, ValueError) as error:
+                what = "a crowd" if number == IGNORED else f"object {number}"
                 raise DataError(
-                    f"object {number} of {where} cannot be drawn ({error}); unpack the "
+                    f"{what} of {where} cannot be drawn ({error}); unpack the "
                     "annotations again"
                 ) from error
             ids[inside] = number
@@ -249,38 +277,73 @@ class Coco(FileSource):
 
 
 def _instances(
-    images: Iterable[Mapping[str, Any]], annotations: Iterable[Mapping[str, Any]]
-) -> dict[int, Scene]:
+    images: Iterable[Mapping[str, Any]],
+    annotations: Sequence[Mapping[str, Any]],
+    file: Path,
+) -> dict[Any, Scene]:
     """Objects by image id: larger areas first, so that small ones stay visible."""
     scenes = {
-        image["id"]: Scene([], (image["width"], image["height"])) for image in images
-    }
-    for annotation in sorted(annotations, key=lambda a: (-a["area"], a["id"])):
-        if annotation["iscrowd"]:
-            continue
-        shape = annotation["segmentation"]
-        if not isinstance(shape, Mapping):
-            # As Python objects, the training split's coordinates take gigabytes.
-            shape = [np.asarray(polygon, np.float64) for polygon in shape]
-        scenes[annotation["image_id"]].regions.append(
-            Region(annotation["category_id"], shape)
+        image["id"]: Scene(
+            [], [], (image["width"], image["height"]) if "width" in image else None
         )
+        for image in images
+    }
+    if annotations and not any(a.get("segmentation") for a in annotations):
+        raise DataError(
+            f"{file} has boxes of objects and no masks; do without masks by "
+            "--config.data.masks=none"
+        )
+    for annotation in sorted(annotations, key=_area_and_id):
+        scene = scenes.get(annotation["image_id"])
+        if scene is None:
+            continue  # Of an image that is left out of this file.
+        shape = annotation.get("segmentation")
+        if not shape:
+            left, top, width, height = annotation["bbox"]
+            right, bottom = left + width, top + height
+            shape = [[left, top, right, top, right, bottom, left, bottom]]
+            scene.crowds.append(_as_arrays(shape))
+        elif annotation.get("iscrowd") or annotation.get("ignore"):
+            scene.crowds.append(_as_arrays(shape))
+        else:
+            region = Region(annotation["category_id"], _as_arrays(shape))
+            scene.regions.append(region)
     return scenes
 
 
-def _segments(annotations: Iterable[Mapping[str, Any]]) -> dict[int, Scene]:
+def _area_and_id(annotation: Mapping[str, Any]) -> tuple[float, Any]:
+    """What instances are sorted by; some writers leave areas out, or ids."""
+    area = annotation.get("area")
+    if area is None:
+        area = annotation["bbox"][2] * annotation["bbox"][3]
+    return -float(area), annotation.get("id", 0)
+
+
+def _as_arrays(shape: Any) -> Any:
+    """Polygons as arrays: as Python objects, those of COCO take gigabytes."""
+    if isinstance(shape, Mapping):
+        return shape
+    if isinstance(shape[0], int | float):
+        shape = [shape]  # A single polygon, without a list around it.
+    return [np.asarray(polygon, np.float64) for polygon in shape]
+
+
+def _segments(annotations: Iterable[Mapping[str, Any]]) -> dict[Any, Scene]:
     """Panoptic segments by image id."""
     scenes = {}
     for annotation in annotations:
-        segments = annotation["segments_info"]
-        scenes[annotation["image_id"]] = Scene(
-            [Region(s["category_id"], s["id"]) for s in segments if not s["iscrowd"]],
-            crowds=frozenset(s["id"] for s in segments if s["iscrowd"]),
-        )
+        regions, crowds = [], []
+        for segment in annotation["segments_info"]:
+            if segment.get("iscrowd"):
+                crowds.append(segment["id"])
+            else:
+                regions.append(Region(segment["category_id"], segment["id"]))
+        mask = annotation["file_name"]
+        scenes[annotation["image_id"]] = Scene(regions, crowds, mask=mask)
     return scenes
 
 
-def _read_segments(file: Path, scene: Scene) -> UInt8[np.ndarray, "height width"]:
+def _read_segments(file: Path, scene: Scene) -> Int32[np.ndarray, "height width"]:
     """Ids of a panoptic mask, whose colours number the segments.
 
     Raises:
@@ -289,7 +352,7 @@ def _read_segments(file: Path, scene: Scene) -> UInt8[np.ndarray, "height width"
     colours = read_mask(file, colour=True)[..., :3]
     found, places = np.unique(number_segments(colours), return_inverse=True)
     # 0 is what nobody annotated.
-    ids = dict.fromkeys([0, *scene.crowds], 0)
+    ids = dict.fromkeys([0, *scene.crowds], IGNORED)
     ids |= {region.shape: k for k, region in enumerate(scene.regions, start=1)}
     strange = [segment for segment in found.tolist() if segment not in ids]
     if strange:
@@ -297,5 +360,5 @@ def _read_segments(file: Path, scene: Scene) -> UInt8[np.ndarray, "height width"
             f"mask {file} has segment {strange[0]}, which its annotation does not "
             "describe; unpack COCO's panoptic annotations again"
         )
-    numbers = np.array([ids[segment] for segment in found.tolist()], np.uint8)
+    numbers = np.array([ids[segment] for segment in found.tolist()], np.int32)
     return numbers[places].reshape(colours.shape[:2])

@@ -3,44 +3,35 @@
 import functools
 import os
 from collections.abc import Collection, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Int32
 
 from implicit_slots.data.readers.file_source import FileSource
-from implicit_slots.data.readers.files import (
-    count_ids,
-    data_folder,
-    name_some,
-    read_image,
-    read_json,
-    read_mask,
-    walk_folder,
-)
+from implicit_slots.data.readers.files import data_folder, name_some, read_json
 from implicit_slots.data.readers.frame_source import Frame, Progress
+from implicit_slots.data.readers.listing import split_of
+from implicit_slots.data.readers.pictures import read_turned, turn_along
+from implicit_slots.data.sets import folder_files
+from implicit_slots.data.sets.folder_masks import MODES, read_objects
 from implicit_slots.data.source import DataError, pack_objects
-
-SUFFIXES = (".png", ".jpg", ".jpeg")
-SPLIT_FOLDERS = {
-    "train": ("train",),
-    "validation": ("validation", "val"),
-    "test": ("test",),
-}
-# Which image falls into which split never changes, whatever the seed of the run.
-CARVING_KEY = 20240229
 
 
 class ImageFolder(FileSource):
-    """PNG and JPEG images below a folder, in any depth.
+    """Pictures below a folder, in any depth.
 
     Layout: `images/…` (or the images directly), optional `masks/…` with the same
-    names (ids in one channel, 0 background), optional `scenes.json`. See README.md for
-    the splits.
+    names, optional `scenes.json`. README.md has what a folder may look like, and
+    `folder_masks.read_objects` what a mask.
 
     Attributes:
       files: the images of this split, relative to `images/`, in order.
     """
+
+    mask_modes = MODES
 
     remedy = (
         "repair or remove them, or leave them out with "
@@ -58,6 +49,7 @@ class ImageFolder(FileSource):
         test_fraction: float = 0.05,
         max_objects: int = 10,
         skip_unreadable: bool = False,
+        ignore_id: int = 255,
         keys: Collection[str] | None = None,
     ):
         """Lists the split's files; looks into none unless told to skip some.
@@ -70,9 +62,10 @@ class ImageFolder(FileSource):
           validation_fraction: share of the images to carve out for validation where
             there is no such folder.
           test_fraction: the same for the test split.
-          max_objects: length of the arrays of attributes, and largest id in a mask.
+          max_objects: length of the arrays of attributes, and most objects in a mask.
           skip_unreadable: leave out files that cannot be read instead of refusing.
             Every file is looked into here then, which takes its time.
+          ignore_id: what masks store where no metric is to count; −1 for none.
           keys: what `batch` returns; None for all there is.
 
         Raises:
@@ -82,49 +75,59 @@ class ImageFolder(FileSource):
             resolution=resolution, crop=crop, max_objects=max_objects, keys=keys
         )
         self.root = data_folder(path, "images")
-        self._folder = "images/" if os.path.isdir(self.root / "images") else ""
-        images = self.root / self._folder
-        listed = sorted(
-            name
-            for name in walk_folder(images, without="masks")
-            if name.lower().endswith(SUFFIXES)
-        )
-        if not listed:
+        self._ignore_id = ignore_id
+        if not (0 <= validation_fraction <= 1 - test_fraction <= 1):
             raise DataError(
-                f"folder {images} has no PNG or JPEG images; set "
-                "--config.data.path to one that has"
+                f"validation_fraction = {validation_fraction} and test_fraction = "
+                f"{test_fraction} are no shares of the images; set "
+                "--config.data.validation_fraction and --config.data.test_fraction to "
+                "numbers from 0 on whose sum is at most 1"
             )
-        self.files = _split(listed, split, validation_fraction, test_fraction)
-        self.masks = self._find_masks()
+        fractions = {"validation": validation_fraction, "test": test_fraction}
+        listing = folder_files.list_images(self.root)
+        chosen, notes = folder_files.choose(listing, split, fractions)
+        self.images = [file.name for file in chosen]
+        self.notes = [*listing.notes, *notes]
+        if listing.masks is not None:
+            masks = [file.name for file in listing.masks]
+            self.masks = folder_files.find_masks(self.images, masks, self.root)
         if skip_unreadable:
-            images = [self._folder + file for file in self.files]
-            broken = self._find_broken(images, self.masks, lambda files, **_: files)
-            whole = sorted(set(range(len(self.files))) - set(broken))
-            self.files = [self.files[i] for i in whole]
-            self.masks = [self.masks[i] for i in whole] if self.masks else []
-        if not self.files:
+            self._leave_out_broken()
+        if not self.images:
             raise DataError(
                 f"split '{split}' of folder {self.root} is empty, out of "
-                f"{len(listed)} images; add images or change "
+                f"{len(listing.images)} images; add images or change "
                 "--config.data.validation_fraction and --config.data.test_fraction"
             )
-        self.images = [self._folder + file for file in self.files]
+        self.files = [folder_files.key(name) for name in self.images]
         if os.path.isfile(self.root / "scenes.json"):
             self.annotations = ["scenes.json"]
 
     def read(self, index: int) -> Frame:
         """Reads one image and what belongs to it."""
-        image = read_image(self.root / self.images[index])
-        mask = None
-        if self.masks and self.wants("segmentation"):
-            mask = read_mask(self.root / self.masks[index])
+        image, turn = read_turned(self.root / self.images[index])
         objects = None
         if self.wants("objects") and self._objects:
             objects = self._objects[index]
-        return Frame(image, mask, objects)
+        if not self.masks or not self.wants("segmentation"):
+            return Frame(image, None, objects)
+        mask = self._read_mask(index)
+        most, count = int(mask.max()), self.max_objects
+        if objects is not None and most > (count := int(objects["present"].sum())):
+            raise DataError(
+                f"mask {self.root / self.masks[index]} has object {most}, but "
+                f"{self.annotations[0]} describes {count}; make them fit each other"
+            )
+        if most > count:
+            raise DataError(
+                f"mask {self.root / self.masks[index]} has {most} objects, more than "
+                f"max_objects = {count}; set --config.data.max_objects={most} or more, "
+                "or save it without smoothing if most of them are edges"
+            )
+        return Frame(image, turn_along(mask, image.size, turn), objects)
 
     def check(self, progress: Progress) -> None:
-        """Looks into every file, without decoding it.
+        """Looks into every file; decodes no PNG and no JPEG.
 
         Raises:
           DataError: some cannot be read, or do not fit each other or the crop.
@@ -137,9 +140,35 @@ class ImageFolder(FileSource):
         """Number of objects of each scene, or of ids in its mask."""
         if self._objects:
             return np.array([o["present"].sum() for o in self._objects], np.int64)
-        if self.masks:
-            return count_ids(self.root, self.masks, progress)
-        return super().count_objects(progress)
+        if not self.masks:
+            return super().count_objects(progress)
+
+        def count(index: int) -> int:
+            return max(int(self._read_mask(index).max()), 0)
+
+        with ThreadPool(os.cpu_count()) as pool:
+            counts = pool.imap(count, range(len(self)), chunksize=16)
+            counts = progress(counts, total=len(self), desc="counting objects")
+            return np.array(list(counts), np.int64)
+
+    def _read_mask(self, index: int) -> Int32[np.ndarray, "height width"]:
+        return read_objects(
+            self.root / self.masks[index], self._ignore_id, bool(self.annotations)
+        )
+
+    def _leave_out_broken(self) -> None:
+        """Forgets images that cannot be read, or whose masks cannot."""
+        broken = self._find_broken(self.images, self.masks, lambda files, **_: files)
+        whole = sorted(set(range(len(self.images))) - set(broken))
+        if broken:
+            names = [self.images[index] for index in broken]
+            self.notes = [
+                *self.notes,
+                f"{name_some(names, len(self.images))} in {self.root} cannot be read "
+                "and are left out",
+            ]
+        self.images = [self.images[i] for i in whole]
+        self.masks = [self.masks[i] for i in whole] if self.masks else []
 
     @functools.cached_property
     def _objects(self) -> list[dict[str, np.ndarray]]:
@@ -149,72 +178,19 @@ class ImageFolder(FileSource):
         file = self.root / self.annotations[0]
         return _read_scenes(file, self.files, self.max_objects)
 
-    def _find_masks(self) -> list[str]:
-        """The mask of each image: of the same name, or of the same stem as PNG."""
-        folder = self.root / "masks"
-        if not os.path.isdir(folder):
-            return []
-        there = set(walk_folder(folder))
-        masks, lacking = [], []
-        for file in self.files:
-            either = (file, str(PurePosixPath(file).with_suffix(".png")))
-            found = [f"masks/{name}" for name in either if name in there]
-            masks += found[:1]
-            lacking += [] if found else [file]
-        if lacking:
-            raise DataError(
-                f"{name_some(lacking, len(self.files))} in "
-                f"{self.root / self._folder} have no mask of the same name in "
-                f"{folder}; add the masks or move that folder away"
-            )
-        return masks
+
+def _names(file: str) -> list[Any]:
+    """What an image may be called in `scenes.json`, the clearest first."""
+    name, split = PurePosixPath(file).name, folder_files.split_of_image(file)
+    if split is None:
+        return [file, name]
+    below = "/".join(part for part in file.split("/") if split_of(part) != split)
+    return [file, (split, below), (split, name), name]
 
 
-def _split(
-    files: list[str], split: str, validation_fraction: float, test_fraction: float
-) -> list[str]:
-    """The files of one split: its own folder's, or a share carved out of the rest."""
-    own = {
-        name: [f for f in files if f.split("/")[0] in folders and "/" in f]
-        for name, folders in SPLIT_FOLDERS.items()
-    }
-    if split != "train" and own[split]:
-        return own[split]
-    with_folder = {f for files_of_split in own.values() for f in files_of_split}
-    pool = own["train"] or [f for f in files if f not in with_folder]
-    if not pool:
-        raise DataError(
-            f"there are no images for split '{split}': all are in folders of other "
-            "splits, and none is called 'train'"
-        )
-    if not (0 <= validation_fraction <= 1 - test_fraction <= 1):
-        raise DataError(
-            f"validation_fraction = {validation_fraction} and test_fraction = "
-            f"{test_fraction} are no shares of the images; set "
-            "--config.data.validation_fraction and --config.data.test_fraction to "
-            "numbers from 0 on whose sum is at most 1"
-        )
-    # Each share is a stretch of one fixed permutation, so that shares are disjoint.
-    fractions = {"validation": validation_fraction, "test": test_fraction}
-    bits = np.random.Philox(key=CARVING_KEY).random_raw(len(pool))
-    order = np.argsort(bits, kind="stable")
-    start = 0
-    for name, fraction in fractions.items():
-        if own[name]:
-            continue
-        stop = start + round(fraction * len(pool))
-        if name == split:
-            return [pool[i] for i in sorted(order[start:stop])]
-        start = stop
-    return [pool[i] for i in sorted(order[start:])]
-
-
-def _folders(split: str | None) -> tuple[str, ...]:
-    """The folders in which images of a split in `scenes.json` may lie."""
-    for folders in SPLIT_FOLDERS.values():
-        if split in folders:
-            return folders
-    return () if split is None else (split,)
+def _first(names: Sequence[Any], among: Collection[Any]) -> Any:
+    """The first name that is among others, or else the last."""
+    return next((name for name in names if name in among), names[-1])
 
 
 def _read_scenes(
@@ -230,14 +206,15 @@ def _read_scenes(
             name, split = scene["image_filename"], scene.get("split")
             ambiguous |= {name} & objects_of.keys()
             objects_of[name] = scene["objects"]
-            for folder in _folders(split):
-                objects_of[f"{folder}/{name}"] = scene["objects"]
+            if split is not None:
+                objects_of[f"{split}/{name}"] = scene["objects"]
+                objects_of[split_of(split), name] = scene["objects"]
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path} is not a list of scenes as CLEVR's ({error!r}); write "
             '{"scenes": [{"image_filename": …, "objects": […]}, …]} or remove it'
         ) from error
-    keys = [file if file in objects_of else Path(file).name for file in files]
+    keys = [_first(_names(file), objects_of) for file in files]
     if unclear := sorted(ambiguous & set(keys)):
         raise DataError(
             f"{path} describes {unclear[0]} more than once; give each scene its split, "

@@ -9,14 +9,10 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from implicit_slots.data.readers.file_source import FileSource
-from implicit_slots.data.readers.files import (
-    data_folder,
-    list_folder,
-    name_some,
-    read_image,
-    read_mask,
-)
+from implicit_slots.data.readers.files import data_folder, name_some
 from implicit_slots.data.readers.frame_source import Frame, Progress
+from implicit_slots.data.readers.listing import list_folder
+from implicit_slots.data.readers.pictures import COLOUR_MODES, read_image, read_mask
 from implicit_slots.data.source import DataError, mark_present
 
 LISTS = {"train": "train", "validation": "eval", "test": "test"}
@@ -43,7 +39,7 @@ class ShapeStacks(FileSource):
     and `objects` holds `present` alone. Without any map there is no segmentation.
     """
 
-    colour = True
+    mask_modes = COLOUR_MODES
 
     def __init__(
         self,

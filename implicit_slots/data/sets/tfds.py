@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from implicit_slots.data.readers.frame_source import Frame, FrameSource, Progress
+from implicit_slots.data.readers.pictures import turn_along
 from implicit_slots.data.readers.tfds import (
     Records,
     check_known,
@@ -130,9 +131,10 @@ class Tfds(FrameSource):
                 segmentation = self._layout.segmentation(record, frame, where)
             if "objects" in self._read:
                 objects = self._layout.objects(record, frame, where)
-        return Frame(
-            decode_image(image, f"the image of {where}"), segmentation, objects
-        )
+        picture, turn = decode_image(image, f"the image of {where}")
+        if segmentation is not None:
+            segmentation = turn_along(segmentation, picture.size, turn)
+        return Frame(picture, segmentation, objects)
 
     def where(self, index: int) -> str:
         """The record's place in its file, and the frame of a video."""

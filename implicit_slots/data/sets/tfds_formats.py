@@ -10,9 +10,11 @@ from jaxtyping import Bool, Int32, Int64, Integer
 from PIL import Image, UnidentifiedImageError
 
 from implicit_slots.data.readers.files import BROKEN
+from implicit_slots.data.readers.pictures import Turn, decode
 from implicit_slots.data.sets.coco_shapes import number_segments
 from implicit_slots.data.source import (
     CLEVR_CODES,
+    IGNORED,
     DataError,
     mark_present,
     pack_objects,
@@ -51,8 +53,8 @@ MOVI_A_WORDS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def decode_image(encoded: bytes, what: str) -> Image.Image:
-    """A PNG or JPEG image in whatever mode it has.
+def decode_image(encoded: bytes, what: str) -> tuple[Image.Image, Turn | None]:
+    """A PNG or JPEG image in whatever mode it has, upright, and what made it so.
 
     Args:
       encoded: the file's content.
@@ -62,15 +64,13 @@ def decode_image(encoded: bytes, what: str) -> Image.Image:
       DataError: it is not a whole image.
     """
     try:
-        image = Image.open(io.BytesIO(encoded))
-        image.load()
+        return decode(io.BytesIO(encoded))
     except BROKEN as error:
         # Pillow's own sentence names an object in memory.
         why = "no image" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
             f"{what} cannot be decoded ({why}); prepare or download the data set again"
         ) from error
-    return image
 
 
 class Images:
@@ -199,8 +199,8 @@ class Shapes3d(Images):
 class CocoPanoptic(Images):
     """`coco/2017_panoptic` 1.1.0; `test` is `validation`, as no other is labelled.
 
-    Objects are in the order of `panoptic_objects`. Crowds and, unless all is asked for,
-    stuff are background.
+    Objects are in the order of `panoptic_objects`. Crowds are `IGNORED`. Stuff is
+    background, unless all is asked for: then what nobody annotated is `IGNORED`.
     """
 
     fields: Mapping[str, tuple[str, ...]] = {
@@ -240,12 +240,15 @@ class CocoPanoptic(Images):
         self, record: Record, frame: int, where: str
     ) -> Int32[np.ndarray, "height width"]:
         """Ids from the colours of `panoptic_image`, which number the segments."""
-        picture = decode_image(record["panoptic_image"][0], f"the mask of {where}")
+        picture, _ = decode_image(record["panoptic_image"][0], f"the mask of {where}")
         codes = number_segments(np.asarray(picture.convert("RGB")))
-        segments = np.asarray(record["panoptic_objects/id"])[self._kept(record)]
-        mark_present(len(segments), self.max_objects, where)
+        segments = np.asarray(record["panoptic_objects/id"])
+        kept = segments[self._kept(record)]
+        mark_present(len(kept), self.max_objects, where)
+        crowds = segments[np.asarray(record["panoptic_objects/is_crowd"], bool)]
         ids = np.zeros(codes.shape, np.int32)
-        for place, segment in enumerate(segments):
+        ids[np.isin(codes, [*crowds, *[0] * self._has_stuff])] = IGNORED
+        for place, segment in enumerate(kept):
             ids[codes == segment] = place + 1
         return ids
 
@@ -315,7 +318,7 @@ class Movi(Images):
     ) -> Integer[np.ndarray, "height width"]:
         """Ids as they are published: an instance's index + 1."""
         encoded = record["segmentations"][frame]
-        return np.asarray(decode_image(encoded, f"the mask of {where}"))
+        return np.asarray(decode_image(encoded, f"the mask of {where}")[0])
 
     def objects(self, record: Record, frame: int, where: str) -> Objects:
         """`present`, positions in this frame, and the attributes that the set has.

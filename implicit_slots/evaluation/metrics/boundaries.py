@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from implicit_slots.data.source import IGNORED
+
 # Share of the image's diagonal within which two borders are the same.
 TOLERANCE = 0.008
 
@@ -20,7 +22,9 @@ def boundary_f1(
     A pixel is on the border if the one to its right, below it or both belongs to
     another mask: of the whole partition, ground included, and not object by object.
     Precision is the share of predicted border pixels with a true one within a disc of
-    0.8 % of the image's diagonal, rounded up; recall the converse.
+    0.8 % of the image's diagonal, rounded up; recall the converse. A pixel is left out
+    where it or one of those neighbours is `IGNORED`: whether a border is there nobody
+    knows.
 
     Args:
       true_ids: true segmentation.
@@ -30,7 +34,8 @@ def boundary_f1(
       From 0 to 1; NaN where the truth has no border, 0 where the prediction has none.
     """
     radius = math.ceil(TOLERANCE * math.hypot(*true_ids.shape[1:]))
-    true, predicted = borders(true_ids), borders(predicted_ids)
+    known = ~_at_or_before(true_ids == IGNORED)
+    true, predicted = borders(true_ids) & known, borders(predicted_ids) & known
 
     def share(part, whole):
         hit = jnp.sum(part & _dilate(whole, radius), axis=(1, 2), dtype=jnp.float32)
@@ -47,9 +52,20 @@ def boundary_f1(
 
 def borders(ids: Int[Array, "batch height width"]) -> Bool[Array, "batch height width"]:
     """Returns the pixels whose right, lower or lower right neighbour is another's."""
-    padded = jnp.pad(ids, ((0, 0), (0, 1), (0, 1)), mode="edge")
-    right, below, across = padded[:, :-1, 1:], padded[:, 1:, :-1], padded[:, 1:, 1:]
+    right, below, across = _neighbours(ids)
     return (ids != right) | (ids != below) | (ids != across)
+
+
+def _at_or_before(mask: jax.Array) -> jax.Array:
+    """True at pixels that are, or whose right, lower or lower right neighbour is."""
+    right, below, across = _neighbours(mask)
+    return mask | right | below | across
+
+
+def _neighbours(ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What is to the right of each pixel, below it, and both; the edge repeats."""
+    padded = jnp.pad(ids, ((0, 0), (0, 1), (0, 1)), mode="edge")
+    return padded[:, :-1, 1:], padded[:, 1:, :-1], padded[:, 1:, 1:]
 
 
 def _dilate(mask: jax.Array, radius: int) -> jax.Array:

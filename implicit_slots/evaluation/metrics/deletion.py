@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
+from implicit_slots.data.source import IGNORED
 from implicit_slots.evaluation.metrics.segmentation import attention_to_masks
 
 # (slots, present) -> image [batch, height, width, 3] in [0, 1].
@@ -33,18 +34,21 @@ class Regions(NamedTuple):
     Attributes:
       pixels: that may change when the slot goes; none for a slot without an object.
       objects: which objects the slot owns, to be taken out of the scene with it.
+      counted: pixels of its image that count: all but those that are `IGNORED`.
     """
 
     pixels: Bool[Array, "batch slots height width"]
     objects: Bool[Array, "batch slots objects"]
+    counted: Bool[Array, "batch slots height width"]
 
 
 class Deletions(NamedTuple):
     """What deletions did, by the number of slots left: K − 1, …, 1 along `left`.
 
     Images come last everywhere, so that batches are joined along the last axis. What a
-    deletion does is against the state just before it. NaN where a number is undefined:
-    the first six where the deleted slot has no region.
+    deletion does is against the state just before it. Pixels that do not count are in
+    none of the numbers, nor are tokens with such a pixel. NaN where a number is
+    undefined: the first six where the deleted slot has no region.
 
     Attributes:
       spill: squared change of the render outside the deleted slot's region, summed
@@ -85,7 +89,8 @@ def object_regions(
     """Gives each object's pixels, and those of its shadow, to the slot matched to it.
 
     Args:
-      segmentation: object k has id k + 1; 0 is the background.
+      segmentation: object k has id k + 1; 0 is the background, `IGNORED` does not
+        count.
       matched: slot of each object, −1 for none: `iou.match` of the decoder's masks,
         since it is the decoder that a deletion concerns.
       num_slots: number of slots.
@@ -103,7 +108,8 @@ def object_regions(
     counts = jnp.einsum(
         "bso,bohw->bshw", owned.astype(jnp.float32), (seen & there).astype(jnp.float32)
     )
-    return Regions(counts > 0, owned)
+    counted = jnp.broadcast_to((segmentation != IGNORED)[:, None], counts.shape)
+    return Regions((counts > 0) & counted, owned, counted)
 
 
 def mask_regions(
@@ -122,7 +128,8 @@ def mask_regions(
     batch, slots = attention.shape[:2]
     winners = attention_to_masks(attention, height, width)
     pixels = winners[:, None] == jnp.arange(slots)[:, None, None]
-    return Regions(pixels, jnp.zeros((batch, slots, 0), bool))
+    owned = jnp.zeros((batch, slots, 0), bool)
+    return Regions(pixels, owned, jnp.ones_like(pixels))
 
 
 def random_orders(
@@ -227,14 +234,17 @@ def delete_in_turn(
         # A new array: the transfer of the last one need not be over.
         deleted = deleted | (np.arange(count) == chosen[:, None])
         after = state(deleted)
-        rows.append(_compare(before, after, regions.pixels[images, chosen]))
+        of_chosen = (leaf[images, chosen] for leaf in (regions.pixels, regions.counted))
+        rows.append(_compare(before, after, *of_chosen))
         if order == 0:
             renders.append(np.asarray(after.image))
         before = after
 
     columns = zip(*jax.device_get(rows), strict=True)
     numbers = [np.reshape(c, (len(orders), count - 1, batch)) for c in columns]
-    error = jnp.full(batch, jnp.nan) if image is None else _error(start.image, image)
+    error = jnp.full(batch, jnp.nan)
+    if image is not None:
+        error = _error(start.image, image, regions.counted[:, 0])
     return Deletions(*numbers, render_error=np.asarray(error)), np.stack(renders)
 
 
@@ -272,35 +282,40 @@ class _State(NamedTuple):
 
 
 @jax.jit
-def _compare(before: _State, after: _State, region: jax.Array) -> list[jax.Array]:
+def _compare(
+    before: _State, after: _State, region: jax.Array, counted: jax.Array
+) -> list[jax.Array]:
     """One deletion's numbers, in the order of `Deletions`."""
     undefined = jnp.full(len(region), jnp.nan)
     scene_spill = rise_inside = rise_outside = error = undefined
     has_region = region.any(axis=(1, 2))
-    change, outside = _change(before.image, after.image, region)
+    change, outside = _change(before.image, after.image, region, counted)
     share = jnp.where(change > 0, outside / change, jnp.nan)
     if before.cross_entropy is not None and after.cross_entropy is not None:
         rise = after.cross_entropy - before.cross_entropy
         batch, rows, columns = rise.shape
-        cells = region.reshape(batch, rows, -1, columns, region.shape[2] // columns)
-        inside = cells.any(axis=(2, 4))
+        cells = (batch, rows, -1, columns, region.shape[2] // columns)
+        inside = region.reshape(cells).any(axis=(2, 4))
+        rise = jnp.where(counted.reshape(cells).all(axis=(2, 4)), rise, 0)
         rise_inside = jnp.sum(jnp.where(inside, rise, 0), axis=(1, 2))
         rise_outside = jnp.sum(jnp.where(inside, 0, rise), axis=(1, 2))
     if before.scene is not None and after.scene is not None:
-        scene_spill = _change(before.scene, after.scene, region)[1]
-        error = _error(after.image, after.scene)
+        scene_spill = _change(before.scene, after.scene, region, counted)[1]
+        error = _error(after.image, after.scene, counted)
     of_region = [outside, share, scene_spill, rise_outside, rise_inside, change]
     of_region = [jnp.where(has_region, value, jnp.nan) for value in of_region]
     return [*of_region, jnp.where(has_region, jnp.nan, change), error]
 
 
-def _change(before: jax.Array, after: jax.Array, region: jax.Array):
+def _change(
+    before: jax.Array, after: jax.Array, region: jax.Array, counted: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Squared change per image, all of it and outside the region."""
-    squared = jnp.sum((after - before) ** 2, axis=-1)
+    squared = jnp.where(counted, jnp.sum((after - before) ** 2, axis=-1), 0)
     outside = jnp.sum(jnp.where(region, 0, squared), axis=(1, 2))
     # A sum of two, so that the share is exactly 0 or 1 where it should be.
     return outside + jnp.sum(jnp.where(region, squared, 0), axis=(1, 2)), outside
 
 
-def _error(image: jax.Array, other: jax.Array) -> jax.Array:
-    return jnp.sum((image - other) ** 2, axis=(1, 2, 3))
+def _error(image: jax.Array, other: jax.Array, counted: jax.Array) -> jax.Array:
+    return jnp.sum((image - other) ** 2, axis=(1, 2, 3), where=counted[..., None])

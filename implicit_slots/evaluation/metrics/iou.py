@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from implicit_slots.data.source import IGNORED
+
 
 def one_hot_objects(
     true_ids: Int[Array, "batch height width"], max_true: int
@@ -13,6 +15,19 @@ def one_hot_objects(
     flat = true_ids.reshape(len(true_ids), 1, -1)
     ids = jnp.arange(1, max_true + 1)[None, :, None]
     return (flat == ids).astype(jnp.float32)
+
+
+def drop_ignored(
+    weights: Float[Array, "batch slots pixels"],
+    true_ids: Int[Array, "batch height width"],
+) -> Float[Array, "batch slots pixels"]:
+    """Takes from slots the pixels that count in no metric, as objects do not have them.
+
+    Args:
+      weights: of the slots.
+      true_ids: true segmentation; `IGNORED` where nothing counts.
+    """
+    return weights * (true_ids != IGNORED).reshape(len(true_ids), 1, -1)
 
 
 def intersection_over_union(
@@ -134,8 +149,9 @@ def scorable(
     """Whether all attention of an image is finite and all its ids are in range.
 
     Else comparisons would take NaN for a slot, and one-hot masks drop the pixels.
+    `IGNORED` is in range: those pixels are meant to be dropped.
     """
-    in_range = (true_ids >= 0) & (true_ids <= max_true)
+    in_range = (true_ids == IGNORED) | (true_ids >= 0) & (true_ids <= max_true)
     return jnp.isfinite(attention).all(axis=(1, 2, 3)) & in_range.all(axis=(1, 2))
 
 

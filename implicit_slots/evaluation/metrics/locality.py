@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from implicit_slots.evaluation.metrics.iou import (
+    drop_ignored,
     intersection_over_union,
     match,
     mean_over,
@@ -33,7 +34,8 @@ def locality(
 
     Args:
       attention: Per slot, its weight at each position; sums to one over slots.
-      segmentation: True segmentation; 0 is the background.
+      segmentation: True segmentation; 0 is the background. Where it is `IGNORED`,
+        maps are cut out, before they are divided by their sums.
       shadow: Id of the object whose shadow falls on a pixel, 0 for none; None where
         the data does not tell.
       max_true: The largest true id.
@@ -56,7 +58,7 @@ def locality(
     height, width = segmentation.shape[1:]
     objects = one_hot_objects(segmentation, max_true)
     weights = upsample(attention, height, width)
-    weights = weights.reshape(*weights.shape[:2], -1)
+    weights = drop_ignored(weights.reshape(*weights.shape[:2], -1), segmentation)
     slots = match(intersection_over_union(objects, weights))
     matched = slots >= 0
     maps = jnp.take_along_axis(weights, jnp.maximum(slots, 0)[..., None], axis=1)

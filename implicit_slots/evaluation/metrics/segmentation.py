@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
+from implicit_slots.data.source import IGNORED
 from implicit_slots.evaluation.metrics import iou
 from implicit_slots.evaluation.metrics.boundaries import boundary_f1
 
@@ -47,12 +48,13 @@ def score_masks(
 ) -> dict[str, Float[Array, " batch"]]:
     """Compares the masks of slots with the true ones, in every usual way.
 
-    An object is a true id other than 0 with a pixel to be seen. Slots in another order
-    have the same numbers.
+    An object is a true id from 1 on with a pixel to be seen. Slots in another order
+    have the same numbers. Pixels of the id `IGNORED` count nowhere: whatever the slots
+    do there, the numbers are the same.
 
     Args:
       attention: Per slot, its weight at each position of the feature grid.
-      segmentation: True segmentation; 0 is the background.
+      segmentation: True segmentation; 0 is the background, `IGNORED` counts nowhere.
       max_true: The largest true id, which is the largest number of objects.
       classes: Of each object, in the order of the ids from 1.
 
@@ -65,7 +67,8 @@ def score_masks(
       - `miou`, `mbo` and, with classes, `mbo_class`: see iou.py.
       - `soft_iou`: mIoU of the upsampled weights, before each pixel goes to one slot.
       - `boundary_f1`: see boundaries.py; NaN where the truth has no border.
-      - `slots_used`: how many slots win at least 0.5 % of the pixels.
+      - `slots_used`: how many slots win at least 0.5 % of the pixels that count; NaN
+        where none does.
     """
     height, width = segmentation.shape[1:]
     weights = upsample(attention, height, width)
@@ -74,9 +77,12 @@ def score_masks(
     objects = iou.one_hot_objects(segmentation, max_true)
     flat = predicted.reshape(len(predicted), 1, -1)
     won = (flat == jnp.arange(num_slots)[None, :, None]).astype(jnp.float32)
+    won = iou.drop_ignored(won, segmentation)
+    weights = iou.drop_ignored(weights.reshape(*won.shape), segmentation)
+    share = won.sum(axis=2) / won.sum(axis=(1, 2))[:, None]
     present = objects.any(axis=2)
     hard = iou.intersection_over_union(objects, won)
-    soft = iou.intersection_over_union(objects, weights.reshape(*weights.shape[:2], -1))
+    soft = iou.intersection_over_union(objects, weights)
 
     def rand_index(foreground_only):
         return adjusted_rand_index(
@@ -94,7 +100,11 @@ def score_masks(
         "mbo": iou.mean_best_overlap(hard, present),
         "soft_iou": iou.mean_iou(soft, present),
         "boundary_f1": boundary_f1(segmentation, predicted),
-        "slots_used": jnp.sum(won.mean(axis=2) >= USED, axis=1, dtype=jnp.float32),
+        "slots_used": jnp.where(
+            jnp.isnan(share[:, 0]),
+            jnp.nan,
+            jnp.sum(share >= USED, axis=1, dtype=jnp.float32),
+        ),
     }
     if classes is not None:
         merged = iou.merge_classes(objects, classes)
@@ -121,7 +131,7 @@ def adjusted_rand_index(
     form one cluster; one true object that is predicted as several scores 0.
 
     Args:
-      true_ids: True segmentation; 0 is the background.
+      true_ids: True segmentation; 0 is the background, `IGNORED` counts nowhere.
       predicted_ids: Predicted segmentation. Only its partition counts, not which
         id a cluster bears.
       max_true: The largest true id, which is the largest number of objects.
@@ -133,7 +143,8 @@ def adjusted_rand_index(
     Returns:
       Per image, at most 1 (the same partition), 0 on average for a partition drawn
       at random, below 0 for less than chance. NaN where nothing is left to score
-      (`foreground_only` without foreground) and where an id is out of range.
+      (`foreground_only` without foreground) and where an id that counts is out of
+      range.
     """
     batch = true_ids.shape[0]
     true_ids = true_ids.reshape(batch, -1)
@@ -150,6 +161,7 @@ def adjusted_rand_index(
 
     in_range = (true_ids >= 0) & (true_ids <= max_true)
     in_range &= (predicted_ids >= 0) & (predicted_ids < num_predicted)
+    in_range |= true_ids == IGNORED
     defined = jnp.all(in_range, axis=1) & (jnp.sum(table, axis=(1, 2)) > 0)
     return jnp.where(defined, score, jnp.nan)
 

@@ -7,7 +7,8 @@ import pytest
 
 from implicit_slots.data.prepared.cache import Prepared, Writer
 from implicit_slots.data.prepared.cache_folder import is_finished
-from implicit_slots.data.source import DataError
+from implicit_slots.data.readers.frame_source import MOST_OBJECTS
+from implicit_slots.data.source import IGNORED, DataError
 
 BLOCK = 4
 
@@ -164,6 +165,19 @@ def test_a_finished_cache_is_read(finished):
         np.load(finished / "image.npy"), source.batch(np.arange(10))["image"]
     )
     source.verify(lambda blocks, desc: blocks)
+
+
+def test_ids_are_bytes_on_the_disk_and_come_back_as_they_were(tmp_path):
+    """Up to the largest, and what no metric counts."""
+    ids = np.array([[[IGNORED, 0], [1, MOST_OBJECTS]]], np.int32)
+    writer = opened(tmp_path, count=1)
+    writer.append({**examples(0, 1), "segmentation": ids, "shadow": ids})
+    writer.finish()
+    batch = Prepared(tmp_path / "cache").batch(np.array([0]))
+    for name in ("segmentation", "shadow"):
+        np.testing.assert_array_equal(batch[name], ids)
+        assert batch[name].dtype == np.int32
+        assert np.load(tmp_path / "cache" / f"{name}.npy").dtype == np.uint8
 
 
 def test_a_finished_cache_of_something_else_is_refused(finished):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from implicit_slots.data.sets.coco import Coco
-from implicit_slots.data.source import DataError
+from implicit_slots.data.source import IGNORED, DataError
 
 coco = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed")
 
@@ -163,13 +163,13 @@ def test_photographs_come_by_image_id_and_bit_for_bit(root):
 
 
 def test_instances_are_painted_from_large_to_small(root):
-    """Polygons, two of one object, and both run-length codes; crowds are background."""
+    """Polygons, two of one object, and both run-length codes; crowds are ignored."""
     source = read(root)
     source.check(silent)
     batch = source.batch(np.arange(3))
     # By area; of two of 50 pixels the one of the lower id is first.
     wanted = [
-        paint(LARGE, SMALL, LEFT | RIGHT),
+        np.where(CROWD, IGNORED, paint(LARGE, SMALL, LEFT | RIGHT)),
         paint(CODED, SMALL, RUNS),
         paint(),
     ]
@@ -207,15 +207,17 @@ def test_run_length_codes_give_pycocotools_masks(root, seed):
 
 
 def test_panoptic_segments_are_numbered_in_their_lists_order(root):
-    """Things and stuff alike; crowds and what nobody annotated are background."""
+    """Things and stuff alike; crowds and what nobody annotated are ignored."""
     source = read(root, masks="panoptic")
     source.check(silent)
     ids = panoptic_ids()
     batch = source.batch(np.arange(3))
+    open_ = (ids == MOB) | (ids == 0)
     np.testing.assert_array_equal(
-        batch["segmentation"][0], (ids == STUFF) + 2 * (ids == THING)
+        batch["segmentation"][0],
+        np.where(open_, IGNORED, (ids == STUFF) + 2 * (ids == THING)),
     )
-    assert not batch["segmentation"][1:].any()
+    assert (batch["segmentation"][1:] == IGNORED).all()
     assert batch["objects"]["label"][0].tolist() == [184, 17, 0, 0]
     assert source.count_objects(silent).tolist() == [2, 0, 0]
 
@@ -271,7 +273,11 @@ def code(counts, size=(HEIGHT, WIDTH)):
         (one({"counts": [400]}), {}, r"cannot be drawn \('size'\)"),
         (one([[1, 2, 3, 4, 5, 6, 7]]), {}, "not a list of coordinates x, y, … in the"),
         (one([[0, 0, 1e9, 0, 1e9, 1e9]]), {}, "not a list of coordinates x, y, … in t"),
-        (one(None), {}, r"not in COCO's instances format \(TypeError"),
+        (
+            one(None),
+            {},
+            r"has boxes of objects and no masks; do without masks by --con",
+        ),
         (one([["a"]]), {}, r"not in COCO's instances format \(ValueError"),
         (
             lambda root: write_instances(root, instances(), width=40),
@@ -314,14 +320,14 @@ def code(counts, size=(HEIGHT, WIDTH)):
             r"no file .*/annotations/instances_train2017\.json; unpack COCO's annota",
         ),
         (
-            lambda root: (root / "val2017").rename(root / "val"),
+            lambda root: (root / "val2017").rename(root / "photographs"),
             {},
             r"there is no folder .*/val2017; unpack it there, or set",
         ),
         (
             lambda root: [f.unlink() for f in (root / "val2017").iterdir()],
             {},
-            r"val2017 has no photographs NNNNNNNNNNNN\.jpg; unpack",
+            r"val2017 has no photographs; unpack COCO's images there",
         ),
         (
             lambda root: save_segments(

@@ -362,7 +362,7 @@ def test_options_that_fit_no_file_are_one_sentence(folder, tmp_path):
             r"cannot be '5'; set --config\.data\.splits\.test=",
         ),
         ({"split": "test", "splits": {"test": "5:5"}}, r"split 'test' cannot be '5:5'"),
-        ({"max_objects": 0}, "max_objects must be 1 to 255, got 0"),
+        ({"max_objects": 0}, "max_objects must be 1 to 254, got 0"),
     ]:
         with pytest.raises(DataError, match=sentence):
             opened(folder, "tetrominoes", **options)

@@ -1,5 +1,6 @@
 """TFDS records: written by its own machinery in CLEVR's true features, read back."""
 
+import io
 import json
 import os
 from typing import Any
@@ -202,6 +203,19 @@ def test_any_other_set_of_images_has_images_alone(tmp_path):
     )
     with pytest.raises(DataError, match=r"record 0 of .* has no feature image; set"):
         Tfds(dataset="numbers", path=str(tmp_path), split="train", resolution=8)[0]
+
+
+def test_pictures_are_upright_whatever_their_orientation(tmp_path):
+    """Records hold the files as they were."""
+    upright = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(upright)).save(file, "PNG", exif=exif)
+    file.seek(0)
+    features = tfds.features.FeaturesDict({"image": tfds.features.Image()})
+    tfds_files.write(tmp_path, "my_images", features, {"train": [{"image": file}]})
+    source = Tfds(dataset="my_images", path=str(tmp_path), split="train", resolution=8)
+    np.testing.assert_array_equal(source[0]["image"], upright[:, 2:10])
 
 
 def test_what_is_not_prepared_is_one_sentence(path, tmp_path):

@@ -12,7 +12,7 @@ from tensorflow_datasets.core import hashing
 from implicit_slots.data.sets import tfds as reader
 from implicit_slots.data.sets import tfds_formats
 from implicit_slots.data.sets.tfds import Tfds
-from implicit_slots.data.source import DataError
+from implicit_slots.data.source import IGNORED, DataError
 
 
 def noise(seed, height, width, channels=3):
@@ -229,7 +229,7 @@ def coco(path, split="train", **options):
     ("masks", "kept"), [("instances", [0, 3]), ("panoptic", [0, 1, 3, 4])]
 )
 def test_panoptic_segments_become_ids_in_their_order(coco_path, masks, kept):
-    """Crowds and unlabelled pixels are background, and stuff unless it is asked for."""
+    """Crowds are ignored; stuff is background, or what is unlabelled is ignored."""
     source = coco(coco_path, masks=masks)
     assert len(source) == 3
     for i in range(2):
@@ -238,9 +238,12 @@ def test_panoptic_segments_become_ids_in_their_order(coco_path, masks, kept):
         middle = np.s_[:, 4:16]
         np.testing.assert_array_equal(example["image"], np.asarray(jpeg)[middle])
         expected = np.zeros((12, 20), int)
+        expected[codes == SEGMENTS[2][0]] = IGNORED
+        if masks == "panoptic":
+            expected[codes == 0] = IGNORED
         for place, segment in enumerate(kept):
             expected[codes == SEGMENTS[segment][0]] = place + 1
-        assert len(np.unique(expected)) == len(kept) + 1
+        assert len(np.unique(expected)) == len(kept) + 2 - (masks == "panoptic")
         np.testing.assert_array_equal(example["segmentation"], expected[middle])
         labels = [SEGMENTS[segment][1] for segment in kept]
         objects = example["objects"]
@@ -248,7 +251,8 @@ def test_panoptic_segments_become_ids_in_their_order(coco_path, masks, kept):
         assert objects["label"].dtype == np.int32
         assert objects["present"].tolist() == [k < len(kept) for k in range(5)]
     empty = source[2]
-    assert not empty["segmentation"].any() and not empty["objects"]["present"].any()
+    assert (empty["segmentation"] == (IGNORED if masks == "panoptic" else 0)).all()
+    assert not empty["objects"]["present"].any()
     assert source.count_objects(silent).tolist() == [len(kept)] * 2 + [0]
     test = coco(coco_path, "test", masks=masks)
     assert test.fingerprint()["split"] == "validation"

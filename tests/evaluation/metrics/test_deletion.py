@@ -92,7 +92,8 @@ def scene_without(seed=7):
 def test_regions_are_the_objects_and_shadows_of_the_matched_slot():
     (segmentation, shadow), matched = boxes(), matches()
     for shade in (shadow, None):
-        pixels, owned = regions_of(segmentation, shade, matched)
+        pixels, owned, counted = regions_of(segmentation, shade, matched)
+        assert counted.all()
         for b in range(BATCH):
             for s in range(SLOTS):
                 expected = np.zeros((SIDE, SIDE), bool)
@@ -324,7 +325,8 @@ def test_shuffled_slots_share_no_image(batch):
 def test_misuse_is_refused():
     with pytest.raises(ValueError, match="at least as many images as slots: 4, got 3"):
         shuffle_slots(jax.random.key(0), jnp.zeros((3, 4)))
-    regions = Regions(jnp.zeros((1, 1, 4, 4), bool), jnp.zeros((1, 1, 2), bool))
+    pixels = jnp.zeros((1, 1, 4, 4), bool)
+    regions = Regions(pixels, jnp.zeros((1, 1, 2), bool), ~pixels)
     orders = jnp.zeros((1, 1, 1), int)
     with pytest.raises(ValueError, match="at least two, got 1"):
         delete_in_turn(

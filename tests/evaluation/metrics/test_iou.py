@@ -153,7 +153,7 @@ def test_what_cannot_be_scored_is_not_scored(scored, case, fault):
     if fault == "attention":
         attention[0, 0, 0, 0] = np.nan
     else:
-        true[0, 0, 0] = MOST + 1 if fault == "too large" else -1
+        true[0, 0, 0] = MOST + 1 if fault == "too large" else -2
     for name, value in scored(attention, true, classes).items():
         assert np.isnan(value[0]), name
         np.testing.assert_array_equal(value[1:], scored(*case)[name][1:])

@@ -107,7 +107,7 @@ def test_no_foreground_is_undefined():
     assert score(background, background) == 1
 
 
-@pytest.mark.parametrize(("true", "predicted"), [(3, 0), (-1, 0), (0, 2), (0, -1)])
+@pytest.mark.parametrize(("true", "predicted"), [(3, 0), (-2, 0), (0, 2), (0, -1)])
 def test_an_id_out_of_range_is_not_dropped_in_silence(true, predicted):
     true_ids, predicted_ids = np.array([[0, 1, 2, true]]), np.array([[0, 1, 1, 0]])
     predicted_ids[0, 3] = predicted
