@@ -236,8 +236,7 @@ def adjoint() -> Config:
     section.rtol = core.Adaptive.rtol
     section.remat = core.Unrolled.remat  # unrolled, truncated: recompute, do not store
     # Implicit: how uᵀ = uᵀJ + gᵀ is solved.
-    # No tolerance: what does not meet one within the steps trains with one term, and
-    # SLATE's slots rarely meet even 1e-2 within 60.
+    # No tolerance to miss: SLATE's slots rarely meet even 1e-2 within 60 steps.
     linear: Any = core.Implicit.solver
     section.solver = solver(
         "gmres", max_steps=linear.max_steps, rtol=linear.rtol, restart=False

@@ -57,6 +57,9 @@ def set_variant(
 def set_small_variant(config: Config, variant: str | None) -> Config:
     """Applies `set_small` unless the variant is "tokens", then the rest of it.
 
+    Vanilla takes the rates that are best for it, half again as large: see
+    experiments/results/notes/finding_objects.md.
+
     Args:
       config: the published model at a small size.
       variant: "tokens", one of `base.set_variant`, or both, as in "tokens-vanilla".
@@ -66,6 +69,9 @@ def set_small_variant(config: Config, variant: str | None) -> Config:
     """
     if (variant or "").partition("-")[0] != "tokens":
         set_small(config)
+        if variant == "vanilla":
+            config.optimizer.learning_rate *= 1.5
+            config.optimizer.slots_learning_rate *= 1.5
     return set_variant(config, variant, lambda config: None, first="tokens")
 
 

@@ -1,5 +1,6 @@
 """Command line: `python -m implicit_slots.main --config=configs/scenes.py`."""
 
+import logging as standard_logging
 import os
 import pathlib
 import shlex
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
+from types import FrameType
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -15,13 +17,23 @@ from ml_collections import config_flags
 
 from implicit_slots.runtime import xla_warnings
 from implicit_slots.runtime.allocator import keep_freed_memory
-from implicit_slots.runtime.flags import drop_output, flag_value, is_flag, parse
-from implicit_slots.runtime.workdir import config_flag
+from implicit_slots.runtime.errors import UserError
+from implicit_slots.runtime.files import expand
+from implicit_slots.runtime.flags import (
+    drop_output,
+    flag_value,
+    is_flag,
+    parse,
+    refuse_rest,
+    without,
+)
+from implicit_slots.runtime.signals import stopping
+from implicit_slots.runtime.workdir import config_flag, workdirs, writing
 
 _BEGAN = time.perf_counter()
 
 # "Temporary failure, try again": of sysexits.h.
-RESUME_ME = os.EX_TEMPFAIL
+RESUME_ME = 75
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, with an optional :variant.", lock_config=True
@@ -74,31 +86,37 @@ _SLICES = flags.DEFINE_integer(
 flags.mark_flag_as_required("config")
 
 
-def main(_: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Runs what the flags say.
 
     Exits with 1 on what the user can put right, and with 75 ("try again") where the run
     was told to stop and the same command goes on.
     """
-    # Orbax and clu report every file they touch at INFO.
+    # Orbax and clu report every file they touch at INFO, Matplotlib a home folder that
+    # is not there.
     logging.set_verbosity(logging.WARNING)
+    standard_logging.getLogger("matplotlib").setLevel(standard_logging.ERROR)
     keep_freed_memory()
+    refuse_rest(argv)
     config = _CONFIG.value
-    workdirs = (_WORKDIR.value or "").split(",")
-    if len(workdirs) > 1:
-        sys.exit(_compare(workdirs))
+    evaluates = _MODE.value == "evaluate"
+    several = workdirs(_WORKDIR.value or "", to_compare=evaluates)
+    if len(several) > 1:
+        sys.exit(_compare(several))
+    try:
+        workdir = expand(_WORKDIR.value or os.path.join("runs", str(config.name)))
+    except UserError as error:
+        sys.exit(f"error: {error}")
     if _DATA.value and _MODE.value != "evaluate":
         sys.exit("error: --data is for --mode=evaluate; --config says what to train on")
     xla_warnings.leave_out()
     if _MODE.value == "plan":
         sys.exit(_plan())
     # After the flags are looked at, and --help: they need no JAX.
-    from implicit_slots.runtime import processes
-    from implicit_slots.runtime.errors import UserError
+    from implicit_slots.runtime import devices, processes
     from implicit_slots.runtime.preemption import Preempted
     from implicit_slots.training.run import run
 
-    workdir = pathlib.Path(_WORKDIR.value or os.path.join("runs", config.name))
     try:
         if where := processes.initialize(
             _DISTRIBUTED.value,
@@ -136,6 +154,13 @@ def main(_: list[str]) -> None:
     except Exception as error:
         if processes.lost_another(error):
             processes.leave("error: another process of this run ended; it says why")
+        if devices.is_out_of_memory(error):
+            reason = str(error).strip().split("\n")[0]
+            processes.leave(
+                f"error: there is not enough memory ({reason}); take a smaller "
+                "--config.batch_size, a larger --config.accumulate, a smaller model or "
+                f"smaller data; the same command resumes {workdir}"
+            )
         processes.leave(traceback.format_exc().rstrip())
 
 
@@ -148,7 +173,6 @@ def _plan() -> str | int:
     from implicit_slots.runtime import topologies
 
     topologies.prepare(_TOPOLOGY.value or topologies.HERE)
-    from implicit_slots.runtime.errors import UserError
     from implicit_slots.training import plan
 
     try:
@@ -161,22 +185,23 @@ def _plan() -> str | int:
     return 0
 
 
-def _compare(workdirs: list[str]) -> str | int:
+def _compare(several: list[str]) -> str | int:
     """Evaluates each run in a process of its own, then writes a page on all of them."""
     if _MODE.value != "evaluate":
         return "error: several workdirs are for --mode=evaluate"
-    for workdir in workdirs:
-        rest = [flag for flag in sys.argv[1:] if not is_flag("workdir", flag)]
+    for workdir in several:
+        rest = without("workdir", sys.argv[1:])
         command = [sys.executable, "-m", "implicit_slots.main", *rest]
         # A run that cannot be evaluated is listed in the page.
         subprocess.run([*command, f"--workdir={workdir}"], check=False)
     from implicit_slots.report.comparison import write_comparison
-    from implicit_slots.runtime.errors import UserError
 
-    paths = [pathlib.Path(workdir) for workdir in workdirs]
-    common = pathlib.Path(os.path.commonpath([path.resolve() for path in paths]))
     try:
-        print(f"report: {write_comparison(paths, common / 'report.html')}")
+        paths = [expand(workdir) for workdir in several]
+        common = pathlib.Path(os.path.commonpath([path.resolve() for path in paths]))
+        with writing(common):
+            report = write_comparison(paths, common / "report.html")
+        print(f"report: {report}")
     except UserError as error:
         return f"error: {error}"
     return 0
@@ -186,9 +211,18 @@ def _parse(argv: list[str]) -> list[str]:
     """As `parse`; a run that is there brings its configuration."""
     workdir = flag_value("workdir", argv)
     if workdir and not any(is_flag("config", flag) for flag in argv):
-        own = config_flag(workdir.split(",")[0], flag_value("data", argv))
-        argv = [argv[0], own, *argv[1:]]
+        evaluates = flag_value("mode", argv) == "evaluate"
+        first = workdirs(workdir, to_compare=evaluates)[0]
+        argv = [argv[0], config_flag(first, flag_value("data", argv)), *argv[1:]]
     return parse(argv)
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    """Ends this process, or, of several, tells all of them to end."""
+    processes = sys.modules.get("implicit_slots.runtime.processes")
+    if number == signal.SIGINT or processes is None or not processes.is_connected():
+        os._exit(RESUME_ME)
+    os.kill(os.getpid(), signal.SIGTERM)  # JAX takes this one.
 
 
 def _end(stop: SystemExit) -> NoReturn:
@@ -206,8 +240,8 @@ def _end(stop: SystemExit) -> NoReturn:
 if __name__ == "__main__":
     # Before the loop, which saves first, and after it, nothing can be lost. (C++ that
     # calls Python may swallow an exception.)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os._exit(RESUME_ME))
+    for number in stopping():
+        signal.signal(number, _stop)
     try:
         app.run(main, flags_parser=_parse)
     except SystemExit as stop:

@@ -34,6 +34,7 @@ from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.prng import purpose_key
 from implicit_slots.runtime.weights import read_weights
+from implicit_slots.runtime.workdir import absolute
 from implicit_slots.training import step
 from implicit_slots.training.checkpoint import Checkpoints
 from implicit_slots.training.optimizer import build_optimizer
@@ -358,6 +359,7 @@ def check_training(weights, record):
     assert not failed, failed
 
 
+@pytest.mark.slow
 def test_training_steps_equal_the_official_ones(weights):
     record = dict(np.load(RECORDS / f"slot_heads_{official.SLOT_HEADS[-1]}.npz"))
     assert (record["training/norm"] > 2 * official.CLIP).all(), "clipping is active"
@@ -530,7 +532,7 @@ def test_weights_become_a_run_and_a_run_weights(tmp_path, weights):
     workdir = tmp_path / "run"
     convert(tmp_path / "model.npz", workdir, config)
     assert json.loads((workdir / "config.json").read_text()) == json.loads(
-        config.to_json()
+        absolute(config).to_json()
     )
     # What a training that goes on reads first.
     checkpoints = Checkpoints(workdir / "checkpoints", keep=None)
@@ -579,7 +581,7 @@ def test_a_workdir_that_cannot_be_finished_is_removed(tmp_path, weights, monkeyp
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("implicit_slots.runtime.files.write_json", fail)
+    monkeypatch.setattr("implicit_slots.interop.write_json", fail)
     with pytest.raises(UserError, match="no space left"):
         convert(tmp_path / "model.npz", tmp_path / "run", official_config())
     assert [p.name for p in tmp_path.iterdir()] == ["model.npz"]

@@ -358,6 +358,7 @@ def cases():
     yield pytest.param(case, id="set_prediction-dense", marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", list(cases()))
 def test_a_whole_step_does_what_it_does_in_float64(case):
     seed, squares, want = expected(case)

@@ -44,6 +44,7 @@ from implicit_slots.data.scenes import rendering
 from implicit_slots.data.source import Source
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import build_mesh, replicate
+from implicit_slots.runtime.files import expand
 from implicit_slots.training import device_batches
 from implicit_slots.training.state import initial_state
 
@@ -54,7 +55,7 @@ RENDERED = 128  # scenes of a batch
 def main(arguments: list[str] | None = None) -> None:
     """Measures, prints, and writes OUT.md and OUT.json."""
     parser = harness.build_parser(__doc__, "data")
-    parser.add_argument("--frames", type=Path, help="folder of PNG files to decode")
+    parser.add_argument("--frames", type=expand, help="folder of PNG files to decode")
     parser.add_argument(
         "--decoded", type=positive, default=400, help="frames, at least 50"
     )

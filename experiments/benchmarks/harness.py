@@ -20,6 +20,7 @@ from configs import base
 from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.errors import UserError
+from implicit_slots.runtime.files import expand
 from implicit_slots.runtime.versions import versions
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.step import build_steps
@@ -141,7 +142,7 @@ def build_parser(doc: str | None, out: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=RESULTS / out)
+    parser.add_argument("--out", type=expand, default=RESULTS / out)
     return parser
 
 
@@ -152,7 +153,7 @@ def contest_parser(doc: str | None, out: str, configurations: str):
     parser.add_argument("--configurations", default=configurations, help=known)
     parser.add_argument("--batch", type=positive, help="instead of the configuration's")
     parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
-    parser.add_argument("--official", type=Path, help="checkout of official SLATE")
+    parser.add_argument("--official", type=expand, help="checkout of official SLATE")
     return parser
 
 

@@ -52,6 +52,7 @@ from implicit_slots.models.images import as_float
 from implicit_slots.models.slate import SLATE
 from implicit_slots.models.slot_attention import Problem
 from implicit_slots.models.token_decoder import with_bos
+from implicit_slots.runtime.files import expand
 from implicit_slots.training.pretrained import load
 
 # Tolerance zero: every solver goes on to --steps, or until nothing improves any more.
@@ -297,7 +298,7 @@ def draw(curves, quality, cost) -> Figure:
 def main(arguments: list[str] | None = None) -> None:
     """Prints both tables and writes them, the picture and the numbers."""
     parser = harness.build_parser(__doc__, "solver_comparison")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/scenes"))
+    parser.add_argument("--workdir", type=expand, default=Path("runs/scenes"))
     parser.add_argument("--images", type=positive, default=32, help="forward part's")
     parser.add_argument("--judged", type=positive, default=8, help="backward part's")
     parser.add_argument("--steps", type=positive, default=60, help="evaluations of f")

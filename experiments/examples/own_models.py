@@ -1,10 +1,9 @@
-"""The solver core and slot attention in models of your own, in four frameworks.
+"""Slot attention in models of your own, in Flax NNX and in Flax Linen.
 
     python -m experiments.examples.own_models
 
-Trains each in seconds and prints its loss; Equinox has to be installed. The first two
-fit a wave with a layer that is applied until nothing changes. The other two find
-clusters of points: each point is told again by the slots that attend to it.
+Trains each in seconds and prints its loss. They find clusters of points: each point is
+told again by the slots that attend to it.
 """
 
 from typing import Any
@@ -15,47 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from implicit_slots import SlotAttention, fixed_point
-
-
-def plain_jax():
-    """Returns a loss of (parameters, key), and parameters to begin with."""
-
-    def layer(params, x, z):
-        return jnp.tanh(z @ params["w"] + x @ params["u"])
-
-    def loss(params, key):
-        x = jax.random.normal(key, (64, 4))
-        z = fixed_point(layer, params, x, jnp.zeros((64, 16))).value
-        return jnp.mean((z @ params["out"] - wave(x)) ** 2)
-
-    shapes = {"w": (16, 16), "u": (4, 16), "out": (16, 1)}
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    draw = {
-        name: 0.2 * jax.random.normal(key, shape)
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
-    return loss, draw
-
-
-def equinox():
-    """The same with a GRU cell of Equinox."""
-    import equinox as eqx
-
-    keys = jax.random.split(jax.random.key(0))
-    modules = eqx.nn.GRUCell(4, 16, key=keys[0]), eqx.nn.Linear(16, 1, key=keys[1])
-    arrays, static = eqx.partition(modules, eqx.is_array)
-
-    def layer(cell, x, z):
-        return jax.vmap(eqx.combine(cell, static[0]))(x, z)
-
-    def loss(arrays, key):
-        x = jax.random.normal(key, (64, 4))
-        z = fixed_point(layer, arrays[0], x, jnp.zeros((64, 16))).value
-        read_out = eqx.combine(arrays[1], static[1])
-        return jnp.mean((jax.vmap(read_out)(z) - wave(x)) ** 2)
-
-    return loss, arrays
+from implicit_slots import SlotAttention
 
 
 class NNXClusters(nnx.Module):
@@ -106,11 +65,6 @@ def flax_linen():
     return loss, model.init(key, clusters(key), key)
 
 
-def wave(x):
-    """What is fitted: [batch, 4] to [batch, 1]."""
-    return jnp.sin(jnp.sum(x, axis=1, keepdims=True))
-
-
 def clusters(key):
     """Draws [8, 30, 2] points: three clusters of ten in each of eight examples."""
     key_centres, key_points = jax.random.split(key)
@@ -137,7 +91,7 @@ def train(loss, params, steps: int = 200) -> list[float]:
     return losses
 
 
-EXAMPLES = (plain_jax, equinox, flax_nnx, flax_linen)
+EXAMPLES = (flax_nnx, flax_linen)
 
 if __name__ == "__main__":
     for example in EXAMPLES:

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from implicit_slots.runtime.files import expand
+
 SIDE = 48
 SPLITS = {"train": 4_000, "validation": 200, "test": 200}
 MAX_OBJECTS = 4
@@ -108,7 +110,7 @@ def write(folder: Path, *, textured: bool, sizes: dict[str, int]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Draws and writes."""
     parser = argparse.ArgumentParser(description="Draws sprites with masks.")
-    parser.add_argument("--out", type=Path, default=Path("runs/sprites"))
+    parser.add_argument("--out", type=expand, default=Path("runs/sprites"))
     parser.add_argument("--textured", action="store_true")
     options = parser.parse_args(arguments)
     write(options.out, textured=options.textured, sizes=SPLITS)

@@ -28,7 +28,7 @@ from implicit_slots.evaluation.validation import (
     validate,
 )
 from implicit_slots.runtime import compiling
-from implicit_slots.runtime.files import write_atomically, write_json
+from implicit_slots.runtime.files import expand, write_atomically, write_json
 from implicit_slots.runtime.prng import Given
 from implicit_slots.training.codebook import with_codebook
 from implicit_slots.training.parts import Parts, build_parts
@@ -58,6 +58,24 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "one rate": {"optimizer.slots_learning_rate": 0.0},
     "clipped at 1": {"optimizer.clip_limit": 1.0},
     "vanilla": _UNROLLED,
+    "vanilla, half again the rates": {
+        **_UNROLLED,
+        "optimizer.learning_rate": 2.25e-3,
+        "optimizer.slots_learning_rate": 1.125e-3,
+    },
+    "vanilla, twice the rates": {
+        **_UNROLLED,
+        "optimizer.learning_rate": 3e-3,
+        "optimizer.slots_learning_rate": 1.5e-3,
+    },
+    "half again the rates": {
+        "optimizer.learning_rate": 2.25e-3,
+        "optimizer.slots_learning_rate": 1.125e-3,
+    },
+    "twice the rates": {
+        "optimizer.learning_rate": 3e-3,
+        "optimizer.slots_learning_rate": 1.5e-3,
+    },
     "vanilla, half the rates": {
         **_UNROLLED,
         "optimizer.learning_rate": 7.5e-4,
@@ -155,7 +173,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Trains what is missing and prints the table of what there is."""
     parser = argparse.ArgumentParser(description="What each option of SLATE is worth.")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=expand, required=True)
     parser.add_argument("--steps", type=int, default=2_500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)

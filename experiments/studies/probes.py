@@ -36,7 +36,7 @@ from implicit_slots.runtime.allocator import keep_freed_memory
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import build_mesh
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.files import write_atomically
+from implicit_slots.runtime.files import expand, write_atomically
 from implicit_slots.training import checkpoint, pretrained
 
 Rows = Iterable[tuple[int, str, float | None]]  # step, metric, value
@@ -216,7 +216,7 @@ PROBES: Mapping[str, Probe] = {
 def main(argv: list[str] | None = None) -> None:
     """Runs one probe."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--workdir", type=expand, required=True)
     parser.add_argument("--probe", choices=PROBES, required=True)
     options = parser.parse_args(argv)
     keep_freed_memory()

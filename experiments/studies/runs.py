@@ -40,7 +40,7 @@ OUTCOME_FILE = "outcome.json"
 PROBE_FOLDER = "probes"
 # Times the cross-entropy of guessing evenly: above it a run counts as diverged.
 LOST = 1.5
-STOPPED = os.EX_TEMPFAIL  # what implicit_slots.main ends with when told to stop
+STOPPED = 75  # what implicit_slots.main ends with when told to stop
 
 # What `launch` has started and not yet seen the end of.
 _children: list[subprocess.Popen] = []

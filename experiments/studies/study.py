@@ -32,7 +32,7 @@ from experiments.studies.statistics import Rule
 from experiments.studies.table import Measurement, Table, as_csv, gather
 from implicit_slots.drawing.figures import save_figure
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.files import write_atomically
+from implicit_slots.runtime.files import expand, write_atomically
 from implicit_slots.runtime.workdir import read_summary
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def command(
     )
     add = parser.add_argument
     add("--scale", choices=SCALES, default="cpu")
-    add("--out", type=pathlib.Path, help="default: runs/studies/SCALE; runs lie in it")
+    add("--out", type=expand, help="default: runs/studies/SCALE; runs lie in it")
     add("--seeds", type=_positive, help="how many, from 0; default: of scale")
     add("--jobs", type=_positive, help="at a time; default: one a core, one on a GPU")
     changes = "a key of every run's configuration: --set data.path=DIR"

@@ -6,12 +6,13 @@ Commands:
   verify   compares a prepared cache with its checksums, byte by byte.
 """
 
-import pathlib
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from implicit_slots.runtime.errors import UserError
+from implicit_slots.runtime.files import expand
 from implicit_slots.runtime.flags import drop_output, parse
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -42,13 +43,14 @@ def main(argv: list[str]) -> None:
     run = {"prepare": prepare, "inspect": inspect, "verify": verify}[argv[1]]
     try:
         # After the flags are parsed: --help needs no JAX.
-        from implicit_slots.data.source import DataError
+        from implicit_slots.runtime.devices import find_devices
     except KeyboardInterrupt:
         sys.exit("stopped before anything was done")
     try:
+        find_devices()
         for split in _SPLITS.value:
             run(split)
-    except DataError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     except BrokenPipeError:
         drop_output()
@@ -89,7 +91,7 @@ def inspect(split: str) -> None:
     config = _CONFIG.value
     lines, batch = inspect.look(config.data, split, _COUNT.value)
     print(f"{config.name}, {split} {lines}")
-    folder = pathlib.Path(_OUTPUT.value or "runs/inspect")
+    folder = expand(_OUTPUT.value or "runs/inspect")
     path = folder / f"{config.name}_{split}.png"
     try:
         grids.save_png(inspect.sheet(batch), path)

@@ -14,8 +14,10 @@ import ml_collections
 import numpy as np
 from jaxtyping import Int
 
+from implicit_slots.data.options import KINDS
 from implicit_slots.data.prepared.cache import Prepared
 from implicit_slots.data.prepared.cache_folder import cache_folder, is_finished
+from implicit_slots.data.readers.files import readable
 from implicit_slots.data.readers.frame_source import FrameSource, Progress
 from implicit_slots.data.scenes.source import Scenes
 from implicit_slots.data.sets.clevr_mirror import ClevrMirror
@@ -28,9 +30,11 @@ from implicit_slots.data.sets.shapestacks import ShapeStacks
 from implicit_slots.data.sets.tfds import Tfds
 from implicit_slots.data.source import SPLITS, Batch, DataError, Example, Source
 from implicit_slots.runtime import processes
-from implicit_slots.runtime.config import Config
+from implicit_slots.runtime.config import Config, flat
+from implicit_slots.runtime.errors import InvalidValue
 from implicit_slots.runtime.files import expand
 from implicit_slots.runtime.progress import bar
+from implicit_slots.runtime.values import check_values
 
 # Keys of config.data that are not the reader's: how its examples are used.
 USAGE = MappingProxyType(
@@ -206,12 +210,17 @@ def open_prepared(
 def request(
     config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict, split: str
 ) -> Request:
-    """Completes a section with defaults and checks its names.
+    """Completes a section with defaults and checks its names and values.
 
     Raises:
-      DataError: an unknown name, split or option, or one that is missing.
+      DataError: an unknown name, split or option, one that is missing, or a value that
+        an option cannot hold.
     """
     options: dict[str, Any] = config.to_dict()
+    try:
+        check_values({f"data.{k}": value for k, value in flat(options).items()}, KINDS)
+    except InvalidValue as error:
+        raise DataError(str(error)) from None
     name = options.pop("name", None)
     if name not in SOURCES:
         raise DataError(
@@ -239,14 +248,7 @@ def request(
                 f"data set '{name}' needs {option}; set --config.data.{option}"
             )
         arguments[option] = given.get(option, parameter.default)
-    if arguments["resolution"] < 1:
-        raise DataError(f"resolution must be at least 1, got {arguments['resolution']}")
     usage = usage_of(given)
-    if usage["keep_objects"] < 0:
-        raise DataError(
-            f"keep_objects must not be negative, got {usage['keep_objects']}; 0 keeps "
-            "all examples"
-        )
     # Where something lies is not what it is.
     leave = {"path", *(OF_TEST if split != "test" else ())}
     identity = {
@@ -342,7 +344,7 @@ def _are_there(asked: Request) -> bool:
 @functools.cache
 def _say_once(text: str) -> None:
     """Prints a line, however many splits it is true of."""
-    processes.say(text)
+    processes.say(readable(text))
 
 
 class Subset(Source):

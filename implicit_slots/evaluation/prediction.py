@@ -11,7 +11,8 @@ from flax import nnx
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from implicit_slots.data.readers.files import read_image, walk_folder
+from implicit_slots.data.readers.listing import walk_folder
+from implicit_slots.data.readers.pictures import read_image
 from implicit_slots.data.readers.preprocessing import (
     Box,
     crop_box,

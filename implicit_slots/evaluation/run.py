@@ -17,11 +17,17 @@ from implicit_slots.evaluation.groups import GROUPS, groups_of
 from implicit_slots.evaluation.steps import starts_of
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.files import finite, write_atomically, write_json
-from implicit_slots.runtime.workdir import CONFIG_FILE, EVALUATION_FILE
+from implicit_slots.runtime.workdir import (
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    absolute,
+    is_same_place,
+    read_config,
+)
 
 IMAGES_FILE = "images.csv"
 # Keys of config.data that change no image.
-UNSEEN = ("cache", "placement", "workers", "flip")
+UNSEEN = ("cache", "path", "placement", "workers", "flip")
 
 
 def evaluate(subject: Subject) -> Findings:
@@ -94,10 +100,11 @@ def label(config: Config, workdir: pathlib.Path, checkpoint: str) -> str:
     """Names an evaluation: the split, data that are not the run's own, its starts."""
     name = config.evaluation.split
     section = config.data.to_dict()
-    trained_on = json.loads((workdir / CONFIG_FILE).read_text())["data"]
-    if {k: v for k, v in section.items() if k not in UNSEEN} != {
-        k: v for k, v in trained_on.items() if k not in UNSEEN
-    }:
+    trained_on = absolute(read_config(workdir / CONFIG_FILE)).data.to_dict()
+    places = trained_on.get("path"), section.get("path")
+    if not is_same_place(*places) or {
+        k: v for k, v in section.items() if k not in UNSEEN
+    } != {k: v for k, v in trained_on.items() if k not in UNSEEN}:
         digest = hashlib.sha256(json.dumps(section, sort_keys=True).encode())
         name = f"{config.data.name}-{name}-{digest.hexdigest()[:4]}"
     if (starts := starts_of(config)) > 1:

@@ -9,7 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from implicit_slots.fixed_point import vectors
-from implicit_slots.fixed_point.iteration import Solver, check_count
+from implicit_slots.fixed_point.checks import (
+    check_count,
+    check_damping,
+    check_positive,
+)
+from implicit_slots.fixed_point.iteration import Solver
 from implicit_slots.fixed_point.krylov import GMRES, BiCGSTAB
 from implicit_slots.fixed_point.linear import (
     Affine,
@@ -29,9 +34,9 @@ class BackwardStats(NamedTuple):
 
     Attributes:
       steps: products with J; of `Adaptive`, the terms summed.
-      residual: ‖g + Jᵀu − u‖ / ‖g‖ of the linear system u = g + Jᵀu; of `Adaptive`,
-        the estimated relative error of u. Before any fallback.
-      failed: 1 where the example fell back to one term, 0 elsewhere.
+      residual: ‖g + Jᵀu − u‖ / ‖g‖ of the u that was taken; where `Adaptive` met its
+        tolerance, the estimated relative error of u.
+      failed: 1 where the tolerance was missed, or the result was not finite; else 0.
     """
 
     steps: Float[Array, " batch"]
@@ -98,8 +103,8 @@ class Truncated:
     measures: ClassVar[bool] = False
 
     def __post_init__(self):
-        check_count("steps", self.steps)
-        _check_damping(self.damping)
+        check_count(self, "steps")
+        check_damping(self)
         _check_remat(self.remat)
 
 
@@ -125,7 +130,7 @@ class Neumann:
     measures: ClassVar[bool] = False
 
     def __post_init__(self):
-        check_count("terms", self.terms)
+        check_count(self, "terms")
         if not self.max_growth > 0:
             raise ValueError(f"max_growth must be positive, got {self.max_growth}")
 
@@ -133,7 +138,6 @@ class Neumann:
         """Returns u, the cotangent to pull back through one application of f."""
         if self.terms == 1 or self.max_growth == math.inf:
             return _repeat(phi.apply, g, self.terms - 1), None
-        phi, g, scale = normalised(phi, g)
 
         def shortened(term, last):
             most = self.max_growth * vectors.norm(last)
@@ -148,7 +152,7 @@ class Neumann:
         # The second term holds what auxiliary outputs add.
         term = shortened(phi.apply(g) - g, g)
         u, _ = _repeat(add, (g + term, term), self.terms - 2)
-        return scale * u, None
+        return u, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +173,8 @@ class Phantom:
     measures: ClassVar[bool] = False
 
     def __post_init__(self):
-        check_count("steps", self.steps)
-        _check_damping(self.damping)
+        check_count(self, "steps")
+        check_damping(self)
 
     def cotangent(self, phi: Affine, g: Vector) -> tuple[Vector, None]:
         """Returns u, the cotangent to pull back through one application of f."""
@@ -190,9 +194,8 @@ class Adaptive:
     the larger of the last two ratios plus their difference is taken: they grow towards
     ρ(J), and swing where J has complex pairs. It is an estimate, not a bound.
 
-    Where `max_terms` come first the partial sum with the smallest next term is kept.
-    That is the one-term gradient, counted as failed, where the series grows from its
-    start.
+    Where `max_terms` come first the example is counted as failed, and the partial sum
+    with the smallest next term is kept: one term where the series grows from its start.
 
     Attributes:
       max_terms: the most terms, at least 2.
@@ -204,9 +207,8 @@ class Adaptive:
     measures: ClassVar[bool] = True
 
     def __post_init__(self):
-        check_count("max_terms", self.max_terms, 2)
-        if not self.rtol > 0:
-            raise ValueError(f"rtol must be positive, got {self.rtol}")
+        check_count(self, "max_terms", 2)
+        check_positive(self, "rtol")
 
     def cotangent(self, phi: Affine, g: Vector) -> tuple[Vector, BackwardStats]:
         """Returns u, the cotangent to pull back, and how it was found."""
@@ -229,13 +231,14 @@ class Adaptive:
                 jnp.any(state.active) & (jnp.max(state.terms) < self.max_terms)
             ),
             lambda state: self._add_term(state, phi),
-            start,
+            vectors.placed(start, vectors.place_of(g)),
         )
         met = end.error <= self.rtol
-        failed = ~met & (end.best_terms == 1)
         u = scale * vectors.select(met, end.u, end.best)
         terms = jnp.where(met, end.terms, end.best_terms)
-        return u, _stats(terms, end.error, failed)
+        # Of what is kept the next term is known: its residual.
+        residual = jnp.where(met, end.error, vectors.relative(end.least, size))
+        return u, _stats(terms, residual, ~met)
 
     def _add_term(self, old: "_Series", phi: Affine) -> "_Series":
         u = phi.apply(old.u)
@@ -279,17 +282,18 @@ class _Series(NamedTuple):
 class Implicit:
     """Solves the linear system u = g + Jᵀu of the implicit function theorem.
 
-    With tolerances, an example whose solve does not meet them falls back to the
-    one-term gradient u = g and is counted; a residual that rounding alone explains
-    counts as met. A solver without tolerances spends its budget, as the paper's Broyden
-    with its seven steps, and its result is taken if it is finite.
+    Each example gets whichever of the solver's result and the one term u = g has the
+    smaller measured residual: the one term where the result is not finite. An example
+    that misses the solver's tolerances is counted; a residual that rounding alone
+    explains counts as met. A solver without tolerances spends its budget, as the
+    paper's Broyden with its seven steps.
 
     Attributes:
       solver: GMRES, BiCGSTAB, Dense (exact), Anderson, Broyden or Picard. By default
         GMRES takes what 20 products with J reach.
     """
 
-    solver: LinearSolver = GMRES(max_steps=20, rtol=0.0)
+    solver: LinearSolver = GMRES(max_steps=20)
     measures: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -318,11 +322,8 @@ class Implicit:
             solved = solve_by(self.solver, phi, unit)
         else:
             solved = self.solver.solve(phi, unit)
-        good = jnp.isfinite(solved.residual)
-        if getattr(self.solver, "rtol", 0) > 0 or getattr(self.solver, "atol", 0) > 0:
-            good &= solved.converged
-        u = vectors.select(good, scale * solved.u, g)
-        return u, _stats(solved.steps, solved.residual, ~good)
+        stats = _stats(solved.steps, solved.residual, ~solved.converged)
+        return scale * solved.u, stats
 
 
 def _stats(steps, residual, failed) -> BackwardStats:
@@ -333,11 +334,6 @@ def _stats(steps, residual, failed) -> BackwardStats:
 
 def _repeat(step, u, times: int):
     return jax.lax.fori_loop(0, times, lambda _, u: step(u), u) if times else u
-
-
-def _check_damping(damping: float) -> None:
-    if not 0 < damping <= 1:
-        raise ValueError(f"damping must be in (0, 1], got {damping}")
 
 
 def _check_remat(remat: bool | str) -> None:

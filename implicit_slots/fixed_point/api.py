@@ -1,9 +1,9 @@
 """`fixed_point`: solve z = f(params, x, z), differentiate as the adjoint says."""
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from implicit_slots.fixed_point.adjoints import (
 from implicit_slots.fixed_point.implicit_jvp import ImplicitJVP, solution
 from implicit_slots.fixed_point.iteration import Solved, Solver
 from implicit_slots.fixed_point.linear import Affine
+from implicit_slots.fixed_point.program import Program, trace
 from implicit_slots.fixed_point.solvers import Anderson, Broyden
 
 
@@ -35,7 +36,7 @@ class Stats(NamedTuple):
         implicit adjoint, whether the solver's result does.
       stagnated: the solver gave up because the residual no longer fell.
       diverged: f returned something that is not finite.
-      trace: residual of each of the solver's evaluations, NaN after an example
+      trace: residual of each of the solver's evaluations, infinite after an example
         stopped; None unless the solver has `trace=True`.
     """
 
@@ -72,6 +73,7 @@ def fixed_point(
     has_aux: bool = False,
     probe: BackwardStats | None = None,
     u0: PyTree | None = None,
+    matmul_precision: str | None = "highest",
 ) -> Solution:
     """Solves z = f(params, x, z) from `z0`, differentiably.
 
@@ -91,10 +93,10 @@ def fixed_point(
 
     Args:
       f: (params, x, z) -> z, or -> (z, aux) with `has_aux`. It must return z in the
-        shapes and dtypes it got, treat the examples of the batch independently, and
-        close over no traced value. It must be hashable, as functions are: a new
-        function object is compiled anew, and what an old one closes over stays as it
-        was at its first use. Whatever changes belongs into `params` or `x`.
+        shapes and dtypes it got and treat the examples of the batch independently. What
+        it closes over is an input like the others, traced or not, and has a gradient.
+        Outside of jit it is traced at every call, and compiled anew if it is a new
+        function object, cannot be hashed, or computes something else than before.
       params: pytree that is shared by the batch.
       x: pytree of inputs.
       z0: pytree of floating-point arrays to start from; each leaf has a leading batch
@@ -107,6 +109,10 @@ def fixed_point(
       u0: pytree like z0, with `Implicit`: where its linear solve begins, per example
         where that is nearer than one term. Its gradient is the u that was found, the
         start of the next call on the same batch; zeros will do for the first.
+      matmul_precision: of the products in f, forward and backward, as
+        `jax.default_matmul_precision` takes it; products with a precision of their own
+        keep it. None: what the caller has set, which by default is TF32 on NVIDIA's
+        GPUs and one pass of bfloat16 on TPUs.
 
     Returns:
       The fixed point, the auxiliary output of the last application, the statistics.
@@ -114,8 +120,9 @@ def fixed_point(
     Raises:
       ValueError: at trace time, if f changes the structure, a shape or a dtype of z,
         a leaf of z0 lacks the batch axis or is no floating-point array, the solver
-        cannot be unrolled, the adjoint has nothing that a probe could tell, or u0 is
-        not like z0 or for another adjoint than `Implicit`.
+        cannot be unrolled, the adjoint has nothing that a probe could tell, the probe
+        is of another batch, there is no such precision, or u0 is not like z0 or for
+        another adjoint than `Implicit`.
       TypeError: if anything but `ImplicitJVP`, `Unrolled` and `Truncated` is
         differentiated twice or in forward mode.
     """
@@ -131,12 +138,22 @@ def fixed_point(
             f"{type(adjoint).__name__}"
         )
     z0, u0 = jax.tree.map(jnp.asarray, (z0, u0))
-    f = f if has_aux else _WithoutAux(f)
-    _check(f, params, x, z0)
-    if u0 is not None and _described(u0) != _described(z0):
-        want, got = jax.eval_shape(lambda *both: both, z0, u0)
+    _check_start(z0, probe)
+    want, got = vectors.shapes(z0), vectors.shapes(u0)
+    if u0 is not None and want != got:
         raise ValueError(f"u0 must be like z0, which is {want}, but it is {got}")
-    return Solution(*_solve(f, solver, adjoint, params, x, z0, probe, u0))
+    with _precision(matmul_precision):
+        program, closed_over, z0 = trace(f, params, x, z0, has_aux=has_aux)
+    place = vectors.place_of(z0)
+    for told in (probe, u0):  # by their gradients, of each example
+        if told is not None and vectors.place_of(told).varying != place.varying:
+            raise ValueError(
+                "inside jax.shard_map the probe and u0 must be split over the devices "
+                "as z0 is: pass them in, and split them by in_specs"
+            )
+    probe, u0 = vectors.placed((probe, u0), place)
+    solve = _compiled(program, solver, adjoint)
+    return Solution(*solve((closed_over, params), x, z0, probe, u0))
 
 
 def check_pair(solver: Any, adjoint: Any) -> None:
@@ -161,45 +178,36 @@ def check_pair(solver: Any, adjoint: Any) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _WithoutAux:
-    """Gives f an empty auxiliary output; hashes and compares as f does."""
-
-    f: Callable
-
-    def __call__(self, params: PyTree, x: PyTree, z: PyTree) -> tuple[PyTree, None]:
-        return self.f(params, x, z), None
-
-
-def _check(f: Callable, params: PyTree, x: PyTree, z0: PyTree) -> None:
-    vectors.batch_size(z0)
+def _check_start(z0: PyTree, probe: BackwardStats | None) -> None:
+    batch = vectors.batch_size(z0)
     leaves = jax.tree.leaves(z0)
     if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
         raise ValueError(
             "every leaf of z0 must be a floating-point array, got dtypes "
             f"{[str(leaf.dtype) for leaf in leaves]}"
         )
-    returned = jax.eval_shape(f, params, x, z0)
-    if not (isinstance(returned, tuple) and len(returned) == 2):
-        raise ValueError(f"with has_aux f must return (z, aux), it returned {returned}")
-    got, _ = returned
-    if _described(got) != _described(z0):
-        want = jax.eval_shape(lambda z: z, z0)
-        raise ValueError(
-            f"f must return z as it got it: z0 is {want}, but f returned {got}"
-        )
+    if probe is not None and any(leaf.shape != (batch,) for leaf in probe):
+        raise ValueError(f"the probe must be backward_probe({batch}), got {probe}")
 
 
-def _described(z: PyTree):
-    """Structure, shapes and dtypes alone: weak types and shardings may differ."""
-    leaves, structure = jax.tree.flatten(z)
-    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+def _precision(name: str | None) -> contextlib.AbstractContextManager:
+    if name is None:
+        return contextlib.nullcontext()
+    try:
+        return jax.default_matmul_precision(name)
+    except ValueError as error:
+        raise ValueError(f"no such matmul_precision: {error}") from error
 
 
-# Compiled here, so that also a call outside of jit compiles once and not every time.
-@partial(jax.jit, static_argnums=(0, 1, 2))
+# Compiled here, so that also a call outside of jit compiles once and not every time; a
+# few at a time, so that what is no longer called is let go.
+@functools.lru_cache(maxsize=32)
+def _compiled(f: Program, solver: Solver, adjoint: Adjoint) -> Callable:
+    return jax.jit(functools.partial(_solve, f, solver, adjoint))
+
+
 def _solve(
-    f, solver: Solver, adjoint: Adjoint, params, x, z0, probe, u0
+    f: Program, solver: Solver, adjoint: Adjoint, params, x, z0, probe, u0
 ) -> tuple[Any, Any, Stats]:
     if isinstance(adjoint, Unrolled):
         return _unrolled(f, solver, adjoint, params, x, z0)
@@ -284,14 +292,14 @@ def _repeat(step, state, times: int, *, in_segments: bool):
     if not in_segments or times < 4:
         return run(state, times)
     length = math.isqrt(times)
-    segment = jax.checkpoint(partial(run, times=length))
+    segment = jax.checkpoint(functools.partial(run, times=length))
     state, _ = jax.lax.scan(
         lambda state, _: (segment(state), None), state, length=times // length
     )
-    return jax.checkpoint(partial(run, times=times % length))(state)
+    return jax.checkpoint(functools.partial(run, times=times % length))(state)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _implicit(f, solver, adjoint: Linearised, params, x, z0, probe, u0) -> Any:
     return _implicit_forward(f, solver, adjoint, params, x, z0, probe, u0)[0]
 
@@ -336,7 +344,8 @@ def _implicit_backward(f, solver, adjoint: Linearised, residuals, cotangents):
         params_cotangent,
         x_cotangent,
         jax.tree.map(jnp.zeros_like, z),
-        None if probe is None else stats,
+        # Counts may be constants.
+        None if probe is None else vectors.placed(stats, vectors.place_of(probe)),
         None if u0 is None else unravel(u),
     )
 

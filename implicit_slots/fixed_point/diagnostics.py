@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from implicit_slots.fixed_point import vectors
 from implicit_slots.fixed_point.adjoints import Adjoint, Implicit
 from implicit_slots.fixed_point.api import fixed_point
+from implicit_slots.fixed_point.checks import whole
 from implicit_slots.fixed_point.iteration import Solver
 from implicit_slots.fixed_point.krylov import orthogonalise
 from implicit_slots.fixed_point.linear import Dense, dense_matrix
@@ -192,22 +193,25 @@ def _pull_backs(f, params, x, z0, solver, adjoint):
             _Offset(f), params, (x, offset), z0, solver=solver, adjoint=adjoint
         ).value
 
+    # Inside shard_map the gradients of one device's examples are its own.
+    params = vectors.placed(params, vectors.place_of(z0)._replace(rows=None))
     return jax.vjp(value, params, jax.tree.map(jnp.zeros_like, z0))[1]
 
 
 def _compare(got: PyTree, want: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cosine, ratio of norms, relative error, over all leaves."""
-
-    def inner(a, b):
-        a, b = vectors.widen(a), vectors.widen(b)
-        return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), a, b)))
-
-    ours, theirs = jnp.sqrt(inner(got, got)), jnp.sqrt(inner(want, want))
-    tiny = jnp.finfo(ours.dtype).tiny
-    cosine = inner(got, want) / (ours * theirs + tiny)
-    apart = jax.tree.map(jnp.subtract, got, want)
-    error = jnp.sqrt(inner(apart, apart)) / (theirs + tiny)
-    return cosine, ours / (theirs + tiny), error
+    # As a batch of one.
+    ours, theirs = (
+        vectors.ravel(jax.tree.map(lambda leaf: leaf[None], tree))[0]
+        for tree in (got, want)
+    )
+    length, right_length = vectors.norm(ours), vectors.norm(theirs)
+    cosine = vectors.dot(
+        vectors.divide(ours, length), vectors.divide(theirs, right_length)
+    )
+    ratio = vectors.relative(length, right_length)
+    error = vectors.relative(vectors.norm(ours - theirs), right_length)
+    return cosine[0], ratio[0], error[0]
 
 
 def _jacobian_product(f: Map, params: PyTree, x: PyTree, z: PyTree):
@@ -229,22 +233,18 @@ def _hessenberg(
     powers: int,
 ) -> Float[Array, "batch krylov krylov"]:
     """Arnoldi's matrix of a linear map on a batch of vectors."""
-    if krylov < 1 or powers < 0:
-        raise ValueError(
-            "krylov must be at least 1 and powers not negative, got "
-            f"krylov={krylov}, powers={powers}"
-        )
     batch, dim = like.shape
-    count = min(krylov, dim)
+    count = min(whole("krylov", krylov), dim)
+    powers = whole("powers", powers, least=0)
 
     def unit(v):
         return vectors.divide(v, vectors.norm(v))
 
-    start = unit(jax.random.normal(key, like.shape, like.dtype))
-    start = jax.lax.fori_loop(0, powers, lambda _, v: unit(product(v)), start)
+    start = vectors.normal(key, like)
+    start = jax.lax.fori_loop(0, powers, lambda _, v: unit(product(v)), unit(start))
     basis = jnp.zeros((batch, count + 1, dim), like.dtype)
-    basis = vectors.put(basis, 0, start)
     matrix = jnp.zeros((batch, count, count + 1), like.dtype)
+    carry = vectors.put(basis, 0, start), matrix
 
     def step(j, carry):
         basis, matrix = carry
@@ -253,7 +253,8 @@ def _hessenberg(
         # Column by column: the rows of the transpose.
         return vectors.put(basis, j + 1, new), vectors.put(matrix, j, column)
 
-    _, matrix = jax.lax.fori_loop(0, count, step, (basis, matrix))
+    carry = vectors.placed(carry, vectors.place_of(like))
+    _, matrix = jax.lax.fori_loop(0, count, step, carry)
     return matrix[:, :, :count].swapaxes(1, 2)
 
 
@@ -268,6 +269,6 @@ def _matrix_radius(matrix: Float[Array, "batch n n"]) -> Float[Array, " batch"]:
         squared = jnp.matmul(matrix, matrix, precision=jax.lax.Precision.HIGHEST)
         return squared, 2 * log_norm
 
-    start = matrix, jnp.zeros(len(matrix), matrix.dtype)
+    start = matrix, jnp.zeros_like(matrix[:, 0, 0])
     matrix, log_norm = jax.lax.fori_loop(0, _SQUARINGS, square, start)
     return jnp.exp((log_norm + jnp.log(vectors.norm(matrix))) / 2.0**_SQUARINGS)

@@ -26,7 +26,7 @@ class ImplicitJVP(Implicit):
     Memory is flat in the number of forward steps, as `Implicit`'s is.
 
     JAX makes the backward pass, so that it can report nothing: no probe. An example
-    whose solve fails takes one term there as `Implicit`'s does, uncounted.
+    gets the solver's result or one term there as `Implicit`'s does, uncounted.
 
     Attributes:
       solver: of the linear systems; see `Implicit`.

@@ -10,6 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from implicit_slots.fixed_point import vectors
+from implicit_slots.fixed_point.checks import (
+    check_count,
+    check_damping,
+    check_tolerances,
+)
 
 # A residual has to fall by this share within `patience` steps to count as progress.
 _PROGRESS = 1e-3
@@ -66,7 +71,7 @@ class Solved(NamedTuple):
       converged: z meets the tolerances.
       stagnated: stopped because the residual no longer fell.
       diverged: f returned something that is not finite; z is from before.
-      trace: relative residual of each evaluation, NaN after an example stopped.
+      trace: relative residual of each evaluation, infinite after an example stopped.
     """
 
     z: PyTree
@@ -94,6 +99,8 @@ class Solver(abc.ABC):
       atol: absolute tolerance.
       damping: step length in (0, 1]; 1 is the whole step.
       patience: evaluations without progress after which an example stops.
+      min_steps: evaluations that an example makes before it stops, unless f(z) is not
+        finite.
       trace: keep the residual of every evaluation.
     """
 
@@ -102,14 +109,20 @@ class Solver(abc.ABC):
     atol: float = 0.0
     damping: float = 1.0
     patience: int = 20
+    min_steps: int = 1
     trace: bool = False
 
     def __post_init__(self):
-        check_count("max_steps", self.max_steps)
-        check_count("patience", self.patience)
-        check_tolerances(self.rtol, self.atol)
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"damping must be in (0, 1], got {self.damping}")
+        check_count(self, "max_steps")
+        check_count(self, "min_steps")
+        check_count(self, "patience")
+        check_tolerances(self)
+        check_damping(self)
+        if self.min_steps > self.max_steps:
+            raise ValueError(
+                f"min_steps must not be above max_steps ({self.max_steps}), got "
+                f"{self.min_steps}"
+            )
 
     @property
     def stops(self) -> bool:
@@ -139,12 +152,13 @@ class Solver(abc.ABC):
                 age=steps,
                 converged=~active,
                 diverged=~active,
-                trace=jnp.full((batch, self.max_steps), jnp.nan, dtype)
+                trace=jnp.full((batch, self.max_steps), jnp.inf, dtype)
                 if self.trace
                 else None,
                 size=size,
             )
-        return State(z0, steps, active, self.start(z0), record)
+        state = State(z0, steps, active, self.start(z0), record)
+        return vectors.placed(state, vectors.place_of(z0))
 
     def step(self, state: State, fz: PyTree) -> State:
         """Moves the active examples on, given f at the state's z."""
@@ -159,7 +173,8 @@ class Solver(abc.ABC):
         # value would not depend on the parameters if z0 converged at once.
         finite = state.active & ~record.diverged
         z = vectors.select(finite, proposed, state.z)
-        going = finite & ~record.converged & (record.age < self.patience)
+        going = ~record.converged & (record.age < self.patience)
+        going = finite & (going | (steps < self.min_steps))
         return State(z, steps, going, memory, record)
 
     def _measured(self, state: State, fz: PyTree) -> Record:
@@ -169,6 +184,7 @@ class Solver(abc.ABC):
         error, size = vectors.residual_norms(z, fz)
         size = size if old.size is None else old.size
         residual = vectors.relative(error, size)
+        finite = jnp.isfinite(error) & jnp.isfinite(size)
         # Best is judged as the tolerances judge, or a small ‖f(z) − z‖ would not count
         # beside a large z.
         near = error / (self.atol + self.rtol * size) if self.atol > 0 else residual
@@ -179,7 +195,7 @@ class Solver(abc.ABC):
         trace = old.trace
         if trace is not None:
             # The active examples all stand at the same, largest step count.
-            column = jnp.where(active, residual, jnp.nan)
+            column = jnp.where(active, residual, jnp.inf)
             trace = vectors.put(trace, jnp.max(state.steps), column)
         return Record(
             best=vectors.select(better, z, old.best),
@@ -187,7 +203,7 @@ class Solver(abc.ABC):
             mark=jnp.where(progress, least, old.mark),
             age=age.astype(old.age.dtype),
             converged=old.converged | (active & self.met(error, size)),
-            diverged=old.diverged | (active & ~jnp.isfinite(residual)),
+            diverged=old.diverged | (active & ~finite),
             trace=trace,
             size=old.size,
         )
@@ -263,25 +279,3 @@ def meets(
 ) -> Bool[Array, " batch"]:
     """Whether `error` ≤ atol + rtol · `size`, which has to be finite."""
     return (error <= atol + rtol * size) & jnp.isfinite(size)
-
-
-def check_count(name: str, value: int, least: int = 1) -> None:
-    """Refuses what is no whole number, or too small.
-
-    Raises:
-      ValueError: naming it.
-    """
-    if value != int(value) or value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def check_tolerances(rtol: float, atol: float) -> None:
-    """Refuses negative tolerances.
-
-    Raises:
-      ValueError: naming them.
-    """
-    if not (rtol >= 0 and atol >= 0):  # NaN is refused too
-        raise ValueError(
-            f"tolerances must not be negative, got rtol={rtol}, atol={atol}"
-        )

@@ -15,11 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from implicit_slots.fixed_point import vectors
-from implicit_slots.fixed_point.iteration import (
-    check_count,
-    check_tolerances,
-    meets,
-)
+from implicit_slots.fixed_point.checks import check_count, check_tolerances
+from implicit_slots.fixed_point.iteration import meets
 from implicit_slots.fixed_point.linear import Affine, LinearSolved, Vector, measured
 
 
@@ -34,12 +31,12 @@ class _Krylov:
     """
 
     max_steps: int
-    rtol: float = 1e-5
+    rtol: float = 0.0
     atol: float = 0.0
 
     def __post_init__(self):
-        check_count("max_steps", self.max_steps, self._least)
-        check_tolerances(self.rtol, self.atol)
+        check_count(self, "max_steps", self._least)
+        check_tolerances(self)
 
     _least = 1
 
@@ -90,9 +87,10 @@ class GMRES(_Krylov):
         state = jax.lax.while_loop(
             lambda state: jnp.any(state.active) & (jnp.max(state.steps) < count),
             step,
-            start,
+            vectors.placed(start, vectors.place_of(g)),
         )
-        return measured(phi, g + _assemble(state), state.steps, size, self._met)
+        u = g + _assemble(state)
+        return measured(phi, g, u, state.steps, size, self.rtol, self.atol)
 
 
 class _Arnoldi(NamedTuple):
@@ -235,9 +233,10 @@ class BiCGSTAB(_Krylov):
                 jnp.any(state.active) & (jnp.max(state.steps) + 2 <= self.max_steps)
             ),
             step,
-            start,
+            vectors.placed(start, vectors.place_of(g)),
         )
-        return measured(phi, state.best, state.steps, size, self._met)
+        found = state.best, state.steps
+        return measured(phi, g, *found, size, self.rtol, self.atol)
 
 
 class _Biconjugate(NamedTuple):

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from implicit_slots.fixed_point import vectors
-from implicit_slots.fixed_point.iteration import Solver, check_count
+from implicit_slots.fixed_point.checks import check_count
+from implicit_slots.fixed_point.iteration import Solver, meets
 
 Vector = Float[Array, "batch dim"]
 
@@ -44,12 +45,12 @@ class LinearSolved(NamedTuple):
     """What a linear solver found, per example.
 
     Attributes:
-      u: the solution.
+      u: the solver's result, or g where that has the smaller residual.
       steps: products with J that it took, without one to begin and one to measure.
       residual: ‖φ(u) − u‖ / ‖φ(0)‖, measured, not what a recurrence says, and at
         least what rounding lets be measured.
-      converged: whether that meets the tolerances, but for a factor of two and for
-        rounding.
+      converged: whether the solver's result meets the tolerances, but for a factor of
+        two and for rounding; without tolerances, whether it is finite.
     """
 
     u: Vector
@@ -72,7 +73,7 @@ class Dense:
     block: int = 64
 
     def __post_init__(self):
-        check_count("block", self.block)
+        check_count(self, "block")
 
     def solve(self, phi: Affine, g: Vector) -> LinearSolved:
         """Solves from u = g, whose residual is the right-hand side."""
@@ -82,7 +83,7 @@ class Dense:
         u = g + jnp.linalg.solve(system, right[..., None])[..., 0]
         steps = jnp.full(len(g), g.shape[1], jnp.int32)
         size = vectors.norm(phi.right())
-        return measured(phi, u, steps, size, lambda error, _: jnp.isfinite(error))
+        return measured(phi, g, u, steps, size)
 
 
 def dense_matrix(
@@ -96,8 +97,9 @@ def dense_matrix(
       block: how many columns are made at a time.
     """
     units = jnp.eye(like.shape[1], dtype=like.dtype)
+    place = vectors.place_of(like)
     columns = jax.lax.map(
-        lambda unit: apply(jnp.broadcast_to(unit, like.shape)),
+        lambda unit: apply(vectors.placed(jnp.broadcast_to(unit, like.shape), place)),
         units,
         batch_size=min(block, like.shape[1]),
     )
@@ -130,32 +132,54 @@ def solve_by(solver: Solver, phi: Affine, g: Vector) -> LinearSolved:
     """Solves u = φ(u) with one of the forward solvers, from u = g."""
     size = vectors.norm(phi.right())
     solved = solver.solve(phi.apply, g, size=size)
-    return measured(phi, solved.z, solved.steps, size, solver.met)
+    return measured(phi, g, solved.z, solved.steps, size, solver.rtol, solver.atol)
 
 
 def measured(
     phi: Affine,
+    g: Vector,
     u: Vector,
     steps: Int[Array, " batch"],
     size: Float[Array, " batch"],
-    met: Callable[..., Bool[Array, " batch"]],
+    rtol: float = 0.0,
+    atol: float = 0.0,
 ) -> LinearSolved:
-    """Completes a solution with its residual.
+    """Takes, per example, whichever of u and the one term g has the smaller residual.
 
     Args:
       phi: the map.
-      u: the solution.
+      g: where the solver began.
+      u: where it ended.
       steps: products with J that it took.
       size: what tolerances are relative to.
-      met: (error, size) -> whether the tolerances are met.
+      rtol: the solver's.
+      atol: the same.
     """
+    error, length = _error(phi, u)
+    one_term, one_length = _error(phi, g)
+    residual = vectors.relative(jnp.maximum(error, phi.eps * length), size)
+    of_one_term = vectors.relative(jnp.maximum(one_term, phi.eps * one_length), size)
+    better = residual < of_one_term  # never where it is not finite
+    if rtol == atol == 0:
+        converged = jnp.isfinite(residual)
+    else:
+        # Twice the tolerance: what a solver stopped at is not to the last bit what is
+        # measured afterwards. And no tolerance asks for more than rounding allows.
+        converged = meets(error / 2, size, rtol=rtol, atol=atol)
+        converged |= error <= _ROUNDINGS * phi.eps * length
+        # The endless u of a singular system swallows g, and would seem to solve it.
+        converged &= jnp.finfo(u.dtype).eps * length <= _SWALLOWED * size
+    return LinearSolved(
+        vectors.select(better, u, g),
+        steps,
+        jnp.where(better, residual, of_one_term),
+        converged,
+    )
+
+
+def _error(
+    phi: Affine, u: Vector
+) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
+    """Returns ‖φ(u) − u‖ and ‖φ(u)‖."""
     image = phi.apply(u)
-    error, length = vectors.norm(image - u), vectors.norm(image)
-    rounding = phi.eps * length
-    # Twice the tolerance: what a solver stopped at is not to the last bit what is
-    # measured afterwards. And no tolerance asks for more than rounding allows.
-    converged = met(error / 2, size) | (error <= _ROUNDINGS * rounding)
-    # The endless u of a singular system swallows g, and would seem to solve it.
-    converged &= jnp.finfo(u.dtype).eps * length <= _SWALLOWED * size
-    residual = vectors.relative(jnp.maximum(error, rounding), size)
-    return LinearSolved(u, steps, residual, converged)
+    return vectors.norm(image - u), vectors.norm(image)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from implicit_slots.fixed_point import vectors
-from implicit_slots.fixed_point.iteration import check_count
+from implicit_slots.fixed_point.checks import whole
 
 
 def jacobian_norm(
@@ -39,12 +39,12 @@ def jacobian_norm(
     Raises:
       ValueError: if `samples` is below one.
     """
-    check_count("samples", samples)
+    whole("samples", samples)
     fz, transpose = jax.vjp(lambda z: f(params, x, z), z)
     flat, unravel = vectors.ravel(fz)
 
     def square(key):
-        direction = jax.random.normal(key, flat.shape, flat.dtype)
+        direction = vectors.normal(key, flat)
         product, _ = vectors.ravel(transpose(unravel(direction))[0])
         return vectors.dot(product, product)
 
@@ -80,16 +80,16 @@ def coupling_norm(
     Raises:
       ValueError: if `samples` is below one.
     """
-    check_count("samples", samples)
+    whole("samples", samples)
     _, transpose = jax.vjp(lambda z: f(params, x, z), z)
-    batch, blocks, dim = z.shape
+    batch, blocks, _ = z.shape
     dtype = vectors.working_dtype(z)
     number = jnp.arange(blocks, dtype=jnp.int32)[:, None]
 
     def square(key):
         key_block, key_direction = jax.random.split(key)
         drawn = jax.random.randint(key_block, (batch, 1, 1), 0, blocks, jnp.int32)
-        direction = jax.random.normal(key_direction, (batch, 1, dim), dtype)
+        direction = vectors.normal(key_direction, z[:, :1].astype(dtype))
         own = number[None] == drawn
         (product,) = transpose(jnp.where(own, direction, 0).astype(z.dtype))
         others = jnp.where(own, 0, product.astype(dtype)).reshape(batch, -1)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from implicit_slots.fixed_point import vectors
-from implicit_slots.fixed_point.iteration import Solver, check_count
+from implicit_slots.fixed_point.checks import check_count, check_positive
+from implicit_slots.fixed_point.iteration import Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +77,13 @@ class Anderson(Solver):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 1 <= self.depth <= self.max_steps:
+        check_count(self, "depth")
+        check_positive(self, "ridge")
+        if self.depth > self.max_steps:
             raise ValueError(
                 f"depth must be from 1 to max_steps ({self.max_steps}), got "
                 f"{self.depth}"
             )
-        if not self.ridge > 0:
-            raise ValueError(f"ridge must be positive, got {self.ridge}")
 
     def start(self, z: PyTree) -> AndersonMemory:
         """Returns an empty history."""
@@ -100,12 +101,11 @@ class Anderson(Solver):
         first = memory.taken == 0
         slot = (memory.taken - 1) % self.depth
 
-        def remember(history, new, old):
-            column = jnp.where(first, jnp.zeros_like(new), new - old)
-            return vectors.put(history, slot, column)
-
-        z_steps = remember(memory.z_steps, flat, memory.z)
-        residual_steps = remember(memory.residual_steps, residual, memory.residual)
+        change = residual - memory.residual
+        # The weights make up for it.
+        scale = jnp.where(first, 0, vectors.binary_scale(change))
+        z_steps = vectors.put(memory.z_steps, slot, scale * (flat - memory.z))
+        residual_steps = vectors.put(memory.residual_steps, slot, scale * change)
         if self.restart:
             grew = vectors.norm(residual) > vectors.norm(memory.residual)
             nothing = jnp.zeros_like(z_steps)
@@ -164,7 +164,7 @@ class Broyden(Solver):
 
     def __post_init__(self):
         super().__post_init__()
-        check_count("memory", self.memory)
+        check_count(self, "memory")
 
     def start(self, z: PyTree) -> BroydenMemory:
         """Returns the inverse −1."""
@@ -192,8 +192,9 @@ class Broyden(Solver):
             return vectors.combine(vectors.coefficients(right, vector), left) - vector
 
         step, change = flat - memory.z, residual - memory.residual
-        # stepᵀ · inverse
+        # stepᵀ · inverse, of any length: the update is column ⊗ row / slope.
         row = vectors.combine(vectors.coefficients(left, step), right) - step
+        row *= vectors.binary_scale(row)
         slope = vectors.dot(row, change)
         scale = vectors.norm(row) * vectors.norm(change)
         usable = jnp.abs(slope) > jnp.finfo(slope.dtype).eps * scale

@@ -1,10 +1,12 @@
 """A batch of pytrees as a batch of vectors: one vector per example, over all leaves."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -23,16 +25,17 @@ def batch_size(z: PyTree) -> int:
     return size
 
 
+def shapes(z: PyTree) -> PyTree:
+    """Returns shapes and dtypes alone: weak types and shardings may differ."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), z
+    )
+
+
 def working_dtype(z: PyTree) -> jnp.dtype:
     """Returns float64 if any leaf has it, else float32: never half precision."""
     double = any(jnp.result_type(leaf) == jnp.float64 for leaf in jax.tree.leaves(z))
     return jnp.dtype(jnp.float64 if double else jnp.float32)
-
-
-def widen(z: PyTree) -> PyTree:
-    """Brings all leaves to the working dtype."""
-    dtype = working_dtype(z)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), z)
 
 
 def ravel(
@@ -62,13 +65,68 @@ def ravel(
     return jnp.concatenate(flat, axis=1), unravel
 
 
+class Place(NamedTuple):
+    """Where the batch lies, as far as JAX's types say.
+
+    Attributes:
+      varying: mesh axes of `jax.shard_map` over which values may differ.
+      rows: mesh axes that the batch axis is split over under explicit sharding.
+    """
+
+    varying: frozenset
+    rows: Any
+
+
+def place_of(tree: PyTree) -> Place:
+    """Returns what the leaves, each with a leading batch axis, have together."""
+    types = [jax.typeof(leaf) for leaf in jax.tree.leaves(tree)]
+    rows = [kind.sharding.spec[0] for kind in types]
+    return Place(
+        frozenset().union(*(kind.mat.varying for kind in types)),
+        next(filter(None, rows), None),
+    )
+
+
+def placed(tree: PyTree, place: Place) -> PyTree:
+    """Returns the leaves, scalars or with a leading batch axis, where z lies.
+
+    A loop has to begin with the types that it goes on with, and what is made of
+    constants is everywhere the same.
+    """
+
+    def move(leaf):
+        missing = place.varying - jax.typeof(leaf).mat.varying
+        if missing:
+            leaf = jax.lax.pcast(leaf, tuple(missing), to="varying")
+        if leaf.ndim and place.rows and not jax.typeof(leaf).sharding.spec[0]:
+            leaf = jax.reshard(leaf, PartitionSpec(place.rows))
+        return leaf
+
+    return jax.tree.map(move, tree)
+
+
+def normal(key: Key[Array, ""], like: Array) -> Array:
+    """Draws a standard normal array of the shape, dtype and mesh axes of another."""
+    return placed(jax.random.normal(key, like.shape, like.dtype), place_of(like))
+
+
+def binary_scale(a: Float[Array, "batch dim"]) -> Float[Array, "batch 1"]:
+    """Returns the power of two that brings each vector's largest entry near one.
+
+    Times it, squares neither under- nor overflow, and mantissas stay as they are. It
+    carries no gradient: what is computed with it must not depend on it.
+    """
+    info = jnp.finfo(a.dtype)
+    largest = jax.lax.stop_gradient(jnp.abs(a).max(axis=1, keepdims=True))
+    power = jax.lax.reduce_precision(largest, info.nexp, 0)
+    return 1 / jnp.clip(power, info.tiny, 1 / info.tiny)
+
+
 def norm(z: PyTree) -> Float[Array, " batch"]:
-    """Returns the 2-norm of each example, over all leaves."""
-    squares = [
-        jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim)))
-        for leaf in jax.tree.leaves(widen(z))
-    ]
-    return jnp.sqrt(sum(squares[1:], squares[0]))
+    """Returns the 2-norm of each example, over all leaves, whatever its size."""
+    a, _ = ravel(z)
+    scale = binary_scale(a)
+    return jnp.sqrt(jnp.sum(jnp.square(a * scale), axis=1)) / scale[:, 0]
 
 
 def residual_norms(
@@ -78,8 +136,8 @@ def residual_norms(
 
     Half-precision leaves are accumulated in float32.
     """
-    z, fz = widen(z), widen(fz)
-    return norm(jax.tree.map(jnp.subtract, fz, z)), norm(fz)
+    a, b = ravel(z)[0], ravel(fz)[0]
+    return norm(b - a), norm(b)
 
 
 def relative(

@@ -13,6 +13,7 @@ from implicit_slots.runtime.errors import InvalidValue
 # PyTorch's default for LayerNorm and group_norm; Flax's is 1e-6.
 NORM_EPSILON = 1e-5
 
+POSITION_KINDS = ("normal", "smooth")
 # What products are made in; None: as their parameters are.
 PRECISIONS = {"float32": None, "bfloat16": jnp.bfloat16}
 
@@ -349,13 +350,14 @@ def token_positions(
       width: of a vector.
       rngs: source of both.
     """
+    if kind not in POSITION_KINDS:
+        raise InvalidValue(
+            f"initial_positions must be one of {', '.join(POSITION_KINDS)}, got "
+            f"{kind!r}"
+        )
     draw = nnx.initializers.truncated_normal(scale)
     positions = draw(rngs.params(), (1 + side**2, width))
     if kind == "smooth":
         grid = scale * smooth_positions(rngs.params(), side, width)
         return positions.at[1:].set(grid)
-    if kind != "normal":
-        raise InvalidValue(
-            f'initial_positions must be "normal" or "smooth", got {kind!r}'
-        )
     return positions

@@ -106,7 +106,7 @@ class SlotAttentionStep(nnx.Module):
         logits = layers.product(
             "bni,bkhi->bnhk",
             inputs[..., : self.key_size],
-            (seen_from_inputs * queries.shape[-1] ** -0.5).astype(inputs.dtype),
+            seen_from_inputs * queries.shape[-1] ** -0.5,
         )
         # Softmax over slots x heads jointly, as official SLATE; SAVi does it per head.
         joint = nnx.softmax(logits.reshape(*logits.shape[:2], -1), axis=-1)
@@ -114,17 +114,14 @@ class SlotAttentionStep(nnx.Module):
         weights = attention + self.epsilon
         total = weights.sum(axis=1, keepdims=True)
         weights = weights / (total + self.damping if self.damping else total)
-        read = layers.product("bnhk,bni->bkhi", weights.astype(inputs.dtype), inputs)
-        updates = layers.product(
-            "bkhi,ihd->bkhd", read.astype(inputs.dtype), self._kernel(self.project_v)
-        )
+        read = layers.product("bnhk,bni->bkhi", weights, inputs)
+        updates = layers.product("bkhi,ihd->bkhd", read, self._kernel(self.project_v))
         slots = self.gru(updates.reshape(slots.shape), slots)
         slots = slots + self.mlp(self.norm_mlp(slots))
         return slots, attention.sum(axis=2).swapaxes(1, 2)
 
     def _kernel(self, layer: layers.Linear) -> jax.Array:
-        kernel = layer.kernel[...]
-        return self._split_heads(kernel.astype(layer.dtype or kernel.dtype))
+        return self._split_heads(layer.kernel[...])
 
     def _split_heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.num_heads, -1)
@@ -147,7 +144,9 @@ class StepFunction:
 
     def __call__(self, params: PyTree, x: PyTree, slots: jax.Array) -> Any:
         """Applies the step with `params` to the inputs `x`."""
-        slots, attention = nnx.merge(self.graphdef, params)(x, slots)
+        # Float32 on every device, also where J is looked at and nothing iterated.
+        with jax.default_matmul_precision("highest"):
+            slots, attention = nnx.merge(self.graphdef, params)(x, slots)
         return (slots, attention) if self.attention else slots
 
 
@@ -377,9 +376,7 @@ class SlotAttention(nnx.Module):
         slots: Float[Array, "batch slots dim"],
     ) -> Problem:
         """Returns what is solved: for the solver core's diagnostics, or your own."""
-        inputs = self.norm_inputs(inputs)
-        # Cast once and not in every iteration, where products are not made in float32.
-        inputs = inputs.astype(self.step.project_k.dtype or inputs.dtype)
+        inputs = self.norm_inputs(inputs.astype(slots.dtype))
         graphdef, params = nnx.split(self.step)
         return Problem(StepFunction(graphdef, attention=False), params, inputs, slots)
 

@@ -17,6 +17,12 @@ UNOPTIMISED = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
+# How JAX computes unless its settings say otherwise.
+STANDARD = {
+    "jax_enable_x64": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+}
 # XLA's older code for fusions is compiled twice as fast. Not every version has it.
 OLDER_FUSIONS = {"xla_cpu_use_fusion_emitters": False}
 
@@ -67,6 +73,23 @@ def optimised(wanted: bool) -> Iterator[None]:
         yield
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
+
+
+@contextlib.contextmanager
+def standard_arithmetic() -> Iterator[None]:
+    """JAX computes in 32 bits meanwhile, in every thread, as it does by default.
+
+    A run's numbers are not to depend on JAX_ENABLE_X64, nor is it to stop at a
+    promotion that JAX is set to forbid.
+    """
+    before = {name: jax.config.values[name] for name in STANDARD}
+    try:
+        for name, value in STANDARD.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, getattr(value, "value", value))
 
 
 def without_optimisations() -> bool:
@@ -145,10 +168,18 @@ def compile_step(train: Bound, state: PyTree, batch: PyTree) -> Program:
 def enable_cache() -> None:
     """Keeps compiled programs on disk, so that a second start is fast.
 
-    JAX's own setting (JAX_COMPILATION_CACHE_DIR) wins where it is made.
+    JAX's own setting (JAX_COMPILATION_CACHE_DIR) wins where it is made. Without a home
+    folder that can be written nothing is kept.
     """
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore
-        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        folder = pathlib.Path(home) / "implicit_slots" / "compilation"
+    if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = pathlib.Path(home) / "implicit_slots" / "compilation"
+    try:
+        if folder.is_absolute():
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if folder.is_absolute() and os.access(folder, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

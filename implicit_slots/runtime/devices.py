@@ -16,6 +16,30 @@ SHARDINGS = ("replicated", "fsdp")
 SMALLEST_SPLIT = 2**12
 
 
+def find_devices() -> None:
+    """Makes JAX look for its devices, before anything else asks it to.
+
+    Raises:
+      UserError: there are none of the kind that JAX_PLATFORMS names.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        # Where a platform's plugin is not installed JAX asserts, without a word.
+        wanted = jax.config.jax_platforms  # pyright: ignore
+        reason = str(error).split("\n")[0].removesuffix(".")
+        raise UserError(
+            f"JAX finds no device{f' of JAX_PLATFORMS={wanted}' if wanted else ''}"
+            f"{f' ({reason})' if reason else ''}; unset JAX_PLATFORMS, or install what "
+            "its devices need: pip install 'implicit_slots[cuda]' or [tpu]"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the host or a device has not enough memory."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 def build_mesh(
     batch_size: int, *, parts: int = 1, devices: Sequence[Any] | None = None
 ) -> jax.sharding.Mesh:

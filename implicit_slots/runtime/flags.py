@@ -1,10 +1,13 @@
 """Flags, and what is wrong with them in one sentence: what every command shares."""
 
-import os
 import re
 import sys
 
 from absl import flags
+
+from implicit_slots.runtime.config_files import find_config, provide_configs
+from implicit_slots.runtime.errors import UserError
+from implicit_slots.runtime.signals import open_streams, silence
 
 FILE_FLAG = re.compile(r"flag --config=(?!None:)")
 
@@ -15,17 +18,43 @@ def is_flag(name: str, argument: str) -> bool:
 
 
 def flag_value(name: str, argv: list[str]) -> str | None:
-    """Returns a flag's value before flags are parsed; None if it is not given."""
+    """Returns a flag's value before flags are parsed; None if it is not given.
+
+    The last one counts, as when they are parsed.
+    """
+    value = None
     for place, argument in enumerate(argv):
         if is_flag(name, argument):
             rest = argv[place + 1 : place + 2]
-            return argument.partition("=")[2] if "=" in argument else "".join(rest)
-    return None
+            value = argument.partition("=")[2] if "=" in argument else "".join(rest)
+    return value
+
+
+def without(name: str, argv: list[str]) -> list[str]:
+    """Returns arguments without a flag and its value."""
+    kept: list[str] = []
+    rest = iter(argv)
+    for argument in rest:
+        if not is_flag(name, argument):
+            kept.append(argument)
+        elif "=" not in argument:
+            next(rest, None)
+    return kept
 
 
 def drop_output() -> None:
     """Sends what is still to be printed nowhere: its reader (`| head`) is gone."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    silence([sys.stdout.fileno()])
+
+
+def refuse_rest(argv: list[str]) -> None:
+    """Ends a command that was given more than flags: a space in a value splits it."""
+    if argv[1:]:
+        print(
+            f"error: {argv[1]!r} is no flag; put quotes around a value with spaces",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -34,19 +63,24 @@ def parse(argv: list[str]) -> list[str]:
     Exits with code 2 for bad flags, 1 for a configuration that is not there or a key
     that it does not have.
     """
+    open_streams()
     try:
-        rest = flags.FLAGS(argv)
+        provide_configs()
+        rest = flags.FLAGS(_found(argv))
         config = flags.FLAGS["config"].value
         _ = config and config.name  # a file that cannot be loaded fails here
         return rest
     except flags.Error as error:
         # ml_collections puts the traceback of a failing configuration file before
         # the last line, which alone says what is wrong.
-        sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        sentence = str(error).strip().splitlines()[-1]
+        sentence = re.sub(r"^[\w.]*(ValueError|InvalidValue): ", "", sentence)
         print(f"error: {sentence}", file=sys.stderr)
         # --config=FILE:variant is the configuration's fault, --config.key=value and the
         # rest are flags'.
         sys.exit(1 if FILE_FLAG.match(str(error)) else 2)
+    except UserError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped before anything was done")
     except ImportError as error:
@@ -68,3 +102,13 @@ def parse(argv: list[str]) -> list[str]:
             f"error: the configuration has no key {key}; "
             f"{suggestion or 'configs/base.py declares them'}"
         )
+
+
+def _found(argv: list[str]) -> list[str]:
+    """Arguments that name the configuration by the path where it is."""
+    if not (value := flag_value("config", argv)):
+        return argv
+    file, colon, variant = value.partition(":")
+    place = next(i for i, argument in enumerate(argv) if is_flag("config", argument))
+    found = f"--config={find_config(file)}{colon}{variant}"
+    return [*argv[:place], found, *without("config", argv[place:])]

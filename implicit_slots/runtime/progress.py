@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from implicit_slots.runtime.signals import silence
+
 SHOWN = (
     *("loss", "mse", "cross_entropy", "fg_ari", "ari", "miou"),
     *("decoder_fg_ari", "decoder_ari", "decoder_miou", "ap_inf", "ap_0_5"),
@@ -24,6 +26,9 @@ class Progress:
       end: its last step.
       waited: returns how long the devices waited for data so far, in seconds.
       silent: for all processes but one.
+
+    Attributes:
+      failure: why nothing can be shown any more: the terminal or reader is gone.
     """
 
     def __init__(
@@ -32,6 +37,7 @@ class Progress:
         self._end = end
         self._silent = silent
         self._waited_so_far = waited
+        self.failure: OSError | None = None
         self._bar = tqdm(
             total=end,
             initial=start,
@@ -79,12 +85,24 @@ class Progress:
     def write(self, text: str) -> None:
         """Shows a line above the bar."""
         if not self._silent:
-            self._bar.write(text)
-            sys.stdout.flush()
+            with self._showing():
+                self._bar.write(text)
+                sys.stdout.flush()
 
     def advance(self) -> None:
         """Counts a step."""
-        self._bar.update()
+        with self._showing():
+            self._bar.update()
+
+    @contextlib.contextmanager
+    def _showing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # The run ends for it, but between two steps, and saves first.
+            self.failure = error
+            self._bar.disable = True
+            silence([sys.stdout.fileno()])
 
     def close(self) -> None:
         """Leaves the bar as it is."""

@@ -5,8 +5,6 @@ no JAX: what is wrong with a command is said before that is loaded.
 """
 
 import contextlib
-import errno
-import fcntl
 import importlib.util
 import json
 import os
@@ -19,7 +17,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from implicit_slots.runtime.config import Config
+from implicit_slots.runtime.config_files import find_config
 from implicit_slots.runtime.errors import UserError
+from implicit_slots.runtime.files import expand, lock_file
 
 LOCK_FILE = ".lock"
 SUMMARY_FILE = "summary.json"
@@ -27,6 +27,8 @@ METRICS_FILE = "metrics.jsonl"
 EVALUATION_FOLDER = "evaluation"
 EVALUATION_FILE = "metrics.json"  # of one evaluation, below EVALUATION_FOLDER/LABEL
 CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"  # of a folder that holds a model and no run
+TRAINED = pathlib.Path(__file__).parents[1] / "trained"
 # Keys that configurations of older versions lack, and what their absence means.
 ABSENT: Mapping[str, object] = {
     "penalty.attention_entropy": 0.0,
@@ -66,6 +68,8 @@ OF_SLATE = (
 )
 # The same of folders of images alone.
 OF_FOLDERS = ("data.ignore_id",)
+# Keys that name a file or folder; empty: none, or a default of the data set's.
+PATHS = ("data.path", "data.cache", "evaluation.inception")
 # Between the workdir and the file whose data section takes the place of the run's.
 SEPARATOR = "\n"
 
@@ -79,17 +83,13 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     """
     with (workdir / LOCK_FILE).open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(file, wait=False)
         except BlockingIOError:
             file.seek(0)
             raise UserError(
                 f"another run is writing to {workdir} ({file.read().strip()}); wait "
                 "for it, stop it, or choose another --workdir"
             ) from None
-        except OSError as error:
-            # Some network file systems have no locks.
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -100,6 +100,21 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
     """Returns what an earlier session left in summary.json, or nothing."""
     path = workdir / SUMMARY_FILE
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def packaged() -> dict[str, pathlib.Path]:
+    """Returns the folders of the models that come with the package, by name."""
+    return {file.parent.name: file.parent for file in TRAINED.glob(f"*/{WEIGHTS_FILE}")}
+
+
+def find_trained(name: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the folder that a user named, or that of a model of the package.
+
+    Raises:
+      UserError: it is the address of a bucket, or there is no home folder for ~.
+    """
+    path = expand(name)
+    return path if path.exists() else packaged().get(os.fspath(name), path)
 
 
 @contextlib.contextmanager
@@ -120,6 +135,61 @@ def writing(workdir: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
+def workdirs(text: str, *, to_compare: bool) -> list[str]:
+    """Returns the workdirs that --workdir names: one, or several with commas between.
+
+    A name may have commas (lr=0.1,wd=0): what is there counts as one, the longest name
+    first.
+
+    Args:
+      text: of the flag.
+      to_compare: whether it may be several of which one alone is there.
+    """
+    rest, found = text.split(","), []
+    while rest:
+        count = next(
+            (n for n in range(len(rest), 0, -1) if _is_folder(",".join(rest[:n]))), 1
+        )
+        found.append(",".join(rest[:count]))
+        del rest[:count]
+    there = [_is_folder(path) for path in found if path]
+    several = there and (any(there) if to_compare else all(there))
+    return [path for path in found if path] if several else [text]
+
+
+def _is_folder(path: str) -> bool:
+    return bool(path) and os.path.isdir(os.path.expanduser(path))
+
+
+def absolute(config: Config) -> Config:
+    """Returns the configuration with paths that mean the same from every directory.
+
+    Raises:
+      UserError: a path is none of this machine's.
+    """
+    config = config.copy_and_resolve_references()
+    for key in PATHS:
+        section, name = key.split(".")
+        if path := config[section].get(name):
+            config[section][name] = os.path.abspath(expand(path))
+    return config
+
+
+def is_same_place(before: str | None, now: str | None) -> bool:
+    """Whether a run's files are where they were, or were moved and are not there now.
+
+    Args:
+      before: as the run has it.
+      now: as this command has it.
+    """
+    if not before or not now:
+        return before == now
+    if os.path.realpath(before) == os.path.realpath(now):
+        return True
+    moved = not os.path.exists(before)
+    return moved and os.path.basename(before) == os.path.basename(now)
+
+
 def config_flag(workdir: str, data: str | None) -> str:
     """Returns the --config that stands for a run's own configuration."""
     parts = [workdir] if data is None else [workdir, data]
@@ -137,7 +207,7 @@ def get_config(what: str) -> Config:
       ValueError: if one of them cannot be read, in one sentence.
     """
     workdir, *data = what.split(SEPARATOR)
-    path = pathlib.Path(workdir) / CONFIG_FILE
+    path = expand(workdir) / CONFIG_FILE
     try:
         config = read_config(path)
         resolution = config.data.resolution
@@ -182,6 +252,7 @@ def read_config(path: pathlib.Path) -> Config:
 def _load(source: str) -> Config:
     """The configuration of FILE or FILE:variant."""
     file, _, variant = source.partition(":")
+    file = find_config(file)
     spec = importlib.util.spec_from_file_location("data_configuration", file)
     if spec is None or spec.loader is None or not pathlib.Path(file).is_file():
         raise ValueError(f"there is no configuration file {file}")

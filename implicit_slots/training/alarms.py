@@ -103,10 +103,10 @@ _ALARMS = (
         "train",
         "backward_failed",
         True,
-        "the backward solve fails, and those images train with the one-term gradient",
+        "the backward solve misses its tolerance, and the gradient is what it reached",
         "more of --config.model.adjoint.solver.max_steps, a larger "
         "--config.model.adjoint.solver.rtol, or "
-        "--config.model.adjoint.solver.rtol=0, which takes what the steps have found",
+        "--config.model.adjoint.solver.rtol=0, which asks for no tolerance",
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Checkpoints with Orbax: written, read, looked through for damage; models loaded."""
+"""Checkpoints with Orbax: written, read, looked through for damage."""
 
 import contextlib
 import errno
@@ -24,6 +24,8 @@ CHECKPOINT_FOLDER = "checkpoints"
 BEST_FOLDER = "best"
 DAMAGED_FOLDER = "damaged"
 CHECKSUM_FILE = "checksums.json"
+# How names begin that a Mac, NFS and FUSE give to files of their own.
+OF_OTHERS = ("._", ".DS_Store", ".nfs", ".fuse_hidden")
 
 
 class SavedLoop(TypedDict):
@@ -109,10 +111,14 @@ class Checkpoints:
         """Reads one checkpoint into the shapes and shardings of `like`.
 
         Raises:
-          Damaged: if it cannot be read or is not what was written.
+          Damaged: if it is not what was written.
+          UserError: if it cannot be read for another reason; it is whole.
         """
         # Before Orbax reads: it would load numbers that were changed.
-        damage = self._damage(step) if processes.is_main() else ""
+        folder, damage, whole = self.folder / str(step), "", False
+        with processes.together():
+            if processes.is_main():
+                damage, whole = _look_through(folder)
         if not processes.agree(not damage):
             raise Damaged(damage)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
@@ -120,34 +126,19 @@ class Checkpoints:
             state=ocp.args.StandardRestore(abstract), loop=ocp.args.JsonRestore()
         )
         found: Any = None
+        failure: Exception | None = None
         try:
             with _silenced():
                 found = self._manager.restore(step, args=items)
             found = TrainState(**found["state"]), SavedLoop(**found["loop"])
         except Exception as error:  # Orbax raises whatever its storage layer raises
-            damage = _reason(error)
-        if not processes.agree(not damage):
-            raise Damaged(damage)
-        return found
-
-    def _damage(self, step: int) -> str:
-        """What is wrong with a checkpoint's files, or nothing."""
-        folder = self.folder / str(step)
-        try:
-            found = _checksums(folder)
-            wanted = dict(json.loads((folder / CHECKSUM_FILE).read_text()))
-        except FileNotFoundError:
-            return ""
-        except OSError as error:
-            return f"{error.filename}: {error.strerror}"
-        except (TypeError, ValueError):
-            return f"{CHECKSUM_FILE} cannot be read"
-        for name in sorted(wanted.keys() | found.keys()):
-            if name not in found:
-                return f"{name} is missing"
-            if wanted.get(name) != found[name]:
-                return f"{name} is not as it was written"
-        return ""
+            failure = error
+        if processes.agree(failure is None):
+            return found
+        reason = "another process cannot" if failure is None else _reason(failure)
+        if not processes.agree(not whole):  # Process 0 knows.
+            raise UserError(_unread(folder, reason)) from failure
+        raise Damaged(reason) from failure
 
     def set_aside(self, step: int) -> pathlib.Path:
         """Moves a checkpoint out of the way; returns where it lies now."""
@@ -209,12 +200,58 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
 
 
 def _checksums(folder: pathlib.Path) -> dict[str, int]:
-    """Of every file of a checkpoint, by its name within."""
+    """Of every file that Orbax wrote to a checkpoint, by its name within."""
     return {
-        str(file.relative_to(folder)): google_crc32c.value(file.read_bytes())
+        file.relative_to(folder).as_posix(): google_crc32c.value(file.read_bytes())
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != CHECKSUM_FILE
+        if file.is_file() and not file.name.startswith(OF_OTHERS)
     }
+
+
+def _look_through(folder: pathlib.Path) -> tuple[str, bool]:
+    """Looks for damage in a checkpoint's files.
+
+    Files that were not written with it are none: other programs leave theirs
+    (.DS_Store, ._*, .nfs*, Thumbs.db).
+
+    Returns:
+      What is wrong, or nothing; whether that is known: a checkpoint may have no
+      checksums.
+
+    Raises:
+      UserError: if they cannot be read now, which says nothing of what they hold.
+    """
+    try:
+        wanted = json.loads((folder / CHECKSUM_FILE).read_text())
+        for name, checksum in sorted(wanted.items()):
+            try:
+                found = google_crc32c.value((folder / name).read_bytes())
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                return f"{name} is missing", True
+            if found != checksum:
+                return f"{name} is not as it was written", True
+    except FileNotFoundError:
+        return "", False
+    except OSError as error:
+        reason = f"{error.filename or folder}: {error.strerror}"
+        if error.errno == errno.EIO:  # The disk has lost it.
+            return reason, True
+        raise UserError(_unread(folder, reason)) from error
+    except (AttributeError, ValueError):
+        return f"{CHECKSUM_FILE} cannot be read", True
+    return "", True
+
+
+def _unread(folder: pathlib.Path, reason: str) -> str:
+    """What is said of a checkpoint that cannot be read although it may be whole."""
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads((folder / CHECKSUM_FILE).read_text())
+        if others := sorted(_checksums(folder).keys() - {*known, CHECKSUM_FILE}):
+            reason += f"; no run wrote {others[0]}, which may be why"
+    return (
+        f"the checkpoint {folder} cannot be read ({reason}); it is left as it is: put "
+        "that right and start the same command again"
+    )
 
 
 @contextlib.contextmanager

@@ -1,8 +1,6 @@
 """What is refused before anything is written, and what is noted."""
 
 import json
-import math
-import os
 import pathlib
 
 import jax
@@ -10,67 +8,20 @@ import numpy as np
 
 from implicit_slots.data import registry
 from implicit_slots.data.source import CLEVR_CODES
-from implicit_slots.evaluation.groups import GROUPS
-from implicit_slots.models.build import MODELS, model_class
+from implicit_slots.models.build import model_class
 from implicit_slots.models.dvae import STRIDE
 from implicit_slots.models.noise import MOST_WORDS
 from implicit_slots.models.slot_attention import LEARNED
 from implicit_slots.runtime.config import Config, flat
-from implicit_slots.runtime.devices import SHARDINGS
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import expand
-from implicit_slots.runtime.workdir import ABSENT, CONFIG_FILE
-from implicit_slots.training import device_batches, penalties
+from implicit_slots.runtime.workdir import ABSENT, CONFIG_FILE, is_same_place
 from implicit_slots.training.checkpoint import CHECKPOINT_FOLDER
+from implicit_slots.training.values import check_keys
 
 MODES = ("train", "evaluate", "replay")
 CHECKPOINTS = ("latest", "best")
 STARTS = "evaluation.masks.starts"
-POSITIVE = (
-    "num_steps",
-    "log_every",
-    "validate_every",
-    "draw_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "num_pictures",
-    "num_scored",
-    "model.slot_size",
-    "model.slot_mlp_size",
-    "diagnostics.num_examples",
-    "diagnostics.krylov",
-    "data.workers",
-    "accumulate",
-    "nonfinite.stop_after",
-    "alarms.patience",
-    "profile.steps",
-    *(f"evaluation.{group}.num_images" for group in ("deletion", "fixed_points")),
-    "evaluation.deletion.orders",
-    "evaluation.fixed_points.iterations",
-    "evaluation.fixed_points.initialisations",
-    STARTS,
-)
-# Groups of an evaluation for which 0 images are all there are.
-ANY_NUMBER = ("masks", "rendering", "properties")
-# Sizes of layers that a model may have.
-SIZES = (
-    "vocab_size",
-    "dvae_features",
-    "width",
-    "features",
-    "decoder_features",
-    "head_size",
-)
-NOT_NEGATIVE = (
-    "seed",
-    "diagnostics.every",
-    "diagnostics.powers",
-    "profile.start",
-    *(f"evaluation.{group}.every" for group in GROUPS),
-    *(f"evaluation.{group}.num_images" for group in ANY_NUMBER),
-    *penalties.KEYS,
-)
-
 
 # What a run may change when it goes on; anything else makes it another run.
 MAY_CHANGE = {
@@ -112,73 +63,29 @@ MAY_CHANGE = {
 
 
 def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
-    """Refuses numbers that cannot be trained with.
+    """Refuses a configuration that cannot be trained with.
 
     Raises:
       UserError: naming the key.
     """
     if mode not in MODES:
         raise UserError(f"--mode must be one of {', '.join(MODES)}, got {mode!r}")
-    usage = registry.usage_of(config.data)
-    values = {
-        **dict(config.items()),
-        **{f"data.{key}": value for key, value in usage.items()},
-        **ABSENT,
-    }
-    for group in GROUPS:
-        if group not in config.evaluation:
-            raise UserError(
-                f"config.evaluation has no section {group}: an older version wrote "
-                "this configuration; copy the section from configs/base.py into it"
-            )
-        of_group = config.evaluation[group].items()
-        values |= {f"evaluation.{group}.{key}": value for key, value in of_group}
-    if config.evaluation.split not in registry.SPLITS:
-        raise UserError(
-            f"config.evaluation.split must be one of {', '.join(registry.SPLITS)}, got "
-            f"{config.evaluation.split!r}"
-        )
+    check_keys(config)
     weights_file = config.evaluation.inception
     reads_it = mode == "evaluate" or config.evaluation.rendering.every > 0
     if weights_file and reads_it and not expand(weights_file).exists():
         raise UserError(
             f"there is no file {weights_file}, which config.evaluation.inception names"
         )
-    for section in ("model", "diagnostics", "nonfinite", "alarms", "profile"):
-        values |= {f"{section}.{key}": value for key, value in config[section].items()}
-    weights = config.get(penalties.SECTION, {}).items()
-    values |= {f"{penalties.SECTION}.{key}": value for key, value in weights}
-    sizes = (f"model.{key}" for key in SIZES if key in config.model)
-    for key in (*POSITIVE, *sizes):
-        if values[key] < 1:
-            raise UserError(f"config.{key} must be at least 1, got {values[key]}")
-    for key in NOT_NEGATIVE:
-        if values[key] < 0:
-            raise UserError(f"config.{key} must not be negative, got {values[key]}")
-    if usage["placement"] not in device_batches.PLACEMENTS:
-        raise UserError(
-            "config.data.placement must be one of "
-            f"{', '.join(device_batches.PLACEMENTS)}, got "
-            f"{usage['placement']!r}"
-        )
-    if config.model.name not in MODELS:
-        raise UserError(
-            f"config.model.name must be one of {', '.join(MODELS)}, got "
-            f"{config.model.name!r}"
-        )
     check_slate(config)
     check_noise(config)
-    if values[STARTS] > 1:
+    if config.evaluation.masks.get("starts", ABSENT[STARTS]) > 1:
         check_starts(config)
-    if usage["flip"] and "objects" in model_class(config.model.name).reads:
+    reads = model_class(config.model.name).reads
+    if registry.usage_of(config.data)["flip"] and "objects" in reads:
         raise UserError(
             "config.data.flip mirrors images, not the positions this model learns; "
             "set --config.data.flip=False"
-        )
-    if config.sharding not in SHARDINGS:
-        raise UserError(
-            f"config.sharding must be one of {', '.join(SHARDINGS)}, got "
-            f"{config.sharding!r}"
         )
     if checkpoint not in CHECKPOINTS:
         raise UserError(
@@ -221,11 +128,6 @@ def check_slate(config: Config) -> None:
     """
     if config.model.name != "slate":
         return
-    for key in ("dropout", "attention_dropout"):
-        if not 0 <= config.model[key] < 1:
-            raise UserError(
-                f"config.model.{key} must be in [0, 1), got {config.model[key]}"
-            )
     if config.model.attention == "cudnn" and (
         jax.default_backend() != "gpu" or config.precision != "bfloat16"
     ):
@@ -245,26 +147,15 @@ def check_slate(config: Config) -> None:
             f"step's {config.batch_size:,} with --config.accumulate"
         )
     dvae_steps = config.optimizer.get("dvae_steps", 0)
-    if dvae_steps < 0:
-        raise UserError(
-            f"config.optimizer.dvae_steps must not be negative, got {dvae_steps}; "
-            "0 trains the dVAE in all steps"
-        )
     if dvae_steps and fixed:
         raise UserError(
             'config.model.tokenizer="patches" has no dVAE to train: leave '
             "config.optimizer.dvae_steps at 0"
         )
-    for key in ("start", "end"):
-        if not config.temperature[key] > 0:
-            raise UserError(
-                f"config.temperature.{key} must be positive, got "
-                f"{config.temperature[key]}"
-            )
 
 
 def check_noise(config: Config) -> None:
-    """Refuses noise on initial slots that have none, or that is no noise.
+    """Refuses noise on initial slots that are drawn.
 
     Raises:
       UserError: naming the key.
@@ -272,12 +163,6 @@ def check_noise(config: Config) -> None:
     noise = config.get("initial_noise")
     if noise is None:
         return
-    for key in ("start", "end"):
-        if not 0 <= noise[key] < math.inf:
-            raise UserError(
-                f"config.initial_noise.{key} must be finite and not negative, got "
-                f"{noise[key]}"
-            )
     if max(noise.start, noise.end) > 0 and config.model.initial_slots not in LEARNED:
         raise UserError(
             "config.initial_noise is for learned initial slots: set "
@@ -366,7 +251,7 @@ def check_same_run(
             continue
         if not training and key.startswith("data.") and key != "data.resolution":
             continue
-        if key == "data.path" and _is_one_place(before.get(key), now.get(key)):
+        if key == "data.path" and is_same_place(before.get(key), now.get(key)):
             continue
         if before.get(key) != now.get(key):
             raise UserError(
@@ -374,9 +259,3 @@ def check_same_run(
                 f"configuration's is {now.get(key)!r}; choose another --workdir or set "
                 "that key back"
             )
-
-
-def _is_one_place(path: str | None, other: str | None) -> bool:
-    if not path or not other:
-        return False
-    return os.path.realpath(path) == os.path.realpath(other)

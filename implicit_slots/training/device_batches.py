@@ -24,7 +24,6 @@ from implicit_slots.data.source import DataError, Source
 from implicit_slots.runtime.devices import DATA_AXIS, shard_batch
 from implicit_slots.runtime.progress import bar
 
-PLACEMENTS = ("host", "device")
 # Batches that are on their way to the devices while a step runs.
 AHEAD = 2
 # How much of a device's memory a training set may take.

@@ -32,6 +32,7 @@ from implicit_slots.evaluation.validation import (
 from implicit_slots.runtime import processes
 from implicit_slots.runtime.compiling import Program, compile_step
 from implicit_slots.runtime.config import Config
+from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.metric_writers import MetricWriter
 from implicit_slots.runtime.preemption import Notice, Preempted
 from implicit_slots.runtime.progress import Progress
@@ -157,11 +158,13 @@ class _Loop:
                 self._look_for_faults()
                 self._save(step - 1)
                 raise Preempted(step - 1)
+            if self._progress.failure is not None:
+                self._save_alone(step - 1)
+                raise unshown(self._progress.failure)
             try:
                 batch = self._batches.next(after=logged)
             except DataError:
-                if jax.process_count() == 1:  # Saving takes all of them.
-                    self._save(step - 1)
+                self._save_alone(step - 1)
                 raise
             untrained = None
             if step == self._start + 1:
@@ -285,6 +288,11 @@ class _Loop:
             self._run.checkpoints.save(self._state, self._record())
             self._saved = step
 
+    def _save_alone(self, step: int) -> None:
+        """Saves where that takes this process alone."""
+        if jax.process_count() == 1:
+            self._save(step)
+
     def _record(self) -> checkpoint.SavedLoop:
         window = self._earlier
         if self._window:
@@ -302,6 +310,16 @@ class _Loop:
             ]
             window = [jax.tree.unflatten(structure, earlier), *window]
         return merged(window)
+
+
+def unshown(failure: OSError) -> Exception:
+    """What ends a run whose output cannot be written any more."""
+    if isinstance(failure, BrokenPipeError):
+        return failure
+    return UserError(
+        f"the output cannot be written any more ({failure.strerror}); put that right "
+        "and start the same command again"
+    )
 
 
 def _copied(tree: PyTree) -> PyTree:

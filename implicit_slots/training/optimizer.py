@@ -9,10 +9,9 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from implicit_slots.runtime.config import Config
-from implicit_slots.runtime.errors import InvalidValue
+from implicit_slots.runtime.values import check_values
+from implicit_slots.training.values import KINDS
 
-SCHEDULES = ("constant", "half_life", "cosine", "plateau")
-CLIPPINGS = ("none", "l2", "max_norm")
 # The groups of parameters, and the names under which their rates are logged.
 MAIN, DVAE, SLOTS, FIXED = "main", "dvae", "slots", "fixed"
 LOGGED = {
@@ -48,24 +47,7 @@ def build_optimizer(
     Raises:
       InvalidValue: if a name or a number is not one of the possible ones.
     """
-    if config.schedule not in SCHEDULES:
-        raise InvalidValue(
-            f"optimizer.schedule must be one of {', '.join(SCHEDULES)}, got "
-            f"{config.schedule!r}"
-        )
-    if not config.half_life > 0:
-        raise InvalidValue(
-            f"optimizer.half_life must be positive, got {config.half_life}"
-        )
-    if config.get(LOGGED[SLOTS], 0) < 0:
-        raise InvalidValue(
-            "optimizer.slots_learning_rate must not be negative, got "
-            f"{config.slots_learning_rate}"
-        )
-    if not 0 <= config.ema_decay < 1:
-        raise InvalidValue(
-            f"optimizer.ema_decay must be in [0, 1), got {config.ema_decay}"
-        )
+    check_values({f"optimizer.{key}": config[key] for key in config}, KINDS)
     groups: dict[Hashable, optax.GradientTransformation] = {
         group: _adam(rate, num_steps) for group, rate in schedules(config, params)
     }
@@ -143,17 +125,9 @@ def build_plateau(config: Config) -> optax.GradientTransformationExtraArgs | Non
 
     Args:
       config: the section `optimizer`.
-
-    Raises:
-      InvalidValue: if a number is not one of the possible ones.
     """
     if config.schedule != "plateau":
         return None
-    if config.plateau_patience < 1 or not 0 < config.plateau_factor < 1:
-        raise InvalidValue(
-            "optimizer.plateau_patience must be at least 1 and plateau_factor in "
-            f"(0, 1), got {config.plateau_patience} and {config.plateau_factor}"
-        )
     return optax.contrib.reduce_on_plateau(
         factor=config.plateau_factor,
         patience=config.plateau_patience,
@@ -212,16 +186,8 @@ def _scale_by_rate(
 
 
 def _clipping(config: Config) -> optax.GradientTransformation:
-    if config.clip not in CLIPPINGS:
-        raise InvalidValue(
-            f"optimizer.clip must be one of {', '.join(CLIPPINGS)}, got {config.clip!r}"
-        )
     if config.clip == "none":
         return optax.identity()
-    if not config.clip_limit > 0:
-        raise InvalidValue(
-            f"optimizer.clip_limit must be positive, got {config.clip_limit}"
-        )
     if config.clip == "l2":
         return optax.clip_by_global_norm(config.clip_limit)
     return clip_by_max_norm(config.clip_limit)

@@ -1,6 +1,7 @@
 """What a configuration stands for: devices, model, optimiser, steps, data."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -15,9 +16,10 @@ from implicit_slots.models.build import (
     split_model,
 )
 from implicit_slots.runtime.config import Config
-from implicit_slots.runtime.devices import build_mesh
+from implicit_slots.runtime.devices import build_mesh, state_sharding
 from implicit_slots.training.checks import check_read
 from implicit_slots.training.optimizer import build_optimizer
+from implicit_slots.training.state import TrainState, initial_state
 from implicit_slots.training.step import Steps, build_steps
 
 
@@ -44,10 +46,33 @@ class Parts(NamedTuple):
     train: registry.Source | None
     held_out: dict[str, registry.Source]
 
+    def state_shapes(self) -> TrainState:
+        """Shapes of the training state, as it lies on the devices."""
+        config = self.config
+        state = jax.eval_shape(
+            lambda params: initial_state(params, self.optimizer, config.optimizer),
+            self.shapes,
+        )
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=place
+            ),
+            state,
+            state_sharding(state, self.mesh, config.sharding),
+        )
 
-def build_parts(config: Config, mode: str) -> Parts:
-    """Builds the model's shapes, the optimiser and the steps, and opens the data."""
-    mesh = build_mesh(config.batch_size, parts=config.accumulate)
+
+def build_parts(
+    config: Config, mode: str, *, devices: Sequence[Any] | None = None
+) -> Parts:
+    """Builds the model's shapes, the optimiser and the steps, and opens the data.
+
+    Args:
+      config: the whole configuration.
+      mode: "plan" and "replay" open no data.
+      devices: all that there are if not given.
+    """
+    mesh = build_mesh(config.batch_size, parts=config.accumulate, devices=devices)
     # Shapes alone, which takes no time: a model that cannot be built is refused before
     # data is opened.
     graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
@@ -61,7 +86,7 @@ def open_data(
     config: Config, mode: str
 ) -> tuple[registry.Source | None, dict[str, registry.Source]]:
     """Opens the training data, to train, and the held-out splits that are scored."""
-    if mode == "replay":
+    if mode in ("plan", "replay"):
         return None, {}
     if mode == "evaluate":
         split = config.evaluation.split

@@ -12,21 +12,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from implicit_slots.models.build import (
-    build,
     count_parameters,
     model_class,
-    split_model,
 )
 from implicit_slots.runtime import compiling
 from implicit_slots.runtime.config import Config
-from implicit_slots.runtime.devices import DATA_AXIS, build_mesh, state_sharding
+from implicit_slots.runtime.devices import DATA_AXIS
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.programs import (
+    KINDS,
     Collective,
     Kernel,
     read_collectives,
@@ -34,9 +32,8 @@ from implicit_slots.runtime.programs import (
 )
 from implicit_slots.runtime.topologies import Topology
 from implicit_slots.training.checks import check
-from implicit_slots.training.optimizer import build_optimizer
-from implicit_slots.training.state import TrainState, initial_state
-from implicit_slots.training.step import build_steps
+from implicit_slots.training.parts import build_parts
+from implicit_slots.training.state import TrainState
 
 # Share of a device's memory that a program may fill: the rest is the runtime's.
 USABLE = 0.9
@@ -101,26 +98,11 @@ def make(config: Config, topology: Topology) -> Plan:
       UserError: if the batch cannot be split over the devices, or the compiler says
         that the program does not fit.
     """
-    mesh = build_mesh(
-        config.batch_size, parts=config.accumulate, devices=topology.devices
-    )
-    graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
-    optimizer = build_optimizer(config.optimizer, shapes, num_steps=config.num_steps)
-    steps = build_steps(graphdef, optimizer, config, mesh)
-    state = jax.eval_shape(
-        lambda params: initial_state(params, optimizer, config.optimizer), shapes
-    )
-    state = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=place
-        ),
-        state,
-        state_sharding(state, mesh, config.sharding),
-    )
-    batch = train_batch(config, mesh)
+    parts = build_parts(config, "plan", devices=topology.devices)
+    state, batch = parts.state_shapes(), train_batch(config, parts.mesh)
     began = time.perf_counter()
     try:
-        compiled = steps.train.compile(state, batch)
+        compiled = parts.steps.train.compile(state, batch)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -136,7 +118,7 @@ def make(config: Config, topology: Topology) -> Plan:
     return Plan(
         topology=topology,
         config=config,
-        parameters=count_parameters(shapes),
+        parameters=count_parameters(parts.shapes),
         holds=holds,
         flops=float((compiled.cost_analysis() or {}).get("flops", 0.0)),
         kernels=read_kernels(text),
@@ -191,9 +173,8 @@ def overlapped(text: str) -> tuple[int, int]:
     Work that stands between in the schedule may run meanwhile.
     """
     lines = text.splitlines()
-    kinds = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
-    whole = sum(f" {kind}(" in line for line in lines for kind in kinds)
-    apart = sum(f" {kind}-start(" in line for line in lines for kind in kinds)
+    whole = sum(f" {kind}(" in line for line in lines for kind in KINDS)
+    apart = sum(f" {kind}-start(" in line for line in lines for kind in KINDS)
     apart += sum(" async-start(" in line for line in lines)
     return apart, whole + apart
 

@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 from implicit_slots.data.source import Source
 from implicit_slots.evaluation.validation import MEASURED, HeldOut, at_once
 from implicit_slots.runtime.compiling import Program, compile_step
-from implicit_slots.runtime.devices import DATA_AXIS, state_sharding
+from implicit_slots.runtime.devices import DATA_AXIS
 from implicit_slots.training.state import TrainState
 from implicit_slots.training.step import Steps
 
@@ -27,29 +27,20 @@ def compile_ahead(
     train: Source,
     *,
     batch_size: int,
-    sharding: str,
 ) -> Future[Program]:
     """Begins to compile the train step, and beside it what draws and validates.
 
     Args:
       steps: the compiled functions that train.
       validation: held-out data, and the functions that measure them.
-      state: the training state, or its shapes.
+      state: shapes of the training state, as it lies on the devices.
       train: the training data.
       batch_size: examples of a step.
-      sharding: of the state, see `state_sharding`.
 
     Returns:
       The train step's program, or how compiling it failed.
     """
     mesh = validation.mesh
-    state = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=place
-        ),
-        state,
-        state_sharding(state, mesh, sharding),
-    )
     held_out = batch_shapes(validation.source, at_once(validation.config), mesh)
     held_out = {name: held_out[name] for name in MEASURED if name in held_out}
 

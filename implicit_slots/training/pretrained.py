@@ -5,7 +5,6 @@ is needed. Models in this form come with the package, in `implicit_slots/trained
 """
 
 import contextlib
-import importlib.resources
 import json
 import os
 import pathlib
@@ -18,15 +17,20 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
-from implicit_slots.models.build import build, split_model
-from implicit_slots.runtime.compiling import runs_once
+from implicit_slots.models.build import build, count_parameters, split_model
+from implicit_slots.runtime.compiling import runs_once, standard_arithmetic
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.files import write_atomically, write_json
+from implicit_slots.runtime.files import expand, write_atomically, write_json
 from implicit_slots.runtime.weights import read_weights, write_weights
 from implicit_slots.runtime.workdir import (
     CONFIG_FILE,
-    SUMMARY_FILE,
+    EVALUATION_FILE,
+    EVALUATION_FOLDER,
+    PATHS,
+    WEIGHTS_FILE,
+    find_trained,
+    packaged,
     read_config,
     read_summary,
 )
@@ -39,22 +43,14 @@ from implicit_slots.training.checkpoint import (
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.state import TrainState, initial_state
 
-WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
-# What a card says of a summary, in this order.
+# What a card says of a run's validation and of its evaluations, in this order.
 CARD_NUMBERS = (
-    "validation/fg_ari",
-    "validation/ari",
-    "validation/miou",
-    "validation/loss",
-    "validation/slot_mse",
+    *("validation/fg_ari", "validation/ari", "validation/miou", "validation/loss"),
+    *("attention/fg_ari", "attention/ari", "attention/miou"),
+    *("decoder/fg_ari", "decoder/ari", "decoder/miou"),
+    *("slots/mse", "ap_inf", "ap_0_5"),
 )
-
-
-def packaged() -> Mapping[str, pathlib.Path]:
-    """The models that come with the package, by name."""
-    folder = pathlib.Path(str(importlib.resources.files("implicit_slots"))) / "trained"
-    return {path.parent.name: path.parent for path in folder.glob(f"*/{WEIGHTS_FILE}")}
 
 
 def load(
@@ -70,33 +66,53 @@ def load(
         the name of a model that comes with the package; nothing in it is changed.
       step: of the checkpoint; the latest that is whole if not given.
       changes: values of the configuration's keys ("model.num_slots") that take the
-        place of the run's; those that change parameters' shapes are refused.
+        place of the run's; those that change the parameters' shapes are refused.
 
     Raises:
       UserError: if there is no such run or checkpoint, or it cannot be read.
     """
-    workdir = pathlib.Path(workdir)
-    known = packaged()
-    if not workdir.exists() and str(workdir) in known:
-        workdir = known[str(workdir)]
+    workdir = find_trained(workdir)
     path = workdir / CONFIG_FILE
     is_folder = (workdir / WEIGHTS_FILE).is_file()
     if not path.exists() or not (is_folder or (workdir / CHECKPOINT_FOLDER).is_dir()):
         raise UserError(
-            f"{workdir} holds no run; train one there first, or take one that comes "
-            f"with the package: {', '.join(known) or 'there is none'}"
+            f"{workdir} holds no run; train one there first, or take a model that "
+            f"comes with the package: {', '.join(packaged()) or 'there is none'}"
         )
-    config = read_config(path)
-    config.update_from_flattened_dict(dict(changes or {}))
+    config, changes = read_config(path), dict(changes or {})
+    with standard_arithmetic():
+        before = _structure(config, path)
+        config.update_from_flattened_dict(changes)
+        after = _structure(config, path) if changes else before
+        if jax.tree.map(np.shape, before[1]) != jax.tree.map(np.shape, after[1]):
+            keys = ", ".join(f"{key}={value}" for key, value in changes.items())
+            raise UserError(
+                f"the model of {workdir} was trained with arrays of other shapes than "
+                f"{keys} needs; leave that out, or train with it"
+            )
+        params = (
+            fill(read_weights(workdir / WEIGHTS_FILE), workdir, after[1])
+            if is_folder
+            else _restore(config, workdir, after[1], step)
+        )
+        return config, nnx.merge(after[0], params)
+
+
+def _structure(config: Config, path: pathlib.Path) -> tuple[nnx.GraphDef, dict]:
+    """The model of a configuration, and its parameters' shapes."""
     try:
-        if is_folder:
-            return config, read_pretrained(workdir, config)
-        graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
+        return split_model(nnx.eval_shape(lambda: build(config)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is not a configuration of this version ({error}); train again, or "
             "read it with the version that wrote it"
         ) from error
+
+
+def _restore(
+    config: Config, workdir: pathlib.Path, shapes: PyTree, step: int | None
+) -> PyTree:
+    """The parameters of a run's checkpoint."""
     optimizer = build_optimizer(config.optimizer, shapes, num_steps=config.num_steps)
 
     def zeros() -> TrainState:
@@ -116,63 +132,102 @@ def load(
                 raise UserError(f"{folder / str(step)}: {damage}") from damage
     if found is None:
         raise UserError(f"{workdir} holds no checkpoint; train there first")
-    return config, nnx.merge(graphdef, found[0].evaluated)
+    return found[0].evaluated
+
+
+def fill(
+    weights: Mapping[str, np.ndarray], source: pathlib.Path, shapes: PyTree
+) -> PyTree:
+    """Returns parameters with the values of arrays of the same names.
+
+    Args:
+      weights: by the names that `named` gives.
+      source: where they are from, for the sentence.
+      shapes: of the parameters, a nested dictionary.
+
+    Raises:
+      UserError: one is not there, or has another shape.
+    """
+    wanted = dict(named(shapes))
+    for name, leaf in wanted.items():
+        if (found := weights.get(name)) is None or found.shape != leaf.shape:
+            has = "no" if found is None else f"an array of shape {found.shape} as"
+            raise UserError(
+                f"{source} has {has} {name}, which the configuration's model has with "
+                f"shape {leaf.shape}; take the configuration that it was trained with"
+            )
+    values = [jnp.asarray(weights[name], leaf.dtype) for name, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(shapes), values)
 
 
 def save_pretrained(
     model: nnx.Module,
     config: Config,
-    folder: pathlib.Path | str,
+    folder: str | os.PathLike[str],
     *,
-    summary: Mapping[str, Any] | None = None,
+    numbers: Mapping[str, float] | None = None,
 ) -> None:
-    """Writes a model to a folder.
+    """Writes a model to a folder: `config.json`, `model.safetensors`, `README.md`.
+
+    Arrays have the names of the model's attributes, joined by dots. Paths of this
+    machine (`data.path`, `data.cache`) are left out of the configuration.
 
     Args:
       model: as `load` or `build` returns it.
       config: the whole configuration that it was built from.
       folder: of this model alone; created if it is not there, and written over.
-      summary: what the run's summary.json holds, for the model card.
-    """
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    params = split_model(model)[1]
-    weights = {name: np.asarray(leaf) for name, leaf in named(params)}
-    write_json(folder / CONFIG_FILE, json.loads(config.to_json()))
-    write_weights(folder / WEIGHTS_FILE, weights)
-    summary = dict(summary or {})
-    if summary:
-        write_json(folder / SUMMARY_FILE, summary)
-    count = sum(value.size for value in weights.values())
-    write_atomically(folder / CARD_FILE, card(config, count, summary, folder.name))
-
-
-def read_pretrained(folder: pathlib.Path, config: Config) -> nnx.Module:
-    """Returns the model of a folder that `save_pretrained` wrote.
-
-    Args:
-      folder: the folder.
-      config: what its `config.json` says, or with other numbers that leave the
-        parameters as they are.
+      numbers: of the model, by name, for its card.
 
     Raises:
-      UserError: if the weights are not those of such a model.
+      UserError: a run lies there, or it cannot be written.
     """
-    graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
-    weights = read_weights(folder / WEIGHTS_FILE)
-    wanted = dict(named(shapes))
-    for name, leaf in wanted.items():
-        found = weights.get(name)
-        if found is None or found.shape != leaf.shape:
-            raise UserError(
-                f"{folder / WEIGHTS_FILE} has "
-                + ("no" if found is None else f"another shape of {found.shape} as")
-                + f" {name}, which the model of {folder / CONFIG_FILE} needs; the two "
-                "files are not of one model"
-            )
-    values = [jnp.asarray(weights[name], leaf.dtype) for name, leaf in wanted.items()]
-    params = jax.tree.unflatten(jax.tree.structure(shapes), values)
-    return nnx.merge(graphdef, params)
+    folder = expand(folder)
+    if (folder / CHECKPOINT_FOLDER).exists():
+        raise UserError(f"{folder} holds a run; choose another folder for its model")
+    params = split_model(model)[1]
+    portable = config.copy_and_resolve_references()
+    for key in PATHS:
+        section, name = key.split(".")
+        if portable[section].get(name):
+            portable[section][name] = ""
+    text = card(portable, count_parameters(params), numbers or {}, folder.name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_weights(
+            folder / WEIGHTS_FILE,
+            {name: np.asarray(leaf) for name, leaf in named(params)},
+        )
+        write_json(folder / CONFIG_FILE, json.loads(portable.to_json()))
+        write_atomically(folder / CARD_FILE, text)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}") from error
+
+
+def export(workdir: pathlib.Path, folder: pathlib.Path) -> None:
+    """Writes the trained model of a run to a folder, with its numbers on its card.
+
+    Args:
+      workdir: as `load` takes it.
+      folder: see `save_pretrained`.
+
+    Raises:
+      UserError: there is no such model, or the folder cannot be written.
+    """
+    config, model = load(workdir)
+    save_pretrained(model, config, folder, numbers=_numbers(find_trained(workdir)))
+
+
+def _numbers(workdir: pathlib.Path) -> dict[str, float]:
+    """Of a run's validation and evaluations, those that a card says."""
+    summary = read_summary(workdir)
+    found = {key: summary[key] for key in CARD_NUMBERS if key in summary}
+    pattern = f"{EVALUATION_FOLDER}/*/{EVALUATION_FILE}"
+    for file in sorted(workdir.glob(pattern)):
+        metrics = json.loads(file.read_text())["metrics"]
+        for key in CARD_NUMBERS:
+            if (value := metrics.get(key, {}).get("mean")) is not None:
+                found[f"{file.parent.name}/{key}"] = value
+    return found
 
 
 def named(tree: PyTree) -> Iterator[tuple[str, Any]]:
@@ -181,46 +236,45 @@ def named(tree: PyTree) -> Iterator[tuple[str, Any]]:
         yield ".".join(str(key.key) for key in path), leaf
 
 
-def card(config: Config, count: int, summary: Mapping[str, Any], name: str) -> str:
-    """Returns the model card: what it is, on what it was trained, how to load it."""
-    data = config.data
-    lines = [
-        "---",
-        "library_name: implicit_slots",
-        "tags: [object-centric-learning, slot-attention, implicit-differentiation]",
-        "---",
-        f"# {config.name}",
-        "",
-        f"{config.model.name}, {count:,} parameters: {config.model.num_slots} slots of "
-        f"{config.model.slot_size} numbers, images of {data.resolution}x"
-        f"{data.resolution} pixels.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| data | {data.name} |",
-        f"| backward pass | {config.model.adjoint.name} |",
-        f"| iterations | {config.model.solver.max_steps} |",
-        f"| seed | {config.seed} |",
-        f"| steps | {summary.get('step', config.num_steps):,} of {config.batch_size} "
-        "images |",
-    ]
-    lines += [
-        f"| {key} | {summary[key]:.4g} |" for key in CARD_NUMBERS if key in summary
-    ]
-    lines += [
-        "",
-        "```python",
-        "from implicit_slots import load",
-        "",
-        f'config, model = load("{name}")  # this folder',
-        "```",
-        "",
-        "`config.json` has every setting.",
-    ]
-    return "\n".join(lines) + "\n"
+def card(config: Config, count: int, numbers: Mapping[str, float], name: str) -> str:
+    """Returns the model card: what it is, on what it was trained, how to load it.
 
+    Args:
+      config: of the model.
+      count: of its parameters.
+      numbers: of the model, by name.
+      name: of its folder.
+    """
+    model, side = config.model, config.data.resolution
+    rows = {
+        "data": config.data.name,
+        "backward pass": model.adjoint.name,
+        "iterations": model.solver.max_steps,
+        "steps": f"{config.num_steps:,} of {config.batch_size} images",
+        "seed": config.seed,
+        **{key: f"{value:.4g}" for key, value in numbers.items()},
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"""---
+library_name: implicit_slots
+tags: [object-centric-learning, slot-attention, implicit-differentiation]
+---
+# {config.name}
 
-def export(workdir: pathlib.Path, folder: pathlib.Path) -> None:
-    """Writes the trained model of a run to a folder, with what its summary says."""
-    config, model = load(workdir)
-    save_pretrained(model, config, folder, summary=read_summary(workdir))
+{model.name}, {count:,} parameters: {model.num_slots} slots of {model.slot_size}
+numbers, images of {side}x{side} pixels. `config.json` has every setting.
+
+| | |
+|---|---|
+{table}
+
+```python
+from implicit_slots import load
+
+config, model = load("{name}")  # this folder
+```
+
+```bash
+python -m implicit_slots.main --mode=predict --workdir={name} --images=DIR --out=OUT
+```
+"""

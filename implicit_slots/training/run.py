@@ -33,9 +33,9 @@ from implicit_slots.report.page import write_report
 from implicit_slots.runtime import compiling, preemption, processes
 from implicit_slots.runtime.compiling import Program
 from implicit_slots.runtime.config import Config
-from implicit_slots.runtime.devices import replicated, state_sharding
+from implicit_slots.runtime.devices import find_devices, replicated, state_sharding
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.files import write_atomically, write_json
+from implicit_slots.runtime.files import expand, write_atomically, write_json
 from implicit_slots.runtime.metric_writers import MetricWriter
 from implicit_slots.runtime.versions import versions
 from implicit_slots.runtime.workdir import (
@@ -43,6 +43,7 @@ from implicit_slots.runtime.workdir import (
     CONFIG_FILE,
     EVALUATION_FOLDER,
     SUMMARY_FILE,
+    absolute,
     locked,
     read_summary,
     writing,
@@ -59,7 +60,7 @@ from implicit_slots.training.checks import check, check_same_run, crowding
 from implicit_slots.training.codebook import with_codebook
 from implicit_slots.training.parts import Parts, build_parts
 from implicit_slots.training.precompile import compile_ahead
-from implicit_slots.training.state import TrainState, first_state, initial_state
+from implicit_slots.training.state import TrainState, first_state
 
 PARAMETERS_FILE = "parameters.txt"
 
@@ -94,9 +95,12 @@ def run(
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
     """
     began = time.perf_counter() if began is None else began
+    workdir = expand(workdir)
     compiling.enable_cache()
+    find_devices()
     key = "optimize_programs"
-    with compiling.optimised(config.get(key, ABSENT[key])):
+    optimised = compiling.optimised(config.get(key, ABSENT[key]))
+    with compiling.standard_arithmetic(), optimised:
         if not processes.same(f"{config.to_json()} {workdir} {mode} {checkpoint}"):
             raise UserError(
                 "the processes of this run have different configurations, workdirs or "
@@ -104,6 +108,7 @@ def run(
             )
         with processes.together():
             check(config, mode, checkpoint)
+            config = absolute(config)
             check_same_run(config, workdir, training=mode == "train")
             parts = build_parts(config, mode)
         if mode == "replay":
@@ -227,17 +232,12 @@ def begin_to_compile(
     if done >= config.num_steps:
         return None
     assert parts.train is not None
-    state = jax.eval_shape(
-        lambda params: initial_state(params, parts.optimizer, config.optimizer),
-        parts.shapes,
-    )
     return compile_ahead(
         parts.steps.at(done + 1),
         validation,
-        state,
+        parts.state_shapes(),
         parts.train,
         batch_size=config.batch_size,
-        sharding=config.sharding,
     )
 
 

@@ -252,14 +252,7 @@ def backward_stats(backward: Any) -> dict[str, jax.Array]:
     """Returns what is logged of the backward solve, where there is one."""
     if backward is None:
         return {}
-    # A failed solve's residual may be anything, so it is left out.
-    solved = 1 - backward.failed
-    residual = jnp.where(solved > 0, backward.residual, 0).sum()
-    return {
-        "backward_steps": backward.steps.mean(),
-        "backward_residual": residual / jnp.maximum(solved.sum(), 1),
-        "backward_failed": backward.failed.mean(),
-    }
+    return {f"backward_{name}": x.mean() for name, x in backward._asdict().items()}
 
 
 def in_parts(

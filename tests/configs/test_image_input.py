@@ -135,6 +135,7 @@ def test_a_variant_that_does_not_exist_is_refused(name, variant):
         MODULES[name].get_config(variant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "variant"),
     [*((name, "image") for name in MODULES), ("coco", "image-vanilla")],

@@ -240,6 +240,36 @@ def test_other_data_have_a_place_of_their_own(workdir, record, tmp_path):
         run.run(smoke(**{"data.resolution": 32}), copy, mode="evaluate")
 
 
+@pytest.mark.parametrize(
+    ("recorded", "now", "same"),
+    [
+        ("imgs", "imgs", True),  # As older versions recorded it.
+        ("{}/imgs", "imgs", True),
+        ("{}/gone/imgs", "imgs", True),  # They were moved.
+        ("{}/gone/imgs", "others", False),
+        ("{}/imgs", "others", False),
+    ],
+)
+def test_a_runs_own_data_are_known_wherever_they_are(
+    recorded, now, same, tmp_path, monkeypatch
+):
+    """An evaluation's label, and whether training may go on with them."""
+    monkeypatch.chdir(tmp_path)
+    config = folder.get_config("smoke")
+    config.data.path = recorded.format(tmp_path)
+    for place in ("imgs", "others"):
+        (tmp_path / place).mkdir()
+    (tmp_path / "config.json").write_text(config.to_json())
+    config.data.path = str(tmp_path / now)
+    label = evaluation.label(config, tmp_path, "latest")
+    assert (label == "test") == same and label.startswith(("test", "folder-test-"))
+    if same:
+        checks.check_same_run(config, tmp_path)
+    else:
+        with pytest.raises(UserError, match=r"its data\.path is"):
+            checks.check_same_run(config, tmp_path)
+
+
 @pytest.mark.slow
 def test_images_without_masks_leave_out_what_needs_them(workdir, record, tmp_path):
     rng = np.random.default_rng(0)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import pathlib
+import runpy
 
 import numpy as np
 import pytest
@@ -84,6 +86,31 @@ def test_digits(monkeypatch, capsys):
         assert accuracy > 0.8 and forward <= 30 and backward <= 20 and failed == 0
     # The penalty lowers the spectral radius, and with it the solver's steps.
     assert penalised[-1] < plain[-1]
+
+
+LAYERS = {
+    "layer_nnx": "flax",
+    "layer_linen": "flax",
+    "layer_equinox": "equinox",
+    "layer_haiku": "haiku",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_of_each_library_fits_a_notebooks_cell_and_learns(name, capsys):
+    pytest.importorskip(LAYERS[name], reason="an example of this library")
+    file = pathlib.Path(digits_deq.__file__).with_name(f"{name}.py")
+    lines = [line for line in file.read_text().splitlines() if line]
+    assert len(lines) < 25
+    runpy.run_path(str(file))
+    first, last = (float(t.split()[1]) for t in capsys.readouterr().out.splitlines())
+    assert last < 0.2 * first
+
+
+def test_every_layer_is_run():
+    folder = pathlib.Path(digits_deq.__file__).parent
+    assert {file.stem for file in folder.glob("layer_*.py")} == LAYERS.keys()
 
 
 @pytest.mark.slow

@@ -616,6 +616,7 @@ def test_what_does_not_go_together_is_a_sentence(solver, adjoint, sentence):
             "f must return z as it got",
         ),
         (lambda p, x, z: (z, z), np.zeros((2, 3)), {}, "f must return z as it got"),
+        (lambda p, x, z: 0.5, np.zeros((2, 3)), {}, "f must return z as it got"),
         (lambda p, x, z: z, np.zeros(()), {}, "leading batch axis"),
         (
             lambda p, x, z: z,
@@ -636,6 +637,12 @@ def test_what_does_not_go_together_is_a_sentence(solver, adjoint, sentence):
             np.zeros((2, 3)),
             {"solver": Broyden(max_steps=3), "adjoint": Unrolled()},
             "Broyden cannot be unrolled",
+        ),
+        (
+            lambda p, x, z: z,
+            np.zeros((3, 3)),
+            {"probe": True, "adjoint": Implicit()},
+            r"the probe must be backward_probe\(3\)",
         ),
         (
             lambda p, x, z: z,

@@ -123,7 +123,7 @@ def test_more_steps_never_give_a_worse_residual(solver, radius):
         found = solve(shorter(solver, steps), affine, params, x)
         stats = found.stats
         # What is returned is the best of what was evaluated.
-        assert relative_error(stats.residual, np.nanmin(stats.trace, 1)) < FLOAT64
+        assert relative_error(stats.residual, np.min(stats.trace, 1)) < FLOAT64
         residuals.append(stats.residual)
     assert np.all(np.diff(residuals, axis=0) <= 1e-12)
 
@@ -328,6 +328,34 @@ def test_absolute_tolerance_is_met_by_what_is_returned():
         assert 0.1 * abs(found.value[0, 0]) <= 1e-3
 
 
+def test_never_fewer_evaluations_than_asked_for():
+    params, x, _ = problem()
+    x = x * np.array([[0.0], [1e-6], [1.0]])  # the first starts at its solution
+    for solver in (
+        Picard(max_steps=90, rtol=1e-3, min_steps=25),
+        Anderson(max_steps=90, rtol=1e-3, min_steps=25, patience=5),
+        Broyden(max_steps=90, rtol=1e-3, min_steps=25, patience=5),
+    ):
+        found = solve(solver, affine, params, x)
+        assert found.stats.steps.tolist() == [25, 25, 25]
+        assert np.all(found.stats.converged) and np.all(found.stats.residual < 1e-5)
+
+
+@pytest.mark.parametrize("exponent", [-66, 66])
+@pytest.mark.parametrize("name", ["picard", "anderson", "broyden"])
+def test_iterations_of_any_size_are_the_same(name, exponent):
+    """1e-20 and 1e20, whose squares single precision has not: the same bits, scaled."""
+    params, x, _ = jax.tree.map(np.float32, problem("non-normal", radius=0.5))
+    solver = replace(SOLVERS[name], max_steps=60, rtol=1e-6, trace=True)
+    z0 = np.zeros((BATCH, DIM), np.float32)
+    scale = np.float32(2.0**exponent)
+    want = solve(solver, affine, params, x, z0)
+    found = solve(solver, affine, params, scale * x, z0)
+    assert np.all(want.stats.converged) and relative_error(found.value, 0 * z0) > 0
+    assert np.array_equal(found.value, scale * want.value)
+    jax.tree.map(np.testing.assert_array_equal, found.stats, want.stats)
+
+
 def test_slow_progress_is_no_stagnation():
     params, x, _ = problem("real", radius=0.9999)
     found = solve(Picard(max_steps=1000, rtol=1e-13), affine, params, x)
@@ -341,7 +369,7 @@ def test_trace_holds_the_residual_of_every_evaluation(solver):
     found = solve(shorter(solver, 5), affine, params, x)
     trace = np.asarray(found.stats.trace)
     assert trace.shape == (BATCH, 5)
-    assert trace[0, 0] == 0 and np.all(np.isnan(trace[0, 1:]))
+    assert trace[0, 0] == 0 and np.all(trace[0, 1:] == np.inf)
     assert np.all(np.isfinite(trace[1:])) and np.all(trace[1:, 0] == 1)
     assert found.stats.steps.tolist() == [1, 5, 5]
 
@@ -393,14 +421,21 @@ def test_float32_and_bfloat16(solver):
     [
         (lambda: Picard(max_steps=0), "max_steps must be at least 1, got 0"),
         (lambda: Picard(max_steps=1, rtol=-1.0), "must not be negative"),
-        (lambda: Picard(max_steps=1, rtol=float("nan")), "must not be negative"),
+        (
+            lambda: Picard(max_steps=1, rtol=float("nan")),
+            "rtol must be a finite number",
+        ),
         (lambda: Anderson(max_steps=9, atol=-1.0), "must not be negative"),
         (lambda: Picard(max_steps=1, damping=0.0), r"damping must be in \(0, 1\]"),
         (lambda: Picard(max_steps=1, patience=0), "patience must be at least 1"),
         (lambda: Anderson(max_steps=3, depth=4), r"from 1 to max_steps \(3\), got 4"),
-        (lambda: Anderson(max_steps=3, depth=0), r"from 1 to max_steps \(3\), got 0"),
+        (lambda: Anderson(max_steps=3, depth=0), "depth must be at least 1, got 0"),
         (lambda: Anderson(max_steps=9, ridge=0.0), "ridge must be positive"),
         (lambda: Broyden(max_steps=3, memory=0), "memory must be at least 1, got 0"),
+        (lambda: Picard(max_steps=True), "max_steps must be an integer, got True"),
+        (lambda: Picard(max_steps=5, atol=np.inf), "atol must be a finite number"),
+        (lambda: Picard(max_steps=5, damping=np.nan), "damping must be a finite"),
+        (lambda: Picard(max_steps=5, min_steps=6), r"not be above max_steps \(5\)"),
     ],
 )
 def test_misuse_of_a_constructor(make, sentence):

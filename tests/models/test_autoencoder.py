@@ -210,6 +210,7 @@ def test_keys_of_the_encoder_reach_it(name):
     found = build_model(model_section, resolution=8, seed=0)
     assert float(found.encoder.gate[...]) == 0.25
     assert found.slot_attention.step.key_size == found.encoder.key_size == 8
+    assert found.encoder.borders == ((0, 0), (0, 0))  # None where zeros are padded.
 
     graphdef, params = split_model(found)
     encode = jax.jit(lambda image: nnx.merge(graphdef, params).encoder(image))

@@ -124,6 +124,7 @@ def test_rare_tokens_weigh_more_and_the_mean_weight_is_one(weighted):
     np.testing.assert_allclose(weights * np.sqrt(shares), weights[0] * shares[0] ** 0.5)
 
 
+@pytest.mark.slow
 def test_training_weighs_and_everything_else_is_corrected(weighted, images):
     """The best logits for weighted losses are log(share · weight): undone elsewhere."""
     rng = np.random.default_rng(1)
@@ -164,6 +165,7 @@ def test_training_weighs_and_everything_else_is_corrected(weighted, images):
     )
 
 
+@pytest.mark.slow
 def test_generated_tokens_are_those_of_corrected_logits(weighted, images):
     """Greedy generation agrees with the logits that a whole pass gives it."""
 

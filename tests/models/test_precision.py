@@ -54,6 +54,7 @@ def results(image):
     }
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_the_same_to_its_precision(results):
     (want, one), gradient = results["float32"]
     (got, other), half = results["bfloat16"]
@@ -82,19 +83,31 @@ def operations(jaxpr):
             yield from operations(inner)
 
 
-def test_every_product_is_made_in_bfloat16(image, monkeypatch):
+def test_products_are_made_in_bfloat16_but_for_the_fixed_point(image, monkeypatch):
     # As on an accelerator; a CPU multiplies some bfloat16 numbers as float32.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     compiled = build("bfloat16")
     program = jax.make_jaxpr(training(compiled))(compiled.params, image)
     products, exponentials = set(), set()
     for operation in operations(program.jaxpr):
+        dtypes = {var.aval.dtype.name for var in operation.invars}
         if operation.primitive.name in ("dot_general", "conv_general_dilated"):
-            products |= {var.aval.dtype for var in operation.invars}
+            products |= {(name, operation.params["precision"]) for name in dtypes}
         elif operation.primitive.name in ("exp", "log", "tanh", "logistic"):
-            exponentials |= {var.aval.dtype for var in operation.invars}
-    assert products == {jnp.dtype("bfloat16")}
-    assert exponentials == {jnp.dtype("float32")}
+            exponentials |= dtypes
+    # Neither TF32 nor a pass of bfloat16, forward or backward.
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert products == {("bfloat16", None), ("float32", highest)}
+    assert exponentials == {"float32"}
+
+
+def test_slots_are_the_same_whatever_the_precision():
+    inputs, slots = jnp.cos(jnp.arange(64.0)).reshape(2, 4, 8), jnp.ones((2, 2, 6))
+    full, half = (
+        compiled(lambda m, *given: m.slot_attention(*given).slots, inputs, slots)
+        for compiled in (build(), build("bfloat16"))
+    )
+    np.testing.assert_array_equal(half, full)
 
 
 def test_generation_runs_in_bfloat16():
@@ -103,6 +116,7 @@ def test_generation_runs_in_bfloat16():
     assert compiled(lambda m, s: m.generate(s), slots).shape == (2, 4, 4)
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_change_nothing(results):
     (want, _), gradient = results["float32"]
     (got, _), again = results["remat"]
@@ -113,6 +127,7 @@ def test_recomputed_blocks_change_nothing(results):
         assert np.abs(ours - theirs).max() <= FLOAT32 * np.abs(theirs).max() + 1e-6
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_are_not_kept_for_the_backward_pass():
     size = {"num_blocks": 4, "width": 64, "num_heads": 4, "vocab_size": 8}
 

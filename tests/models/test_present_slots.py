@@ -88,6 +88,7 @@ def test_teacher_forcing_is_the_cross_entropy_of_the_decoder(
     assert np.asarray(whole.attention).std() > 1e-3
 
 
+@pytest.mark.slow
 def test_an_absent_slot_is_as_if_it_were_not_there(compiled, tokens, slots, whole):
     present = jnp.asarray(PRESENT)
     # What an absent slot holds must not matter.

@@ -339,7 +339,7 @@ def test_initial_scales_are_official_slates():
             {"name": "slaet"},
             "name must be one of autoencoder, set_prediction, slate, got 'slaet'",
         ),
-        ({"initial_positions": "flat"}, '"normal" or "smooth", got \'flat\''),
+        ({"initial_positions": "flat"}, "one of normal, smooth, got 'flat'"),
         ({"num_heads": 3}, "width must be a multiple of its heads, got 8 and 3"),
         ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
         ({"attention": "flash"}, "attention must be one of xla, cudnn, got 'flash'"),

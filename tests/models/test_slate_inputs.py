@@ -40,6 +40,7 @@ def losses(model, image, key=0, deterministic=False):
     )
 
 
+@pytest.mark.slow
 def test_slots_that_read_the_image_have_its_encoders_grid(reads_image, images):
     output = reads_image(losses, images)
     side = RESOLUTION // 2
@@ -57,6 +58,7 @@ def test_slots_that_read_the_image_have_its_encoders_grid(reads_image, images):
     assert read.attention.shape[-1] == RESOLUTION // 4
 
 
+@pytest.mark.slow
 def test_positions_apart_are_read_and_only_their_coordinates_compared(images):
     """The cosines of a cell reach the slots through the values, never the attention."""
     compiled = model_of(
@@ -135,6 +137,7 @@ def test_slots_that_read_the_image_do_not_depend_on_the_dvae(reads_image, images
         assert (not np.allclose(*found)) == depends
 
 
+@pytest.mark.slow
 def test_the_gradient_of_every_part_is_there(reads_image, images):
     def loss(params):
         output = losses(reads_image.merge(params), images)
@@ -161,6 +164,7 @@ def test_dropped_tokens_leave_their_positions_and_bos(images):
     assert 0.25 < shares.std() < 0.35
 
 
+@pytest.mark.slow
 def test_tokens_are_dropped_in_training_alone(images):
     """In evaluation, and with a rate of 0, nothing changes."""
     whole, dropping = model_of(), model_of(drop_tokens=1.0)

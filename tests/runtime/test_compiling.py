@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -32,6 +34,44 @@ def smoke(**changes):
     return config
 
 
+def test_a_runs_arithmetic_is_jaxs_usual_one_in_every_thread():
+    """Whatever the environment has set, which comes back."""
+    strange = {"jax_enable_x64": True, "jax_numpy_dtype_promotion": "strict"}
+    before = {name: jax.config.values[name] for name in strange}
+
+    def mixed():
+        return jnp.ones(1, int) + 1.5
+
+    try:
+        for name, value in strange.items():
+            jax.config.update(name, value)
+        with compiling.standard_arithmetic(), ThreadPoolExecutor(1) as thread:
+            assert mixed().dtype == jnp.float32
+            assert thread.submit(mixed).result().dtype == jnp.float32
+        assert jnp.ones(1).dtype == jnp.float64
+        with pytest.raises(Exception, match="no available implicit dtype promotion"):
+            _ = jnp.ones(1, jnp.int32) + jnp.ones(1)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, getattr(value, "value", value))
+
+
+@pytest.mark.parametrize("environment", ["", "/dev/null/cache"])
+def test_without_a_home_folder_no_program_is_kept(environment, monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if environment:
+        monkeypatch.setenv("XDG_CACHE_HOME", environment)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        compiling.enable_cache()
+        assert jax.config.values["jax_compilation_cache_dir"] is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
 def programs(**changes):
     """The text of what a run compiles for training and for an evaluation."""
     config = smoke(**changes)
@@ -48,6 +88,7 @@ def programs(**changes):
     return [found.lower().as_text() for found in traced]
 
 
+@pytest.mark.slow
 def test_another_seed_or_length_is_no_other_program():
     before, after = programs(), programs(seed=7, num_steps=30)
     assert before == after and before[0] != before[1]

@@ -1,6 +1,9 @@
 """Checkpoints: whole, exact, and never silently something else."""
 
 import contextlib
+import errno
+import os
+import pathlib
 import pickle
 import shutil
 
@@ -79,7 +82,6 @@ DAMAGES = {
     "file missing": lambda folder: biggest(folder).unlink(),
     "state missing": lambda folder: shutil.rmtree(folder / "state"),
     "loop missing": lambda folder: shutil.rmtree(folder / "loop"),
-    "a file too many": lambda folder: (folder / "state" / "x").write_text("x"),
     "checksums cut": lambda folder: (folder / "checksums.json").write_text("{"),
 }
 
@@ -103,6 +105,83 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_used(
         assert checkpoints.steps() == [5]
         checkpoints.save(state(9))  # It may come again.
         assert_same(checkpoints.read(9, state())[0], state(9))
+
+
+OTHERS = (".DS_Store", "._process_0", ".nfs000000000000a1b2", "Thumbs.db", "x")
+
+
+@pytest.mark.parametrize("set_aside", [True, False])
+def test_files_of_other_programs_are_no_damage(
+    checkpoints, tmp_path, capsys, set_aside
+):
+    """What a Mac, NFS and Windows leave: the arrays are whole."""
+    checkpoints.save(state(5))
+    folders = [d for d in (tmp_path / "checkpoints").rglob("*") if d.is_dir()]
+    assert len(folders) > 5
+    for folder in (tmp_path / "checkpoints", *folders):
+        for name in OTHERS:
+            (folder / name).write_bytes(b"x")
+    (tmp_path / "checkpoints" / "__MACOSX").mkdir()
+    found = restore(checkpoints, state(seed=1), set_aside=set_aside)
+    assert found is not None
+    assert_same(found[0], state(5))
+    assert not (tmp_path / "damaged").exists() and capsys.readouterr().out == ""
+    checkpoints.save(state(9))
+    assert checkpoints.steps() == [9, 5]
+
+
+def test_a_file_that_vanishes_after_the_save_is_none_of_the_checkpoints(
+    checkpoints, tmp_path, monkeypatch
+):
+    """NFS keeps the name of a file that was removed while it was open."""
+    save = checkpoints._manager.save
+    left = tmp_path / "checkpoints" / "5" / "state" / ".nfs000000000000a1b2"
+    monkeypatch.setattr(
+        checkpoints._manager,
+        "save",
+        lambda *rest, **more: (save(*rest, **more), left.write_bytes(b"x")),
+    )
+    checkpoints.save(state(5))
+    left.unlink()
+    assert_same(checkpoints.read(5, state(seed=1))[0], state(5))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EMFILE])
+def test_what_cannot_be_read_now_is_left_as_it_is(
+    checkpoints, tmp_path, monkeypatch, number
+):
+    for step in (5, 9):
+        checkpoints.save(state(step))
+    whole = pathlib.Path.read_bytes
+
+    def refuse(path):
+        if "9" in path.parts and path.name == "manifest.ocdbt":
+            raise OSError(number, os.strerror(number), str(path))
+        return whole(path)
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match=rf"9 cannot be read.*{os.strerror(number)}"):
+        restore(checkpoints, state(), set_aside=True)
+    monkeypatch.undo()
+    assert checkpoints.steps() == [9, 5] and not (tmp_path / "damaged").exists()
+
+
+def test_what_orbax_cannot_read_is_not_damaged_if_it_is_as_it_was_written(
+    checkpoints, tmp_path, monkeypatch
+):
+    """A copy that a synchronised folder has made, of a file that Orbax looks for."""
+
+    def refuse(*_, **__):
+        raise ValueError("Expecting value: line 1")
+
+    for step in (5, 9):
+        checkpoints.save(state(step))
+    state_of_9 = tmp_path / "checkpoints" / "9" / "state"
+    (state_of_9 / "array_metadatas" / "process_0 (conflicted copy)").write_text("x")
+    monkeypatch.setattr(checkpoints._manager, "restore", refuse)
+    with pytest.raises(UserError, match=r"9 cannot be read.*process_0 \(conflicted"):
+        restore(checkpoints, state(), set_aside=True)
+    assert checkpoints.steps() == [9, 5] and not (tmp_path / "damaged").exists()
 
 
 def test_a_folder_that_cannot_take_a_damaged_one_is_a_sentence(checkpoints, tmp_path):

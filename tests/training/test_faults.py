@@ -8,9 +8,11 @@ import signal
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 from training.test_run import final_state, smoke
 
 from implicit_slots.data.source import DataError
+from implicit_slots.runtime import progress
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.metric_writers import read_metrics
 from implicit_slots.runtime.preemption import Preempted, noticed
@@ -60,7 +62,7 @@ def stopped_at(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_between_two_logged_steps(
     number, stopped_at, smoke_run, tmp_path, monkeypatch
 ):
@@ -224,3 +226,27 @@ def test_alarms_and_skipped_steps_are_said(smoke_run, tmp_path, capsys):
     (alarm,) = [line for line in said.splitlines() if line.startswith("alarm: ")]
     assert "attention" in alarm and "0.01" in alarm
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failure", [BrokenPipeError(), OSError(errno.ENOSPC, "full")])
+def test_an_output_that_nobody_reads_costs_no_step(
+    failure, smoke_run, tmp_path, monkeypatch
+):
+    """The terminal may be gone before its signal comes."""
+    shown, count = tqdm.update, iter(range(1, 1000))
+
+    def update(*arguments):
+        if next(count) == 8:
+            raise failure
+        return shown(*arguments)
+
+    monkeypatch.setattr(tqdm, "update", update)
+    monkeypatch.setattr(progress, "silence", lambda _: None)
+    with pytest.raises((BrokenPipeError, UserError)) as end:
+        run.run(smoke(), tmp_path / "run")
+    assert end.value is failure or "cannot be written any more (full)" in str(end.value)
+    assert steps_of(tmp_path / "run") == [8]
+    monkeypatch.undo()
+    run.run(smoke(), tmp_path / "run")
+    assert_finished_like(tmp_path / "run", smoke_run)

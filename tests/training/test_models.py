@@ -18,7 +18,7 @@ from implicit_slots.training import replay, run
 from implicit_slots.training.checks import check
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.pretrained import load
-from implicit_slots.training.state import TrainState
+from implicit_slots.training.state import TrainState, initial_state
 
 
 def smoke(module):
@@ -193,4 +193,4 @@ def test_a_step_of_nested_arrays_is_replayed(predictor):
 def _state(config) -> TrainState:
     params = split_model(build(config))[1]
     optimizer = build_optimizer(config.optimizer, params, num_steps=config.num_steps)
-    return run.initial_state(params, optimizer, config.optimizer)
+    return initial_state(params, optimizer, config.optimizer)

@@ -120,6 +120,7 @@ def test_training_lowers_the_loss(finished):
     assert second < first
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(finished, tmp_path):
     stopped = tmp_path / "stopped"
     shutil.copytree(finished[0], stopped)
@@ -233,7 +234,7 @@ def test_another_runs_workdir_is_refused_untouched(finished, changes, sentence):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"batch_size": 0}, "--config.batch_size to a positive multiple of"),
+        ({"batch_size": 0}, r"config\.batch_size must be at least 1, got 0"),
         ({"num_steps": 0}, r"config\.num_steps must be at least 1, got 0"),
         ({"accumulate": 3}, r"1 devices in 3 parts each \(config\.accumulate\)"),
         ({"batch_size": 2**25}, r"noise for at most .* with --config\.accumulate"),
@@ -253,11 +254,11 @@ def test_another_runs_workdir_is_refused_untouched(finished, changes, sentence):
         ({"penalty.slot_coupling": -0.1}, r"penalty\.slot_coupling must not be neg"),
         ({"diagnostics.every": -1}, r"diagnostics\.every must not be negative"),
         ({"diagnostics.krylov": 0}, r"diagnostics\.krylov must be at least 1, got 0"),
-        ({"model.adjoint.terms": 0}, "model.adjoint: terms must be at least 1, got 0"),
+        ({"model.adjoint.terms": 0}, r"adjoint\.terms must be at least 1, got 0"),
         ({"seed": -1}, r"seed must not be negative, got -1"),
         ({"initial_noise.start": 1.0}, "initial_noise is for learned initial slots"),
-        ({"initial_noise.end": -1.0}, r"end must be finite and not negative, got -1"),
-        ({"initial_noise.end": math.nan}, "end must be finite and not negative"),
+        ({"initial_noise.end": -1.0}, r"end must not be negative, got -1"),
+        ({"initial_noise.end": math.nan}, "end must be a number, got nan"),
         (
             {"model.tokenizer": "patches", "optimizer.dvae_steps": 3},
             "has no dVAE to train",
@@ -267,7 +268,7 @@ def test_another_runs_workdir_is_refused_untouched(finished, changes, sentence):
             {"model.solver.name": "broyden", "model.adjoint.name": "unrolled"},
             "Broyden cannot be unrolled",
         ),
-        ({"data.train_size": 0}, r"--config\.data\.train_size"),
+        ({"data.train_size": 0}, r"config\.data\.train_size must be at least 1, got 0"),
         ({"optimizer.schedule": "x"}, r"optimizer\.schedule must be one of"),
     ],
 )
@@ -283,7 +284,7 @@ def test_an_older_versions_configuration_is_a_sentence(tmp_path):
     config = smoke()
     with config.unlocked():
         del config.evaluation.properties
-    with pytest.raises(UserError, match="has no section properties: an older version"):
+    with pytest.raises(UserError, match=r"properties\.every is missing: an older"):
         run(config, tmp_path / "run")
 
 

@@ -53,6 +53,7 @@ def same(one, other):
     )
 
 
+@pytest.mark.slow
 def test_the_average_follows_the_parameters(compiled):
     train, state, _ = compiled
     assert same(state.ema, state.params) and state.evaluated is state.ema
@@ -141,6 +142,7 @@ def test_the_group_whose_gradient_fails_first_is_named(monkeypatch):
     assert steps.checks[int(after.faults.check)] == "the gradient of slot_attention"
 
 
+@pytest.mark.slow
 def test_a_frozen_dvae_keeps_every_bit_and_the_rest_learns():
     """From the step after `dvae_steps` on; the steps before are the plain ones."""
     config = scenes.get_config("tokens-smoke")

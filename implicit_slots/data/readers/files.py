@@ -102,7 +102,7 @@ def name_some(names: Sequence[str], total: int) -> str:
 
 
 def readable(name: str) -> str:
-    """A file's name that can be printed: bytes that are no UTF-8 as their numbers."""
+    """Text with files' names that can be printed: bytes of no UTF-8 as numbers."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 

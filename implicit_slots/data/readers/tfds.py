@@ -13,6 +13,7 @@ import numpy as np
 
 from implicit_slots.data.readers.tfrecords import RecordFile
 from implicit_slots.data.source import DataError
+from implicit_slots.runtime.errors import InvalidValue
 from implicit_slots.runtime.files import expand
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -52,7 +53,10 @@ def data_dir(path: str) -> Path:
     """Where data sets are prepared: tensorflow-datasets' own default if not named."""
     from tensorflow_datasets.core import constants
 
-    return expand(path or constants.DATA_DIR)
+    try:
+        return expand(path or constants.DATA_DIR)
+    except InvalidValue as error:
+        raise DataError(f"{error}: set --config.data.path=FOLDER") from error
 
 
 def find(dataset: str, root: Path) -> Path | None:

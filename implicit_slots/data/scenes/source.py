@@ -149,9 +149,15 @@ class Scenes(Source):
         return np.concatenate(blocks)
 
     def _render(self, indices: Int[np.ndarray, " batch"], **keep: Any) -> Batch:
-        return rendering.render_batch(
-            indices=indices.astype(np.int32), **keep, **self._arguments
-        )
+        # Whatever a program of the user's has set: the same bytes.
+        with (
+            jax.enable_x64(False),
+            jax.numpy_dtype_promotion("standard"),
+            jax.numpy_rank_promotion("allow"),
+        ):
+            return rendering.render_batch(
+                indices=indices.astype(np.int32), **keep, **self._arguments
+            )
 
     def _fill(self, block: int) -> None:
         first = block * SCENES_BLOCK

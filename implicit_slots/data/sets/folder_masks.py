@@ -16,6 +16,7 @@ from implicit_slots.data.sets.coco_shapes import number_segments
 from implicit_slots.data.source import IGNORED, DataError
 
 WHITE = 255
+WIDEST = 65_535  # of 16 bits
 MODES = (*ID_MODES, "LA", *COLOUR_MODES)
 
 
@@ -31,8 +32,8 @@ def read_objects(
     Args:
       file: the mask.
       ignore_id: the id of void, of masks that are not in colours; negative for none.
-        255 is no void where the mask's values are levels of grey at equal distances, as
-        0 and 255, or 0, 85, 170 and 255: those are objects.
+        255 is void of 8 bits alone, and not where the mask's values are levels of grey
+        at equal distances, as 0 and 255, or 0, 85, 170 and 255: those are objects.
       numbered: whether ids are the objects' own numbers, which stay as they are. Else
         objects are numbered from 1 on, in the order of the values that the mask has.
 
@@ -52,13 +53,28 @@ def read_objects(
             f"mask {file} is in colours, which do not tell which object of scenes.json "
             "is meant; save ids in one channel, k + 1 for the k-th object"
         )
-    found, places = np.unique(values, return_inverse=True)
+    found, places = _distinct(values)
     void = (found == ignore_id) & (not in_colour)
-    if ignore_id == WHITE and _are_levels(found[found > 0]):
+    is_wide = image.mode.startswith("I")
+    if ignore_id == WHITE and (is_wide or _are_levels(found[found > 0])):
         void[:] = False
     numbers = found if numbered else np.cumsum((found > 0) & ~void)
     numbers = np.where(void, IGNORED, numbers).astype(np.int32)
-    return numbers[places].reshape(values.shape)
+    return numbers[places]
+
+
+def _distinct(
+    values: Int[np.ndarray, "height width"],
+) -> tuple[Int[np.ndarray, " found"], Int[np.ndarray, "height width"]]:
+    """The values that there are, sorted, and for each pixel which of them it has."""
+    if values.max() > WIDEST:
+        found, places = np.unique(values, return_inverse=True)
+        return found, places.reshape(values.shape)
+    # Five times as fast as sorting.
+    found = np.flatnonzero(np.bincount(values.ravel()))
+    place_of = np.zeros(found[-1] + 1, np.intp)
+    place_of[found] = np.arange(len(found))
+    return found, place_of[values]
 
 
 def _are_levels(values: Int[np.ndarray, " values"]) -> bool:

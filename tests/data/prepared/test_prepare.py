@@ -313,6 +313,7 @@ def command(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_commands_prepare_inspect_and_verify(section, pictures, tmp_path):
     """In a terminal, from one configuration file, with what they print."""
     flags = (

@@ -1,12 +1,14 @@
 """COCO's format as others write it: names, folders and what annotations leave out."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from implicit_slots.data.sets.coco import Coco
+from implicit_slots.data.sets.coco_files import describe
 from implicit_slots.data.source import IGNORED, DataError
 
 pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed")
@@ -87,6 +89,12 @@ def test_photographs_are_found_by_the_name_that_is_told(
     assert source.images == sorted(f"{base}{folder}/{name}" for name in names)
     first, second = (f"{base}{folder}/{name}" for name in names)
     assert labels(source) == {first: 6, second: 5}
+
+
+def test_a_photograph_that_is_found_is_no_other_entrys():
+    """Though it has the same stem."""
+    entries = describe(["t/a.jpg", "t/b.png"], ["a.png", "b.tif", "a.jpg"], Path("f"))
+    assert entries == [2, 1]
 
 
 def test_splits_have_the_names_that_people_give_them(tmp_path):
@@ -211,6 +219,12 @@ def boxes_alone(root):
     write(file, ["a.png"], bare)
 
 
+def unclear(root):
+    for folder in ("x", "y"):
+        save(root / "train" / folder / "a.png")
+    (root / "train" / "a.png").unlink()
+
+
 def twice(root):
     file = root / "annotations" / "instances_train.json"
     write(file, ["x/a.png", "y/a.png"], [(0, LARGE)])
@@ -223,6 +237,7 @@ def twice(root):
         (without("images"), r"not in COCO's instances format \(KeyError\('images'\)"),
         (boxes_alone, "has boxes of objects and no masks; do without masks by --conf"),
         (twice, r"describes train/a\.png twice, as x/a\.png and y/a\.png; leave one"),
+        (unclear, r"2 of 2 images \(train/x/a\.png, train/y/a\.png\) in .* are not de"),
         (
             lambda root: (root / "train" / "a.png").rename(root / "train" / "c.png"),
             r"1 of 1 images \(train/c\.png\) in .* are not described in",
@@ -235,4 +250,4 @@ def test_annotations_that_cannot_be_used_are_one_sentence(tmp_path, spoil, sente
     with pytest.raises(DataError, match=sentence) as error:
         read(tmp_path)
     assert "\n" not in str(error.value)
-    assert len(read(tmp_path, masks="none")) == 1
+    assert len(read(tmp_path, masks="none")) == 1 + (spoil is unclear)

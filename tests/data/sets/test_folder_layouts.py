@@ -62,6 +62,7 @@ def test_a_link_to_a_folder_that_it_lies_in_is_not_followed(tmp_path, link, targ
     os.symlink(target, tmp_path / "images" / link)
     source = whole(tmp_path)
     assert source.files == ["000.png", "001.png", "002.png", "a/003.png"]
+    assert not any("links" in note for note in source.notes)
 
 
 def test_an_image_of_several_names_is_one_image(tmp_path):

@@ -78,7 +78,7 @@ RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
         (values(0, 254, 253, 255), [0, 2, 1, IGNORED]),
         # Ids with gaps, and beyond a byte.
         (values(0, 9, 4, 9), [0, 2, 1, 2]),
-        (values(0, 26_001, 255, 65_535, dtype=np.uint16), [0, 1, IGNORED, 2]),
+        (values(0, 26_001, 255, 65_535, dtype=np.uint16), [0, 2, 1, 3]),
         (values(3, 3, 3, 1), [2, 2, 2, 1]),
         (values(0, 0, 0, 0), [0, 0, 0, 0]),
         # Colours, of which none is void.
@@ -122,11 +122,16 @@ def test_grey_with_transparency_is_ids_where_it_is_seen(folder):
 
 
 @pytest.mark.parametrize(
-    ("ignore_id", "expected"),
-    [(-1, [0, 1, 2, 3]), (7, [0, IGNORED, 1, 2]), (0, [IGNORED, 1, 2, 3])],
+    ("ids", "ignore_id", "expected"),
+    [
+        ((0, 7, 9, 255), -1, [0, 1, 2, 3]),
+        ((0, 7, 9, 255), 7, [0, IGNORED, 1, 2]),
+        ((0, 7, 9, 255), 0, [IGNORED, 1, 2, 3]),
+        ((0, 128, 255, 0), 128, [0, IGNORED, 1, 0]),
+    ],
 )
-def test_another_id_may_be_void_or_none(folder, ignore_id, expected):
-    save(folder / "masks" / "a.png", values(0, 7, 9, 255))
+def test_another_id_may_be_void_or_none(folder, ids, ignore_id, expected):
+    save(folder / "masks" / "a.png", values(*ids))
     assert objects(folder, ignore_id=ignore_id) == expected
 
 

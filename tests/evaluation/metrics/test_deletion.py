@@ -347,6 +347,7 @@ def test_the_summary_averages_what_is_defined():
     np.testing.assert_array_equal(table["render_error"], [2, 2, 2])
 
 
+@pytest.mark.slow
 def test_a_model_goes_through_the_study():
     model = Compiled(build_model(section(), resolution=SIDE, seed=0))
     image = jax.random.uniform(jax.random.key(0), (BATCH, SIDE, SIDE, 3))

@@ -1,5 +1,7 @@
 """Pixels that true masks leave open: no number depends on what happens there."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,10 @@ import pytest
 from reference import FLOAT32
 from sklearn.metrics import adjusted_rand_score, jaccard_score
 
-from implicit_slots.data.source import IGNORED
+from configs import scenes
+from implicit_slots.data.source import IGNORED, Source
+from implicit_slots.evaluation import groups
+from implicit_slots.evaluation.findings import Findings, Subject
 from implicit_slots.evaluation.metrics.boundaries import boundary_f1
 from implicit_slots.evaluation.metrics.deletion import (
     delete_in_turn,
@@ -17,6 +22,8 @@ from implicit_slots.evaluation.metrics.deletion import (
 )
 from implicit_slots.evaluation.metrics.locality import locality
 from implicit_slots.evaluation.metrics.segmentation import score_masks
+from implicit_slots.evaluation.steps import EvaluationSteps
+from implicit_slots.runtime.devices import build_mesh
 
 SIDE, SLOTS, MOST, IMAGES = 8, 3, 3, 4
 
@@ -156,3 +163,43 @@ def test_what_deletions_do_to_ignored_pixels_changes_no_number(scene):
     # A slot brings along which pixels of its own image count.
     mixed = shuffle_slots(jax.random.key(1), regions)
     assert not (mixed.pixels & ~mixed.counted).any()
+
+
+class Pictures(Source):
+    """Blank pictures with these masks."""
+
+    def __init__(self, true):
+        self._true = true
+
+    def __len__(self):
+        return len(self._true)
+
+    def batch(self, indices):
+        """Those of these indices."""
+        true = self._true[indices]
+        return {"image": np.zeros((*true.shape, 3), np.uint8), "segmentation": true}
+
+
+def measure_nothing(*_) -> Any:
+    return {}
+
+
+def test_an_evaluation_says_how_much_is_ignored(scene):
+    """What is ignored is no object, of which there may be too many for the slots."""
+    _, true, _, open_ = scene
+    config = scenes.get_config("smoke")
+    config.model.num_slots = 3
+    steps = EvaluationSteps(*[measure_nothing] * len(EvaluationSteps._fields))
+    for masks in (np.where(open_, IGNORED, true), true):
+        source = Pictures(masks[:3])
+        subject = Subject(config, steps, {}, build_mesh(2), source, 2, quiet=True)
+        findings = Findings()
+        groups.masks(subject, findings)
+        told = [note for note in findings.notes if "are ignored by the true" in note]
+        share = np.mean(masks[:3] == IGNORED)
+        assert told == [
+            f"{share:.2%} of the pixels are ignored by the true masks (void, crowds): "
+            "they count in no comparison with them"
+        ] * bool(share)
+        more = [note for note in findings.notes if "more masks" in note]
+        assert len(more) == 1 and more[0].startswith("1 of 3 images")
