@@ -5,19 +5,17 @@ no JAX: what is wrong with a command is said before that is loaded.
 """
 
 import contextlib
-import importlib.util
 import json
 import os
 import pathlib
 import socket
-import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from implicit_slots.runtime.config import Config
-from implicit_slots.runtime.config_files import find_config
+from implicit_slots.runtime.config_files import load_config
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import expand, lock_file
 
@@ -220,7 +218,7 @@ def get_config(what: str) -> Config:
             f"{path} is not a run's configuration; give another --workdir"
         ) from None
     for source in data:
-        config.data = _load(source).data
+        config.data = load_config(source).data
         config.data.resolution = resolution
     return config
 
@@ -247,15 +245,3 @@ def read_config(path: pathlib.Path) -> Config:
         if name not in section:
             section[name] = value
     return config
-
-
-def _load(source: str) -> Config:
-    """The configuration of FILE or FILE:variant."""
-    file, _, variant = source.partition(":")
-    file = find_config(file)
-    spec = importlib.util.spec_from_file_location("data_configuration", file)
-    if spec is None or spec.loader is None or not pathlib.Path(file).is_file():
-        raise ValueError(f"there is no configuration file {file}")
-    module = types.ModuleType("data_configuration")
-    spec.loader.exec_module(module)
-    return module.get_config(variant or None)

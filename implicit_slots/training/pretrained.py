@@ -5,6 +5,7 @@ is needed. Models in this form come with the package, in `implicit_slots/trained
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -20,7 +21,7 @@ from jaxtyping import PyTree
 from implicit_slots.models.build import build, count_parameters, split_model
 from implicit_slots.runtime.compiling import runs_once, standard_arithmetic
 from implicit_slots.runtime.config import Config
-from implicit_slots.runtime.errors import UserError
+from implicit_slots.runtime.errors import InvalidValue, UserError
 from implicit_slots.runtime.files import expand, write_atomically, write_json
 from implicit_slots.runtime.weights import read_weights, write_weights
 from implicit_slots.runtime.workdir import (
@@ -42,6 +43,7 @@ from implicit_slots.training.checkpoint import (
 )
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.state import TrainState, initial_state
+from implicit_slots.training.values import check_keys
 
 CARD_FILE = "README.md"
 # What a card says of a run's validation and of its evaluations, in this order.
@@ -79,23 +81,32 @@ def load(
             f"{workdir} holds no run; train one there first, or take a model that "
             f"comes with the package: {', '.join(packaged()) or 'there is none'}"
         )
-    config, changes = read_config(path), dict(changes or {})
+    config, trained = read_config(path), read_config(path)
+    for key, value in (changes or {}).items():
+        *sections, name = key.split(".")
+        section = functools.reduce(lambda s, part: s.get(part, {}), sections, config)
+        if name not in section:
+            raise InvalidValue(f"the configuration of this model has no key {key}")
+        section[name] = value
+    if changes:
+        check_keys(config)
     with standard_arithmetic():
-        before = _structure(config, path)
-        config.update_from_flattened_dict(changes)
-        after = _structure(config, path) if changes else before
-        if jax.tree.map(np.shape, before[1]) != jax.tree.map(np.shape, after[1]):
-            keys = ", ".join(f"{key}={value}" for key, value in changes.items())
-            raise UserError(
-                f"the model of {workdir} was trained with arrays of other shapes than "
-                f"{keys} needs; leave that out, or train with it"
-            )
+        graphdef, shapes = _structure(trained, path)
+        if changes:
+            graphdef, needed = split_model(nnx.eval_shape(lambda: build(config)))
+            if jax.tree.map(np.shape, needed) != jax.tree.map(np.shape, shapes):
+                raise InvalidValue(
+                    f"{workdir} has arrays of other shapes than "
+                    + " and ".join(f"{key}={value}" for key, value in changes.items())
+                    + " needs (learned initial slots, for one, are as many as were "
+                    "trained); leave that out, or train with it"
+                )
         params = (
-            fill(read_weights(workdir / WEIGHTS_FILE), workdir, after[1])
+            fill(read_weights(workdir / WEIGHTS_FILE), workdir, shapes)
             if is_folder
-            else _restore(config, workdir, after[1], step)
+            else _restore(trained, workdir, shapes, step)
         )
-        return config, nnx.merge(after[0], params)
+        return config, nnx.merge(graphdef, params)
 
 
 def _structure(config: Config, path: pathlib.Path) -> tuple[nnx.GraphDef, dict]:
@@ -135,9 +146,7 @@ def _restore(
     return found[0].evaluated
 
 
-def fill(
-    weights: Mapping[str, np.ndarray], source: pathlib.Path, shapes: PyTree
-) -> PyTree:
+def fill(weights: Mapping[str, Any], source: pathlib.Path, shapes: PyTree) -> PyTree:
     """Returns parameters with the values of arrays of the same names.
 
     Args:
