@@ -30,7 +30,7 @@ def configurations():
             try:
                 yield importlib.import_module(f"configs.{name}").get_config(variant)
             except ValueError as error:  # It has no such variant.
-                assert "variant must be one of" in str(error)
+                assert "there is no variant" in str(error)
 
 
 def changed(config, key, value) -> Any:
