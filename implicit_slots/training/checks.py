@@ -102,20 +102,24 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
         raise UserError("--checkpoint is for --mode=evaluate; runs resume the latest")
 
 
-def check_starts(config: Config) -> None:
+def check_starts(config: Config, key: str = f"config.{STARTS}") -> None:
     """Refuses several starts where they cannot differ or none is better.
+
+    Args:
+      config: of the model.
+      key: what the user set, for the sentence.
 
     Raises:
       UserError: naming the key.
     """
     if not hasattr(model_class(config.model.name), "render"):
         raise UserError(
-            f"config.{STARTS} chooses initial slots by their reconstruction, which "
+            f"{key} chooses initial slots by their reconstruction, which "
             f"{config.model.name} does not make; set it to 1"
         )
     if config.model.initial_slots in LEARNED:
         raise UserError(
-            f"config.{STARTS} needs random initial slots, and this model's are "
+            f"{key} needs random initial slots, and this model's are "
             f"{config.model.initial_slots}: every start would be the same; set it to 1"
         )
 
