@@ -28,7 +28,7 @@ from implicit_slots.runtime.flags import (
     refuse_rest,
     without,
 )
-from implicit_slots.runtime.signals import stopping
+from implicit_slots.runtime.signals import RESUME_ME, stopping
 from implicit_slots.runtime.workdir import (
     CONFIG_FILE,
     config_flag,
@@ -40,9 +40,6 @@ from implicit_slots.runtime.workdir import (
 )
 
 _BEGAN = time.perf_counter()
-
-# "Temporary failure, try again": of sysexits.h.
-RESUME_ME = 75
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, with an optional :variant.", lock_config=True
@@ -102,6 +99,12 @@ _ITERATIONS = flags.DEFINE_integer(
 _STARTS = flags.DEFINE_integer(
     "starts", None, "To predict: how many initial slots are tried for each image."
 )
+_SEEDS = flags.DEFINE_string(
+    "seeds", None, "To train several runs, one after the other: their seeds, 0,1,2."
+)
+_SWEEP = flags.DEFINE_multi_string(
+    "sweep", [], "The same with config.KEY=VALUE,VALUE,…; as often as needed."
+)
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
@@ -129,6 +132,8 @@ def main(argv: list[str]) -> None:
         sys.exit(_predict(argv[1:]))
     refuse_rest(argv)
     config = _CONFIG.value
+    if _SEEDS.value is not None or _SWEEP.value:
+        sys.exit(_sweep())
     evaluates = _MODE.value == "evaluate"
     several = workdirs(_WORKDIR.value or "", to_compare=evaluates)
     if len(several) > 1:
@@ -241,6 +246,23 @@ def _predict(more: list[str]) -> str | int:
         return f"stopped; {_OUT.value} has what was made until now"
     print(f"page: {page}", flush=True)
     return 0
+
+
+def _sweep() -> str | int:
+    """Trains and evaluates several runs."""
+    from implicit_slots.training import sweep
+
+    if _MODE.value != "train":
+        return "error: --seeds and --sweep are for --mode=train, which evaluates too"
+    config, rest = _CONFIG.value, sys.argv[1:]
+    for name in ("seeds", "sweep", "workdir"):
+        rest = without(name, rest)
+    try:
+        values = sweep.values_of(_SEEDS.value, _SWEEP.value, config)
+        workdir = _WORKDIR.value or os.path.join("runs", f"{config.name}-sweep")
+        return sweep.run(values, expand(workdir), rest)
+    except UserError as error:
+        return f"error: {error}"
 
 
 def _compare(several: list[str]) -> str | int:

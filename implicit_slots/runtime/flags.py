@@ -103,10 +103,10 @@ def parse(argv: list[str]) -> list[str]:
         file = (flag_value("config", argv) or "").split(":")[0]
         sys.exit(f"error: there is no configuration file {file}")
     except (KeyError, AttributeError) as error:
-        sys.exit(f"error: {_no_key(argv) or str(error).splitlines()[0]}")
+        sys.exit(f"error: {_wrong_key(argv) or str(error).splitlines()[0]}")
 
 
-def _no_key(argv: list[str]) -> str:
+def _wrong_key(argv: list[str]) -> str:
     """Names the first --config.KEY that there is not, and those that may be meant."""
     try:
         # A run's own is FILE:what, as --config=FILE:variant.
@@ -118,13 +118,15 @@ def _no_key(argv: list[str]) -> str:
         key = name.removeprefix("config.")
         if key == name or key in known or not argument.startswith("-"):
             continue
-        meant = nearest(key, known)
-        return f"the configuration has no key {key}; " + (
-            f"did you mean {' or '.join(meant)}?"
-            if meant
-            else "configs/base.py declares them"
-        )
+        return no_key(key, known)
     return ""
+
+
+def no_key(key: str, known: Collection[str]) -> str:
+    """Returns a sentence for a key that there is not."""
+    meant = " or ".join(nearest(key, known))
+    remedy = f"did you mean {meant}?" if meant else "configs/base.py declares them"
+    return f"the configuration has no key {key}; {remedy}"
 
 
 def nearest(key: str, known: Collection[str]) -> list[str]:
