@@ -15,7 +15,12 @@ from implicit_slots.models.slot_attention import LEARNED
 from implicit_slots.runtime.config import Config, flat
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import expand
-from implicit_slots.runtime.workdir import ABSENT, CONFIG_FILE, is_same_place
+from implicit_slots.runtime.workdir import (
+    ABSENT,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    is_same_place,
+)
 from implicit_slots.training.checkpoint import CHECKPOINT_FOLDER
 from implicit_slots.training.values import check_keys
 
@@ -224,7 +229,7 @@ def check_read(
 def check_same_run(
     config: Config, workdir: pathlib.Path, *, training: bool = True
 ) -> None:
-    """Refuses a workdir that holds another configuration's run.
+    """Refuses a workdir that holds another configuration's run, or a model alone.
 
     Args:
       config: of this run.
@@ -236,8 +241,14 @@ def check_same_run(
       UserError: naming the first key that differs.
     """
     path = workdir / CONFIG_FILE
+    has_checkpoints = (workdir / CHECKPOINT_FOLDER).exists()
+    if (workdir / WEIGHTS_FILE).exists() and not has_checkpoints:
+        raise UserError(
+            f"{workdir} holds a model without its run; make a run of it with python -m "
+            f"implicit_slots.interop --source={workdir} --target=DIR --config=FILE"
+        )
     if not path.exists():
-        if (workdir / CHECKPOINT_FOLDER).exists():
+        if has_checkpoints:
             raise UserError(
                 f"{workdir} holds checkpoints but no {CONFIG_FILE} that says of what; "
                 "choose another --workdir"

@@ -19,6 +19,7 @@ from implicit_slots.models.build import split_model
 from implicit_slots.models.images import as_float
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.workdir import find_trained, packaged
+from implicit_slots.training.checks import check_same_run
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,13 @@ def test_a_folder_that_holds_a_run_is_not_written_over(trained, tmp_path):
     with pytest.raises(UserError, match="holds a run; choose another folder"):
         save_pretrained(trained[1], trained[0], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_folder_of_a_model_alone_is_no_workdir(trained, training):
+    """Training would add a run's files to the package's own model."""
+    with pytest.raises(UserError, match=r"without its run; .*interop --source="):
+        check_same_run(trained[0], packaged()["scenes"], training=training)
 
 
 def test_keys_may_change_that_leave_the_arrays_as_they_are(trained):
