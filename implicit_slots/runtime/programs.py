@@ -321,7 +321,7 @@ def _sources(text: str) -> dict[str, str]:
 def _sliced(instruction: Instruction, name: str) -> int | None:
     """Bytes that an instruction reads of an array that it slices; None if all."""
     if instruction.operands[0] == name:
-        if instruction.operation == "dynamic-slice":
+        if instruction.operation in ("slice", "dynamic-slice"):
             return sum(array_bytes(instruction.shape))
         if instruction.operation == "dynamic-update-slice":
             return 0  # What is under the update is not read; the rest stays.

@@ -31,6 +31,7 @@ TRAINED = pathlib.Path(__file__).parents[1] / "trained"
 ABSENT: Mapping[str, object] = {
     "penalty.attention_entropy": 0.0,
     "penalty.slot_coupling": 0.0,
+    "model.kernels": "auto",
     "model.attention_gain": 1.0,
     "model.normalizer": "mean",
     "model.inputs": "tokens",
@@ -55,6 +56,7 @@ ABSENT: Mapping[str, object] = {
 }
 # Of them those that SLATE alone has: their absence elsewhere means nothing.
 OF_SLATE = (
+    "model.kernels",
     "optimizer.dvae_steps",
     "model.inputs",
     "model.encoder_features",
@@ -66,6 +68,8 @@ OF_SLATE = (
 )
 # The same of folders of images alone.
 OF_FOLDERS = ("data.ignore_id",)
+# Keys of older versions that nothing needs any more.
+GONE = ("model.attention",)
 # Keys that name a file or folder; empty: none, or a default of the data set's.
 PATHS = ("data.path", "data.cache", "evaluation.inception")
 # Between the workdir and the file whose data section takes the place of the run's.
@@ -230,7 +234,11 @@ def read_config(path: pathlib.Path) -> Config:
       OSError: if there is no such file.
       AttributeError, ValueError, TypeError: if it is none.
     """
-    config: Config = ConfigDict(json.loads(path.read_text()))
+    values = json.loads(path.read_text())
+    for key in GONE:
+        section, name = key.split(".")
+        values.get(section, {}).pop(name, None)
+    config: Config = ConfigDict(values)
     for key, value in ABSENT.items():
         if key in OF_SLATE and config.model.get("name") != "slate":
             continue

@@ -18,6 +18,7 @@ from implicit_slots.runtime.files import expand
 from implicit_slots.runtime.workdir import (
     ABSENT,
     CONFIG_FILE,
+    GONE,
     WEIGHTS_FILE,
     is_same_place,
 )
@@ -61,7 +62,7 @@ MAY_CHANGE = {
     "data.workers",
     # How the same model is computed.
     "precision",
-    "model.attention",
+    "model.kernels",
     "model.remat",
     "model.adjoint.remat",
 }
@@ -137,14 +138,6 @@ def check_slate(config: Config) -> None:
     """
     if config.model.name != "slate":
         return
-    if config.model.attention == "cudnn" and (
-        jax.default_backend() != "gpu" or config.precision != "bfloat16"
-    ):
-        raise UserError(
-            'config.model.attention="cudnn" needs an NVIDIA GPU and '
-            f'config.precision="bfloat16"; this is a {jax.default_backend()} with '
-            f"{config.precision}"
-        )
     # A resolution below the stride is refused where the model is built.
     side = max(config.data.resolution // STRIDE, 1)
     tokens = side**2 * config.model.vocab_size
@@ -261,7 +254,7 @@ def check_same_run(
             f"{path} is not a run's configuration; choose another --workdir"
         ) from error
     now = {**ABSENT, **flat(json.loads(config.to_json()))}
-    for key in sorted((before.keys() | now.keys()) - MAY_CHANGE):
+    for key in sorted((before.keys() | now.keys()) - MAY_CHANGE - {*GONE}):
         if key.startswith("evaluation."):
             continue
         if not training and key.startswith("data.") and key != "data.resolution":

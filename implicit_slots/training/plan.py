@@ -22,7 +22,7 @@ from implicit_slots.models.build import (
 )
 from implicit_slots.runtime import compiling
 from implicit_slots.runtime.config import Config
-from implicit_slots.runtime.devices import DATA_AXIS
+from implicit_slots.runtime.devices import DATA_AXIS, traced_for
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.programs import (
     KINDS,
@@ -103,7 +103,8 @@ def make(config: Config, topology: Topology) -> Plan:
     state, batch = parts.state_shapes(), train_batch(config, parts.mesh)
     began = time.perf_counter()
     try:
-        compiled = parts.steps.train.compile(state, batch)
+        with traced_for(topology.platform):
+            compiled = parts.steps.train.compile(state, batch)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -263,20 +264,20 @@ def describe(plan: Plan) -> str:
 def _work(plan: Plan) -> Iterable[str]:
     chip = plan.topology.chip
     if plan.flops:
-        row = f"{plan.flops / 1e9:,.0f} GFLOP (a loop's body counted once)"
+        row = f"{_digits(plan.flops / 1e9)} GFLOP (a loop's body counted once)"
         if chip:
             bfloat16 = plan.config.precision == "bfloat16"
             rate = chip.bfloat16 if bfloat16 else chip.float32
-            row += f": at least {1e3 * plan.flops / rate:.2f} ms at its peak"
+            row += f": at least {_digits(1e3 * plan.flops / rate)} ms at its peak"
         yield row
     row = f"{plan.launched:,} kernels that read and write {_size(plan.moved)}"
     if chip:
-        row += f": at least {1e3 * plan.moved / chip.bandwidth:.1f} ms"
+        row += f": at least {_digits(1e3 * plan.moved / chip.bandwidth)} ms"
     yield row
     if plan.cycles:
-        row = f"{plan.cycles / 1e6:.1f} million cycles by the compiler's own estimate"
+        row = f"{_digits(plan.cycles / 1e6)} million cycles by the compiler's own estimate"
         if chip and chip.clock:
-            row += f": {1e3 * plan.cycles / chip.clock:.1f} ms"
+            row += f": {_digits(1e3 * plan.cycles / chip.clock)} ms"
         yield row
     for part, moved in largest(plan.kernels):
         yield f"  {_size(moved):>10}  {part}"
@@ -305,6 +306,10 @@ def _sent(plan: Plan) -> Iterable[str]:
         yield f"{times} {kind}: {_size(sent)}"
     apart, whole = plan.overlapped
     yield f"{apart} of {whole} begin and end apart, so that other work overlaps them"
+
+
+def _digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _size(count: int | float) -> str:

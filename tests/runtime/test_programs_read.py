@@ -172,6 +172,24 @@ def test_kernels_of_a_loop_are_counted_by_its_passes_and_slices_by_their_size():
     ]
 
 
+FLAT = """HloModule f, num_partitions=1
+
+%part (a: f32[100]) -> f32[8] {
+  %a = f32[100]{0} parameter(0)
+  ROOT %s = f32[8]{0} slice(%a), slice={[8:16]}
+}
+
+ENTRY %main (p: f32[100]) -> f32[8] {
+  %p = f32[100]{0} parameter(0)
+  ROOT %x = f32[8]{0} fusion(%p), kind=kLoop, calls=%part
+}
+"""
+
+
+def test_of_an_array_that_is_only_sliced_the_slice_is_read():
+    assert [kernel.bytes for kernel in read_kernels(FLAT)] == [2 * 4 * 8]
+
+
 def test_the_installed_compilers_kernels_are_read():
     """A product reads two matrices and writes one, in a loop of three passes."""
 
