@@ -132,8 +132,8 @@ def _note(config: Config) -> str:
     """A sentence on the model."""
     model, side = config.model, config.data.resolution
     starts = prediction.starts_of(config)
-    best = f", the best of {starts} initial slots" if starts > 1 else ""
+    best = f" from the best of {starts} initial slots" if starts > 1 else ""
     return (
         f"The model ({model.name}) has {model.num_slots} slots, takes at most "
-        f"{model.solver.max_steps} iterations{best} and sees {side}x{side} pixels."
+        f"{model.solver.max_steps} iterations{best}, and sees {side}x{side} pixels."
     )

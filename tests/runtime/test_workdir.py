@@ -79,7 +79,8 @@ def test_a_workdir_below_home_is_found(tmp_path, monkeypatch):
 def test_keys_that_are_gone_are_left_out_and_those_that_are_new_mean_their_absence(
     tmp_path,
 ):
-    old = {"name": "old", "model": {"name": "slate", "attention": "xla", "width": 3}}
+    model = {"name": "slate", "attention": "xla", "width": 3}
+    old = {"name": "old", "model": model, "data": {"name": "scenes"}}
     (tmp_path / "config.json").write_text(json.dumps(old))
     config = read_config(tmp_path / "config.json")
     assert "attention" not in config.model and config.model.width == 3

@@ -57,7 +57,7 @@ def test_a_page_shows_each_image_and_leads_to_its_files(
     assert files == made | {"index.html"}
     page = Page(path)
     assert "What mine makes of 3 images" in page.text and "again" in page.text
-    assert "(halves) has 2 slots, takes at most 7 iterations and" in page.text
+    assert "(halves) has 2 slots, takes at most 7 iterations, and" in page.text
     assert "1 more images are in the folder" in page.text
     assert page.headings == ["a", "b#1?", "Left out", "Again"]
     sentence = "broken.png cannot be read (not a picture)"
