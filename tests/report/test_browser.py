@@ -47,6 +47,7 @@ def pages(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     rng = np.random.default_rng(0)
     workdirs = []
+    picture = rng.integers(0, 255, size=(120, 1900, 3)).astype(np.uint8)
     for seed in range(2):
         workdir = root / f"seed{seed}"
         folder = workdir / "evaluation" / "test"
@@ -86,7 +87,6 @@ def pages(tmp_path_factory):
                 {"file": "wide.png", "title": "Wide", "caption": "A picture."}
             ],
         }
-        picture = rng.integers(0, 255, size=(120, 1900, 3)).astype(np.uint8)
         grids.save_png(picture, folder / "wide.png")
         (folder / "metrics.json").write_text(json.dumps(record))
         workdirs.append(workdir)
