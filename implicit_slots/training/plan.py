@@ -6,6 +6,7 @@ read. Nothing is run and nothing is written, and no data is opened.
 
 import collections
 import math
+import pathlib
 import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -191,6 +192,23 @@ def advice(config: Config) -> str:
     if config.sharding != "fsdp":
         ways.append("--config.sharding=fsdp")
     return f"try {', '.join(ways)}, or more devices"
+
+
+def out_of_memory(error: Exception, config: Config, workdir: pathlib.Path) -> str:
+    """The sentence for a run that the memory was too small for.
+
+    Args:
+      error: that says so.
+      config: of the run.
+      workdir: of the run.
+    """
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return (
+        f"there is not enough memory ({reason}); {advice(config)}, or a smaller "
+        "--config.batch_size; --mode=plan says what a step needs before it runs; "
+        "another batch_size or accumulate takes another --workdir, all else resumes "
+        f"{workdir}"
+    )
 
 
 def _needed(error: Exception) -> str:

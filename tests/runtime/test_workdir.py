@@ -10,6 +10,7 @@ from implicit_slots.runtime.workdir import (
     absolute,
     get_config,
     is_same_place,
+    read_config,
     workdirs,
 )
 
@@ -73,3 +74,14 @@ def test_a_workdir_below_home_is_found(tmp_path, monkeypatch):
     assert json.loads(get_config("~").to_json()) == json.loads(config.to_json())
     with pytest.raises(ValueError, match="no folder of this machine"):
         get_config("gs://bucket/run")
+
+
+def test_keys_that_are_gone_are_left_out_and_those_that_are_new_mean_their_absence(
+    tmp_path,
+):
+    model = {"name": "slate", "attention": "xla", "width": 3}
+    old = {"name": "old", "model": model, "data": {"name": "scenes"}}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config = read_config(tmp_path / "config.json")
+    assert "attention" not in config.model and config.model.width == 3
+    assert config.model.tokenizer == "dvae" and config.optimize_programs is True

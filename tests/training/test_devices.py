@@ -17,8 +17,8 @@ from configs import scenes
 from implicit_slots.runtime import devices as mesh_devices
 from implicit_slots.runtime.metric_writers import read_metrics
 from implicit_slots.training import plan
-from implicit_slots.training.checkpoint import load
 from implicit_slots.training.parts import build_parts
+from implicit_slots.training.pretrained import load
 from implicit_slots.training.run import run
 
 pytestmark = pytest.mark.slow  # several real processes

@@ -125,3 +125,20 @@ def test_what_must_be_set_before_jax_starts_is_set(monkeypatch):
     assert jax.config.jax_platforms == "cpu"  # pyright: ignore
     assert topologies.os.environ["XLA_FLAGS"].startswith("--xla_dump_to=x --xla_gpu")
     assert topologies.os.environ[alone] == "1"
+
+
+def test_too_little_memory_says_what_to_set(tmp_path):
+    config = scenes.get_config()
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 GB\nmore")
+    assert plan.out_of_memory(error, config, tmp_path) == (
+        "there is not enough memory (RESOURCE_EXHAUSTED: Out of memory: 9 GB); try "
+        "--config.precision=bfloat16, --config.model.remat=True, "
+        "--config.accumulate=2, --config.sharding=fsdp, or more devices, or a smaller "
+        "--config.batch_size; --mode=plan says what a step needs before it runs; "
+        "another batch_size or accumulate takes another --workdir, all else resumes "
+        f"{tmp_path}"
+    )
+    config.precision, config.model.remat, config.accumulate = "bfloat16", True, 4
+    said = plan.out_of_memory(MemoryError(), config, tmp_path)
+    start = "there is not enough memory (MemoryError); try --config.accumulate=8, --c"
+    assert said.startswith(start)
