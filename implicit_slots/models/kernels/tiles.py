@@ -1,5 +1,7 @@
 """Tiles of arrays within a kernel: what lies beyond an array's end reads as zero."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -30,7 +32,7 @@ def dot(
 
 
 def load_matrix(
-    ref: jax.Array,
+    ref: Any,
     rows: tuple[jax.Array | int, int, int],
     columns: tuple[jax.Array | int, int, int],
 ) -> Num[Array, "rows columns"]:
@@ -46,7 +48,7 @@ def load_matrix(
 
 
 def store_matrix(
-    ref: jax.Array,
+    ref: Any,
     rows: tuple[jax.Array | int, int, int],
     columns: tuple[jax.Array | int, int, int],
     x: Num[Array, "rows columns"],
@@ -57,7 +59,7 @@ def store_matrix(
 
 
 def load_vector(
-    ref: jax.Array, entries: tuple[jax.Array | int, int, int]
+    ref: Any, entries: tuple[jax.Array | int, int, int]
 ) -> Num[Array, " entries"]:
     """Loads a part of a vector; `entries` as the rows of `load_matrix`."""
     start, size, length = entries
@@ -66,7 +68,7 @@ def load_vector(
 
 
 def store_vector(
-    ref: jax.Array,
+    ref: Any,
     entries: tuple[jax.Array | int, int, int],
     x: Num[Array, " entries"],
 ) -> None:
