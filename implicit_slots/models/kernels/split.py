@@ -24,7 +24,8 @@ def over_batch(function: Callable[..., Any], rule: str) -> Callable[..., Any]:
 
         return mesh, function, shardings(results), shardings(arguments)
 
-    others = sorted({axis for axis in rule if axis.isalpha()} - {"b"})
+    # In the order in which the rule has them, as XLA wants.
+    others = dict.fromkeys(axis for axis in rule if axis.isalpha() and axis != "b")
     split.def_partition(
         partition=partition,
         sharding_rule=rule,
