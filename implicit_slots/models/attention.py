@@ -28,12 +28,11 @@ class KeysValues(NamedTuple):
 
 
 class MultiHeadAttention(nnx.Module):
-    """Attention without biases; dropout on the weights and on the output.
+    """Attention without biases, with dropout on the weights.
 
     Args:
       width: features of queries, memory and output.
       num_heads: must divide `width`.
-      dropout: rate of the dropout on the output.
       attention_dropout: rate of the dropout on the weights.
       kernels: whether to use the kernel that never stores the weights; see
         `implicit_slots.models.kernels`.
@@ -46,7 +45,6 @@ class MultiHeadAttention(nnx.Module):
         width: int,
         num_heads: int,
         *,
-        dropout: float,
         attention_dropout: float,
         kernels: str,
         gain: float,
@@ -62,7 +60,6 @@ class MultiHeadAttention(nnx.Module):
                 f"kernels must be one of {', '.join(pallas.KERNELS)}, got {kernels!r}"
             )
         self.num_heads = num_heads
-        self.dropout = dropout
         self.attention_dropout = attention_dropout
         self.kernels = kernels
         self.project_q, self.project_k, self.project_v = (
@@ -81,9 +78,9 @@ class MultiHeadAttention(nnx.Module):
         x: Float[Array, "batch target dim"],
         memory: Float[Array, "batch source dim"] | None = None,
         *,
-        seeds: UInt32[Array, "3 2"] | None = None,
+        seeds: UInt32[Array, "2 2"] | None = None,
     ) -> Float[Array, "batch target dim"]:
-        """Reads `memory` from `x`; no dropout without seeds.
+        """Reads `memory` from `x`, in the products' precision; no dropout without seeds.
 
         Without a memory it is causal self-attention: token t reads the tokens 0 … t.
         """
@@ -101,8 +98,7 @@ class MultiHeadAttention(nnx.Module):
             read = self._attend_causally(q, k, v, words)
         else:
             read = self._attend(q, k, v, words)
-        output = self.project_o(read.reshape(x.shape)).astype(x.dtype)
-        return layers.dropout(output, self.dropout, None if seeds is None else seeds[2])
+        return self.project_o(read.reshape(x.shape))
 
     def read(
         self,

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from implicit_slots.models import kernels as pallas
-from implicit_slots.models import layers, noise
+from implicit_slots.models import layers, noise, products
 from implicit_slots.models.kernels import relaxed_tokens
 from implicit_slots.runtime.errors import InvalidValue
 
@@ -55,7 +55,7 @@ class Block(nnx.Module):
         self, x: Float[Array, "batch height width in_features"]
     ) -> Float[Array, "batch height width out_features"]:
         """Maps a grid of features to a grid of the same size."""
-        return nnx.relu(self.norm(self.convolution(x)))
+        return products.relu(self.norm(self.convolution(x)))
 
     def of_ids(
         self, ids: Int[Array, "batch height width"]
@@ -64,7 +64,7 @@ class Block(nnx.Module):
         # The product with a one-hot vector is a row of the kernel.
         kernel = self.convolution.kernel[...]
         rows = kernel.astype(self.convolution.dtype or kernel.dtype)[ids]
-        return nnx.relu(self.norm(rows))
+        return products.relu(self.norm(rows))
 
 
 class DVAE(nnx.Module):
@@ -158,7 +158,7 @@ class DVAE(nnx.Module):
         )
         read = read.reshape(batch, rows, columns, -1)
         return (
-            nnx.Sequential(*above)(nnx.relu(first.norm(read))),
+            nnx.Sequential(*above)(products.relu(first.norm(read))),
             tokens.reshape(batch, rows, columns),
         )
 

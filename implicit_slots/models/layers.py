@@ -3,12 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Key
 
 from implicit_slots.models import noise, products
-from implicit_slots.models.products import add_bias, convolve, dense
-from implicit_slots.runtime.devices import platform
+from implicit_slots.models.products import add_bias, convolve, dense, relu
 from implicit_slots.runtime.errors import InvalidValue
 
 # PyTorch's default for LayerNorm and group_norm; Flax's is 1e-6.
@@ -67,17 +65,6 @@ class Linear(nnx.Module):
         if self.bias is not None:
             rows = add_bias(rows, self.bias[...])
         return rows.reshape(*x.shape[:-1], kernel.shape[1])
-
-
-def row_major(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns x, and has XLA's GPU compiler store it and its gradient row by row.
-
-    That compiler would lay out everything that is added to a broadcast array with the
-    batch innermost, for the sake of the sum over the batch that is its gradient.
-    """
-    if platform() != "gpu":
-        return x
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def set_precision(model: nnx.Module, precision: str) -> None:
@@ -274,7 +261,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
         """Maps each vector of the last axis."""
-        return self.leave(nnx.relu(self.enter(x))).astype(x.dtype)
+        # As a matrix: XLA's GPU compiler then makes bias and ReLU in the product.
+        rows = x.reshape(-1, x.shape[-1])
+        return self.leave(relu(self.enter(rows))).astype(x.dtype).reshape(x.shape)
 
 
 class GRUCell(nnx.Module):

@@ -54,8 +54,14 @@ def words_at(
 
 def keep_mask(key: Seed, rate: float, shape: tuple[int, ...]) -> Bool[Array, "..."]:
     """Returns which entries dropout keeps: each with probability 1 − rate."""
-    threshold = min(round((1 - rate) * 2**32), 2**32 - 1)
-    return random_bits(key, shape) < jnp.uint32(threshold)
+    return is_kept(random_bits(key, shape), rate)
+
+
+def is_kept(words: UInt32[Array, "..."], rate: float) -> Bool[Array, "..."]:
+    """Returns which of uniform words dropout keeps."""
+    # 31 bits, for not every compiler of kernels can compare unsigned numbers.
+    threshold = min(round((1 - rate) * 2**31), 2**31 - 1)
+    return (words >> 1).astype(jnp.int32) < threshold
 
 
 def grid_words(
@@ -80,10 +86,8 @@ def kept_of_grid(
     One round of the hash an entry, of its row's word and its column's: any part of the
     grid can be made by itself, within a kernel too.
     """
-    threshold = min(round((1 - rate) * 2**31), 2**31 - 1)
     words = _mix(rows[..., None] ^ jnp.expand_dims(columns, range(rows.ndim)))
-    # Not every compiler of kernels can compare unsigned numbers.
-    return (words >> 1).astype(jnp.int32) < threshold
+    return is_kept(words, rate)
 
 
 def gumbel(key: Seed, shape: tuple[int, ...]) -> Float[Array, "..."]:

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from implicit_slots.runtime.devices import platform
@@ -37,6 +38,18 @@ def _half_product_jvp(indices, primals, tangents):
     return _half_product(indices, one, other), tangent.astype(jnp.float32)
 
 
+def row_major(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns x, and has XLA's GPU compiler store it and its gradient row by row.
+
+    Left alone that compiler lays out what is added to a broadcast array with the batch
+    innermost, for the sake of the sum over the batch that is its gradient; and the
+    gradients of kernels column by column.
+    """
+    if platform() != "gpu":
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
 # A batch is split over devices, and the gradient of a kernel is summed over them right
 # after the product that makes it. So that product has the kernel's dtype; the
 # derivative of a cast would come after the sum.
@@ -55,7 +68,7 @@ def _with_kernel_backward(function, gradient, factors, cotangent):
     x, kernel = factors
     _, back = jax.vjp(lambda x: function(x, kernel.astype(x.dtype)), x)
     found = gradient(x, cotangent.astype(x.dtype))
-    return (*back(cotangent), found.astype(kernel.dtype))
+    return (*back(cotangent), row_major(found.astype(kernel.dtype)))
 
 
 _with_kernel.defvjp(_with_kernel_forward, _with_kernel_backward)
@@ -74,8 +87,10 @@ def dense(
       kernel: float32.
       full: whether the result is float32 whatever the rows are.
     """
-    if rows.dtype == kernel.dtype:
+    if rows.dtype == kernel.dtype and platform() != "gpu":
         return rows @ kernel
+    # JAX's own derivative makes the kernel's gradient and transposes it; on GPUs XLA
+    # then copied every such parameter and both its moments once more.
     multiply = functools.partial(product, "ni,io->no") if full else jnp.matmul
     gradient = functools.partial(product, "ni,no->io")
     return _with_kernel(multiply, gradient, rows, kernel)
@@ -132,9 +147,37 @@ def convolve(
     return _with_kernel(convolution, gradient, x, kernel)
 
 
+@jax.custom_vjp
 def add_bias(
     x: Float[Array, "*grid features"], bias: Float[Array, " features"]
 ) -> Float[Array, "*grid features"]:
-    """Adds to the last axis in the bias's dtype, as its gradient is summed."""
-    full = x.astype(bias.dtype) + bias[(None,) * (x.ndim - 1)]
-    return full.astype(x.dtype)
+    """Adds to the last axis; the bias's gradient is summed in its own dtype."""
+    return x + bias.astype(x.dtype)[(None,) * (x.ndim - 1)]
+
+
+def _add_bias_forward(x, bias):
+    return add_bias(x, bias), bias
+
+
+def _add_bias_backward(bias, cotangent):
+    axes = tuple(range(cotangent.ndim - 1))
+    return cotangent, cotangent.astype(bias.dtype).sum(axis=axes)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
+@jax.custom_jvp
+def relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns max(x, 0).
+
+    As `jax.nn.relu`; its derivative looks at the result, which is kept for the next
+    layer in any case, instead of at x.
+    """
+    return jnp.maximum(x, 0)
+
+
+@relu.defjvp
+def _relu_jvp(primals, tangents):
+    y = relu(*primals)
+    return y, jnp.where(y > 0, tangents[0], 0)

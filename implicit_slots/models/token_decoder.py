@@ -8,13 +8,14 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from implicit_slots.models import generation, layers
+from implicit_slots.models import generation
 from implicit_slots.models import kernels as pallas
 from implicit_slots.models.generation import BOS
 from implicit_slots.models.image_encoder import on_grid
 from implicit_slots.models.kernels import cross_entropy as fused
 from implicit_slots.models.outputs import Reading
 from implicit_slots.models.patch_tokenizer import PatchTokenizer
+from implicit_slots.models.products import row_major
 
 # Of a code that nothing was nearest to: one of the patches that `codebook` clusters.
 SMALLEST_SHARE = 5e-5
@@ -42,7 +43,7 @@ class TokenDecoder(nnx.Module):
     ) -> Float[Array, "batch tokens dim"]:
         """Embeds a sequence that begins with BOS, with its positions."""
         embedded = self.embedding(tokens) + self.positions[None, : tokens.shape[1]]
-        return layers.row_major(embedded)
+        return row_major(embedded)
 
     def dropped(self, embedded: jax.Array, key: Key[Array, ""]) -> jax.Array:
         """Leaves of some tokens only the position, never of BOS, which comes first."""

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from implicit_slots.models.kernels import tiles
 from implicit_slots.models.kernels.split import over_batch
+from implicit_slots.models.products import row_major
 
 ROWS, COLUMNS, FEATURES = 64, 128, 64
 
@@ -55,7 +56,7 @@ def _backward(interpret, kept, d_loss):
         rows,
         preferred_element_type=kernel.dtype,
     )
-    return d_x, d_kernel, None
+    return d_x, row_major(d_kernel), None
 
 
 cross_entropy.defvjp(_forward, _backward)
