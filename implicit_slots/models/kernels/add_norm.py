@@ -51,9 +51,7 @@ def add_norm(
 
 def _forward(x, branch, seed, scale, bias, rate, epsilon, interpret):
     run = _join(0.0 if seed is None else rate, epsilon, interpret)
-    total, normed, means, roots = run(
-        x, branch, _words(seed), _numbers(x), scale, bias
-    )
+    total, normed, means, roots = run(x, branch, _words(seed), _numbers(x), scale, bias)
     return (total, normed), (total, branch[:0], seed, scale, means, roots)
 
 
@@ -169,7 +167,9 @@ def _join_kernel(shape, rate, epsilon, x_ref, branch_ref, seed_ref, *refs):
 
     def join(i, nothing):
         rows = first + i * ROWS, ROWS, length
-        x, branch = (tiles.load_matrix(ref, rows, features) for ref in (x_ref, branch_ref))
+        x, branch = (
+            tiles.load_matrix(ref, rows, features) for ref in (x_ref, branch_ref)
+        )
         branch = branch.astype(jnp.float32)
         if rate:
             kept = _kept(shape, rate, seed_ref, tiles.load_vector(numbers_ref, rows))
@@ -221,4 +221,6 @@ def _cotangents_kernel(shape, rate, total_ref, seed_ref, *refs):
     parts = jax.lax.fori_loop(0, TOKENS // ROWS, add, (zeros, zeros))
     for index, part in enumerate(parts):
         inside = jnp.arange(_wide(dim)) < dim
-        triton.store(parts_ref.at[jnp.int32(index), pl.ds(0, _wide(dim))], part, mask=inside)
+        triton.store(
+            parts_ref.at[jnp.int32(index), pl.ds(0, _wide(dim))], part, mask=inside
+        )
