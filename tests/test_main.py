@@ -39,6 +39,7 @@ def command(*arguments, **environment):
         (["--workdir=gs://b/run", "--mode=evaluate"], 1, "gcsfuse"),
         (["--config=~no-one/mine.py"], 1, "there is no home folder for ~no-one"),
         (["--data=x.py", "--config=configs/scenes.py"], 1, "--mode=evaluate"),
+        (["--topology=h100", "--config=configs/scenes.py"], 1, "--mode=plan"),
         (["--config=configs/scenes.py:vanila"], 1, "vanila"),
         ([f"--config={ROOT}/configs/scenes.py:vanila"], 1, "vanila"),
         (["--config=configs/scenes.py", "--config.batch_size=x"], 2, "batch_size=x"),
