@@ -146,6 +146,10 @@ def main(argv: list[str]) -> None:
         sys.exit("error: --data is for --mode=evaluate; --config says what to train on")
     if _IMAGES.value:
         sys.exit("error: --images is for --mode=predict")
+    if _MODE.value != "plan" and (_TOPOLOGY.value or _SLICES.value != 1):
+        sys.exit(
+            "error: --topology and --slices are for --mode=plan, which runs nothing"
+        )
     xla_warnings.leave_out()
     if _MODE.value == "plan":
         sys.exit(_plan())

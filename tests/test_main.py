@@ -46,6 +46,7 @@ def command(*arguments, **environment):
         (["--config=~no-one/mine.py"], 1, "there is no home folder for ~no-one"),
         (["--data=x.py", "--config=configs/scenes.py"], 1, "--mode=evaluate"),
         (["--config=configs/scenes.py:vanila"], 1, "there are vanilla, vanilla1, "),
+        (["--topology=h100", "--config=configs/scenes.py"], 1, "--mode=plan"),
         ([f"--config={ROOT}/configs/scenes.py:vanila"], 1, "vanila"),
         (["--config=configs/scenes.py", "--config.batch_size=x"], 2, "batch_size=x"),
         (["--config=configs/scenes.py", "--mode=dream"], 2, "mode"),

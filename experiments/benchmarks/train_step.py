@@ -41,8 +41,8 @@ from experiments.benchmarks.train_step_floor import (
     floor_seconds,
     least_bytes,
 )
-from implicit_slots.models.kernels import KERNELS
 from implicit_slots.models.build import count_parameters
+from implicit_slots.models.kernels import KERNELS
 from implicit_slots.runtime import compiling
 from implicit_slots.training.state import initial_state
 

@@ -172,6 +172,7 @@ def _tpus(name: str, kind: str, shape: str, slices: int) -> Topology:
             f"the TPU's compiler knows no {name}: {_last_line(error)}; "
             "see https://cloud.google.com/tpu/docs for the slices that there are"
         ) from error
+    name += f", {slices} slices" if slices > 1 else ""
     return Topology(name, list(found.devices), TPUS[kind], "tpu")
 
 
@@ -210,6 +211,7 @@ def _gpus(name: str, kind: str, shape: str, hosts: int) -> Topology:
         raise UserError(
             f"the GPU's compiler cannot be asked for {name}: {_last_line(error)}"
         ) from error
+    name += f", {hosts} hosts" if hosts > 1 else ""
     return Topology(name, list(found.devices), chip, "gpu")
 
 

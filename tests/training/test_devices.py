@@ -145,6 +145,32 @@ def test_gradients_are_summed_over_devices_in_float32(tmp_path):
         assert len(sums) > 100 and set(sums) == {"f32"}
 
 
+def lowered_for_gpus() -> None:
+    """What a process with two devices does: hands a step to a GPU's compiler."""
+    config = scenes.get_config("tokens-smoke")
+    config.update(precision="bfloat16", batch_size=4)
+    config.model.update(dropout=0.1, attention_dropout=0.1)
+    parts = build_parts(config, "plan")
+    given = parts.state_shapes(), plan.train_batch(config, parts.mesh)
+    with mesh_devices.traced_for("gpu"):
+        traced = parts.steps.train.trace(*given)
+    print(traced.lower(lowering_platforms=("cuda",)).as_text())
+
+
+def test_kernels_are_split_over_gpus():
+    """XLA takes the rules by which they are."""
+    around = environment(2)
+    around["PYTHONPATH"] += f"{os.pathsep}{HERE}"
+    call = "import test_devices as t; t.lowered_for_gpus()"
+    command = [sys.executable, "-c", call]
+    done = subprocess.run(
+        command, env=around, check=True, stdout=subprocess.PIPE, text=True
+    )
+    rules = re.findall(r"op_sharding_rule<\(\[i, .*? need_replication=", done.stdout)
+    # Attention twice, cross-entropy and relaxed tokens, there and back.
+    assert len(rules) >= 8
+
+
 def test_four_processes_train_as_one(single):
     """And all of them know the same."""
     found = steps_on_devices(4, 1, ["4/replicated/1"])
