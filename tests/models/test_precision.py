@@ -209,39 +209,3 @@ def test_a_convolutions_gradients_are_those_of_float32(side, stride, padding):
     np.testing.assert_array_equal(half, out.astype(jnp.bfloat16))
     np.testing.assert_array_equal(got[0], want[0].astype(jnp.bfloat16))
     np.testing.assert_array_equal(got[1], want[1])
-
-
-def attend(model, x):
-    attention = model.decoder.blocks[0].self_attention
-    assert isinstance(attention, MultiHeadAttention)
-    return attention(x)
-
-
-def test_fused_attention_is_called_for_what_plain_attention_computes(monkeypatch):
-    """Layout, scale and causality, with JAX's own products in the kernel's place."""
-    plain, fused = (
-        build(attention=name, width=32, num_heads=2) for name in ("xla", "cudnn")
-    )
-    x = jax.random.normal(jax.random.key(0), (2, 16, 32))
-    products = jax.nn.dot_product_attention
-
-    def in_its_place(*arguments, implementation, **options):
-        assert implementation == "cudnn"
-        return products(*arguments, **options)
-
-    want = plain(attend, x)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", in_its_place)
-    assert relative_error(fused(attend, x), want) < FLOAT32
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
-def test_fused_attention_equals_plain():
-    fused, plain = (
-        build("bfloat16", attention=name, width=32, num_heads=2)
-        for name in ("cudnn", "xla")
-    )
-    x = jax.random.normal(jax.random.key(0), (2, 16, 32))
-
-    got, want = (compiled(attend, x) for compiled in (fused, plain))
-    assert relative_error(got, want) < 0.02
