@@ -291,13 +291,13 @@ class SLATE(TokenDecoder):
         if shuffled:
             order = jax.random.permutation(jax.random.fold_in(key, 6), self.side**2)
             shown, asked = self.reordered(shown, order), targets[:, order]
-        logits = self.decode(
-            shown,
-            slots.slots,
-            key=None if deterministic else key_decoder,
-            weighted=not deterministic,
-            order=order,
-        )
+        masks = None
+        if deterministic:
+            logits, masks = self.watch(shown, slots.slots)
+        else:
+            logits = self.decode(
+                shown, slots.slots, key=key_decoder, weighted=True, order=order
+            )
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, asked)
         if self.token_weighting and not deterministic:
             cross_entropy = cross_entropy * self.weights()[asked]
@@ -307,6 +307,7 @@ class SLATE(TokenDecoder):
             on_grid(slots.attention, self.slots_side),
             slots.stats,
             reconstruction,
+            masks,
             coupling=slots.coupling,
             tokens=targets,
         )

@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -100,6 +101,11 @@ def test_files_hold_what_was_returned_and_training_is_untouched(
     for picture in record["pictures"]:
         with Image.open(folder / picture["file"]) as image:
             assert min(image.size) > 90
+        if picture["file"] in ("best.png", "worst.png"):
+            number = r"-?[\d.]+(e-\d+)?"
+            one = rf"{number} / ARI {number} / mIoU {number} \(image \d+\)"
+            said = rf"By attention/fg_ari: {one}(, {one})*\."
+            assert re.fullmatch(said, picture["caption"])
     page = (workdir / "report.html").read_text()
     for told in ("Evaluation: test", "Foreground ARI", "decoder masks", "no weights"):
         assert told in page
