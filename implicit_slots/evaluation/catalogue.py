@@ -46,6 +46,7 @@ PREFIXES: Mapping[str, str] = {
     "dvae": "tokens",  # the image that they stand for
     "relaxed": "relaxed tokens",
     "slots": "through the slots",
+    "composed": "slots of different images",
     "one_left": "down to one slot",
     "shuffled": "shuffled slots",
     "shuffled/one_left": "shuffled, down to one",

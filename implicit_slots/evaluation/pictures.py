@@ -68,7 +68,7 @@ def draw_reconstructions(
             ("best", order[::-1][: ROWS // 2]),
             ("worst", order[: ROWS // 2]),
         ):
-            told = ", ".join(_told(findings, metric, i) for i in chosen)
+            told = ", ".join(_told(findings, metric, i) for i in chosen.tolist())
             pictures.append(
                 _save(
                     folder,
