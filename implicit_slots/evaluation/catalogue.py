@@ -47,9 +47,13 @@ PREFIXES: Mapping[str, str] = {
     "relaxed": "relaxed tokens",
     "slots": "through the slots",
     "composed": "slots of different images",
+    "linear": "linear probe",
+    "mlp": "MLP probe",
     "one_left": "down to one slot",
     "shuffled": "shuffled slots",
     "shuffled/one_left": "shuffled, down to one",
+    "shuffled/linear": "linear probe, shuffled",
+    "shuffled/mlp": "MLP probe, shuffled",
 }
 # Names that training logs, and what an evaluation calls the same.
 ALIASES: Mapping[str, str] = {

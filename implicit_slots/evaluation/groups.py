@@ -25,7 +25,6 @@ from implicit_slots.evaluation.metrics import (
     deletion,
     fixed_points,
     interdependence,
-    iou,
 )
 from implicit_slots.evaluation.metrics.average_precision import (
     THRESHOLDS,
@@ -33,7 +32,8 @@ from implicit_slots.evaluation.metrics.average_precision import (
     average_precision,
     precision_recall,
 )
-from implicit_slots.evaluation.metrics.segmentation import upsample
+from implicit_slots.evaluation.metrics.segmentation import matched_slots
+from implicit_slots.evaluation.probing import probes
 from implicit_slots.evaluation.renders import rendering
 from implicit_slots.models.build import model_class
 from implicit_slots.models.images import as_float
@@ -213,6 +213,7 @@ GROUPS: Mapping[str, Callable[[Subject, Findings], Any]] = {
     "masks": masks,
     "rendering": rendering,
     "properties": properties,
+    "probes": probes,
     "deletion": deletions,
     "fixed_points": behaviour,
 }
@@ -232,10 +233,8 @@ def _regions(subject: Subject, batch: Batch, attention: jax.Array) -> deletion.R
     if "segmentation" not in batch:
         return deletion.mask_regions(attention, height, width)
     true = jnp.asarray(batch["segmentation"])
-    objects = iou.one_hot_objects(true, subject.config.data.max_objects)
-    weights = upsample(attention, height, width)
-    weights = iou.drop_ignored(weights.reshape(*weights.shape[:2], -1), true)
-    matched = iou.match(iou.intersection_over_union(objects, weights))
+    most = subject.config.data.max_objects
+    matched = matched_slots(attention, true, max_true=most)
     shadow = batch.get("shadow")
     return deletion.object_regions(
         true,

@@ -19,7 +19,10 @@ from implicit_slots.evaluation.metrics.detection import Detected, detect_objects
 from implicit_slots.evaluation.metrics.interdependence import Coupling, coupling
 from implicit_slots.evaluation.metrics.locality import locality
 from implicit_slots.evaluation.metrics.reconstruction import compare
-from implicit_slots.evaluation.metrics.segmentation import score_masks
+from implicit_slots.evaluation.metrics.segmentation import (
+    matched_slots,
+    score_masks,
+)
 from implicit_slots.evaluation.setup import Setup
 from implicit_slots.fixed_point import Unrolled, diagnostics, fixed_point
 from implicit_slots.models.images import as_float
@@ -55,6 +58,8 @@ class EvaluationSteps(NamedTuple):
       rendering: (params, image, number) -> (values per image, images by the name of
         what they were rendered from: "dvae", "slots").
       properties: (params, batch, number) -> (values per image, `Detections`).
+      assign: (params, batch, number) -> (each object's slot, whether it has one, the
+        objects), of data that tell of objects.
       render: (params, slots, present) -> images.
       read: (params, tokens, slots, present) -> `Reading`.
       iterate: (params, image, number) -> (values per image, `Trajectory`, `Coupling`)
@@ -67,6 +72,7 @@ class EvaluationSteps(NamedTuple):
     masks: Callable[..., tuple[dict[str, jax.Array], dict[str, Detected]]]
     rendering: Callable[..., Any]
     properties: Callable[..., Any]
+    assign: Callable[..., Any]
     render: Callable[..., jax.Array]
     read: Callable[..., Reading]
     iterate: Callable[..., Any]
@@ -84,8 +90,8 @@ def build_evaluation_steps(
       mesh: see `Setup`.
     """
     setup = Setup(graphdef, config, mesh)
-    functions = (encode, masks, rendering, properties, render, read, iterate, restart)
-    return EvaluationSteps(*map(setup.compiled, functions))
+    functions = (encode, masks, rendering, properties, assign, render, read)
+    return EvaluationSteps(*map(setup.compiled, (*functions, iterate, restart)))
 
 
 def encode(
@@ -181,6 +187,18 @@ def properties(
     matched = match_sets(pairwise_distance(predicted, target))
     scores = attribute_scores(predicted, target, matched, CLASSES, REACH)
     return scores, detect(predicted, target, CLASSES, REACH)
+
+
+def assign(
+    setup: Setup, given: Given, params: PyTree, batch: Batch, number: jax.Array
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Gives each object to be seen its slot, by attention's masks."""
+    image, most = as_float(batch["image"]), setup.config.data.max_objects
+    encoded = setup.model(params).encode(image, key=_key(given, number))
+    matched = matched_slots(encoded.attention, batch["segmentation"], max_true=most)
+    places = jnp.maximum(matched, 0)[..., None]
+    slots = jnp.take_along_axis(encoded.slots, places, axis=1)
+    return slots, matched >= 0, batch["objects"]
 
 
 def render(

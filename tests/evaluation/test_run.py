@@ -63,6 +63,12 @@ def test_every_metric_of_the_table_is_measured_or_its_absence_explained(record):
         for metric in METRICS.values()
         if metric.measured != "training" and metric.group != "Object properties"
     }
+    # And of properties what a probe finds in slots.
+    probed = {f"{name}_accuracy" for name in ("size", "material", "shape", "color")}
+    probed |= {f"{name}_r2" for name in ("position", "pixel_position", "depth")}
+    for name in ("linear", "mlp", "shuffled/linear", "shuffled/mlp"):
+        assert {f"{name}/{one}" for one in probed} <= record["metrics"].keys()
+    told |= probed
     assert found | record["absent"].keys() == told
     assert record["absent"].keys() == {"fid", "kid"}
     for name in record["metrics"]:

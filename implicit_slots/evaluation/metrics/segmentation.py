@@ -39,6 +39,29 @@ def upsample(
     return jax.image.resize(attention.astype(jnp.float32), shape, "bilinear")
 
 
+def matched_slots(
+    attention: Float[Array, "batch slots rows columns"],
+    segmentation: Int[Array, "batch height width"],
+    *,
+    max_true: int,
+) -> Int[Array, "batch {max_true}"]:
+    """Gives each object to be seen a slot, by the soft intersection over union.
+
+    Args:
+      attention: see `score_masks`.
+      segmentation: the same.
+      max_true: the largest true id.
+
+    Returns:
+      The slot of each object, −1 for none (`iou.match`).
+    """
+    objects = iou.one_hot_objects(segmentation, max_true)
+    weights = upsample(attention, *segmentation.shape[1:])
+    flat = weights.reshape(*weights.shape[:2], -1)
+    flat = iou.drop_ignored(flat, segmentation)
+    return iou.match(iou.intersection_over_union(objects, flat))
+
+
 def score_masks(
     attention: Float[Array, "batch slots rows columns"],
     segmentation: Int[Array, "batch height width"],
