@@ -75,6 +75,12 @@ _PROCESS_INDEX = flags.DEFINE_integer(
 _DATA = flags.DEFINE_string(
     "data", None, "To evaluate on other data: the configuration FILE they are from."
 )
+_SHIFT = flags.DEFINE_string(
+    "shift",
+    "",
+    "To evaluate what shifts of the embedded scenes cost: all, or some by name "
+    "(objects,colours,light,ground,cropped,noise).",
+)
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
@@ -130,6 +136,7 @@ def main(argv: list[str]) -> None:
             workdir,
             mode=_MODE.value,
             checkpoint=_CHECKPOINT.value,
+            shift=_SHIFT.value,
             command=_command(),
             began=_BEGAN,
         )

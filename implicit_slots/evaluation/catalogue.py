@@ -92,6 +92,13 @@ def title(name: str) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def listed(name: str) -> tuple[int, str, tuple[int, str]]:
+    """Sorts metrics of one prefix together, then as the table does; as `rank` else."""
+    prefix, last = split(name)
+    place = list(PREFIXES).index(prefix) if prefix in PREFIXES else len(PREFIXES)
+    return place, prefix, (_PLACES.get(last, len(_PLACES)), last)
+
+
 def rank(name: str) -> tuple[int, tuple[str, str]]:
     """Sorts metrics as the table does; unknown ones follow by alphabet."""
     prefix, last = split(name)
