@@ -12,7 +12,7 @@ from implicit_slots.evaluation.metrics.probes import (
     probe_properties,
 )
 
-# Of so many images one is scored, and no object of it is fitted.
+# Of so many images one is scored, and no object of it is fitted; another one chooses.
 ONE_IN = 5
 # Attributes that start again after a full turn: no regression finds them.
 ANGLES = ("rotation", "orientation")
@@ -38,8 +38,9 @@ def probes(subject: Subject, findings: Findings) -> None:
         lambda *parts: np.concatenate(parts)[: count or None], *rows
     )
     images, _ = np.nonzero(matched)
-    held_out = images % ONE_IN == ONE_IN - 1
-    if not held_out.any() or held_out.all():
+    part = images % ONE_IN
+    held_out, chosen_on = part == ONE_IN - 1, part == ONE_IN - 2
+    if len(np.unique(part)) < ONE_IN:
         findings.absent["probes"] = "too few images to fit a probe and to score it"
         return
     fields = {name: values[matched] for name, values in objects.items()}
@@ -47,7 +48,9 @@ def probes(subject: Subject, findings: Findings) -> None:
     shuffled = jax.tree.map(lambda v: _shuffled(v, held_out), properties)
     for prefix, told in (("", properties), ("shuffled/", shuffled)):
         for name, hidden in HIDDEN.items():
-            scores = probe_properties(slots[matched], told, held_out, hidden=hidden)
+            scores = probe_properties(
+                slots[matched], told, held_out, chosen_on, hidden=hidden
+            )
             scored = len(np.unique(images[held_out]))
             findings.numbers |= {
                 f"{prefix}{name}/{key}": (value, scored)

@@ -49,7 +49,8 @@ def asked(monkeypatch):
     """What the probes are given, by the order in which they are."""
     calls: list[Any] = []
 
-    def note(slots, properties, held_out, *, hidden):
+    def note(slots, properties, held_out, chosen_on, *, hidden):
+        assert set(slots[chosen_on, 0].astype(int).tolist()) == {3, 8}
         calls.append((slots, properties, held_out, hidden))
         return {"color_accuracy": 0.5, "position_r2": 0.25}
 
