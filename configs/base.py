@@ -92,6 +92,7 @@ def get_config(name: str, data: Config) -> Config:
     config.evaluation.masks.starts = 1
     config.evaluation.rendering = ConfigDict({"every": 0, "num_images": 1_000})
     config.evaluation.properties = ConfigDict({"every": 0, "num_images": 0})
+    config.evaluation.probes = ConfigDict({"every": 0, "num_images": 1_000})
     config.evaluation.deletion = ConfigDict({"every": 0, "num_images": 32})
     config.evaluation.deletion.orders = 2  # random orders of deletion, per image
     config.evaluation.fixed_points = ConfigDict({"every": 0, "num_images": 8})

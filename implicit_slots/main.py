@@ -105,6 +105,12 @@ _SEEDS = flags.DEFINE_string(
 _SWEEP = flags.DEFINE_multi_string(
     "sweep", [], "The same with config.KEY=VALUE,VALUE,…; as often as needed."
 )
+_SHIFT = flags.DEFINE_string(
+    "shift",
+    "",
+    "To evaluate what shifts of the embedded scenes cost: all, or some by name "
+    "(objects,colours,light,ground,cropped,noise).",
+)
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
@@ -171,6 +177,7 @@ def main(argv: list[str]) -> None:
             workdir,
             mode=_MODE.value,
             checkpoint=_CHECKPOINT.value,
+            shift=_SHIFT.value,
             command=_command(),
             began=_BEGAN,
         )

@@ -21,8 +21,8 @@ from configs import base
 from experiments.benchmarks import harness
 from implicit_slots.evaluation.metrics import iou
 from implicit_slots.evaluation.metrics.locality import locality
+from implicit_slots.evaluation.metrics.rand_index import adjusted_rand_index
 from implicit_slots.evaluation.metrics.segmentation import (
-    adjusted_rand_index,
     attention_to_masks,
     score_masks,
 )

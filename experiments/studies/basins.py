@@ -59,7 +59,7 @@ STUDY = study.Study(
     metrics=(
         *("fixed_points", "largest_basin", "unconverged", "mask_agreement"),
         *("residual*", "mask_flips", "spectral_radius", "cross_entropy*"),
-        *("attention/fg_ari@*", "decoder/fg_ari@*"),
+        *("attention/*@*", "decoder/*@*"),
     ),
     summary=(
         *("fixed_points", "largest_basin", "unconverged", "mask_agreement"),
@@ -80,11 +80,6 @@ STUDY = study.Study(
             at("cross_entropy", COUNTS), (AT, "cross-entropy, nats"), xscale="log"
         ),
         drawing.over(
-            at("attention/fg_ari", COUNTS),
-            (AT, "foreground ARI, attention"),
-            xscale="log",
-        ),
-        drawing.over(
             at("residual", range(1, 101)),
             (AT, "‖f(z)−z‖ / ‖f(z)‖"),
             xscale="log",
@@ -93,6 +88,13 @@ STUDY = study.Study(
         by_arm("fixed_points", "distinct fixed points of an image"),
         by_arm("unconverged", "starts that settle nowhere"),
         by_arm("mask_agreement", "ARI of masks between starts"),
+        *drawing.of_masks(
+            lambda name, label: drawing.over(
+                at(f"attention/{name}", COUNTS),
+                (AT, f"{label}, attention"),
+                xscale="log",
+            )
+        ),
     ),
     derive=growth,
 )

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Panel = Callable[["Axes", Table], None]
+# What masks are scored by, always together: where slots share the ground in smears,
+# foreground ARI is high and the others are low.
+MASKS = {"fg_ari": "foreground ARI", "ari": "ARI", "miou": "mIoU"}
+
+
+def of_masks(make: Callable[[str, str], Panel]) -> tuple[Panel, ...]:
+    """Returns a panel for each score of masks, made of its name and label."""
+    return tuple(make(name, label) for name, label in MASKS.items())
 
 
 def figure(table: Table, *panels: Panel, columns: int = 3) -> "Figure":

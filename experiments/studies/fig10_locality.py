@@ -61,10 +61,7 @@ STUDY = study.Study(
     doc=str(__doc__),
     arms=arms,
     metrics=("cross_entropy", "attention/*", "decoder/*", "penalty_*", "slot_mse"),
-    summary=(
-        *("cross_entropy", ENTROPY, AREA, SHADOW),
-        *("attention/fg_ari", "decoder/fg_ari"),
-    ),
+    summary=("cross_entropy", ENTROPY, AREA, SHADOW),
     rules=(
         *(
             Rule(claim, metric, "implicit", "vanilla", "higher", ranks_diverged=False)
@@ -76,18 +73,20 @@ STUDY = study.Study(
         ),
         *(rule for name in REMEDIES for rule in remedy(name)),
     ),
-    # Two Pareto pictures and the masks, then how maps change along training.
+    # Two Pareto pictures, how maps change along training, and the masks.
     panels=(
         scatter("cross_entropy", ENTROPY, (NATS, "entropy of attention, nats")),
         scatter("cross_entropy", AREA, (NATS, "area of a map / object")),
-        scatter(
-            "attention/fg_ari",
-            "decoder/fg_ari",
-            ("foreground ARI, attention", "foreground ARI, decoder"),
-        ),
         along(ENTROPY, "entropy of attention, nats"),
         along(SHADOW, "attention on the shadow / other ground", yscale="log"),
         along("decoder/token_entropy", "entropy of decoder masks, nats"),
+        *drawing.of_masks(
+            lambda name, label: scatter(
+                f"attention/{name}",
+                f"decoder/{name}",
+                (f"{label}, attention", f"{label}, decoder"),
+            )
+        ),
     ),
     more={"fig10_maps": lambda table: drawing.montage(table, ["vanilla", "implicit"])},
 )

@@ -51,7 +51,7 @@ STUDY = study.Study(
     arms=arms,
     metrics=(
         *(CROSS_ENTROPY, "forward_residual", "grad_norm_l2", "steps_per_second"),
-        *("spectral_radius", "spectral_norm", "backward_*", "slot_mse", "fg_ari"),
+        *("spectral_radius", "spectral_norm", "backward_*", "slot_mse"),
     ),
     summary=(
         *(CROSS_ENTROPY, "slot_mse", "forward_residual", "spectral_radius"),

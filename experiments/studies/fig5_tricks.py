@@ -87,7 +87,7 @@ STUDY = study.Study(
     arms=arms,
     metrics=(
         *("cross_entropy", "grad_norm_l2", "grad_norm_inf", "spectral_*", "skipped"),
-        *("forward_residual", "slot_mse", "fg_ari"),
+        *("forward_residual", "slot_mse"),
     ),
     summary=("cross_entropy", "slot_mse", "spectral_norm", "spectral_radius"),
     rules=tuple(rule for trick in ("clipping", "warm-up") for rule in rules_of(trick)),

@@ -56,7 +56,7 @@ STUDY = study.Study(
     doc=str(__doc__),
     arms=arms,
     metrics=(
-        *("cross_entropy", "slot_mse", "forward_residual", "spectral_*", "fg_ari"),
+        *("cross_entropy", "slot_mse", "forward_residual", "spectral_*"),
         *("grad_norm_l2", "steps_per_second"),
     ),
     summary=("cross_entropy", "slot_mse", "forward_residual", "spectral_norm"),
@@ -70,8 +70,8 @@ STUDY = study.Study(
         panel("slot_mse", "squared error through the slots"),
         panel("forward_residual", "‖f(z)−z‖ / ‖f(z)‖", yscale="log"),
         panel("spectral_norm", "σ_max(J)", yscale="log"),
-        panel("fg_ari", "foreground ARI of attention"),
         panel("steps_per_second", "training steps per second"),
+        *drawing.of_masks(lambda name, label: panel(name, f"{label}, attention")),
     ),
 )
 

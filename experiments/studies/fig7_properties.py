@@ -37,7 +37,7 @@ STUDY = study.Study(
     title="Properties of objects (Fig. 7)",
     doc=str(__doc__),
     arms=arms,
-    metrics=(*METRICS, "huber", "fg_ari", "forward_residual"),
+    metrics=(*METRICS, "huber", "forward_residual"),
     summary=(*METRICS, "huber"),
     rules=(
         score_rule("implicit predicts better", DECIDES, "implicit@3", "vanilla@3"),

@@ -15,7 +15,7 @@ Cost: cpu 6 runs of eight minutes on a core and one of starts each; gpu 6 (not
 from typing import Any
 
 from experiments.studies import drawing, scales, study
-from experiments.studies.drawing import along
+from experiments.studies.drawing import MASKS, along, of_masks
 from experiments.studies.probes import STARTS
 from experiments.studies.runs import Arm
 from experiments.studies.statistics import score_rule
@@ -38,12 +38,12 @@ STUDY = study.Study(
     doc=str(__doc__),
     arms=arms,
     metrics=(
-        *("decoder_fg_ari", "fg_ari", "reconstruction", "forward_residual"),
-        *("decoder/fg_ari@*", "attention/fg_ari@*"),
+        *("reconstruction", "forward_residual"),
+        *("decoder/*@*", "attention/*@*"),
     ),
     summary=(
-        *("decoder_fg_ari", "fg_ari", "reconstruction"),
-        *(f"decoder/fg_ari@{count}" for count in STARTS),
+        "reconstruction",
+        *(f"decoder/{name}@{count}" for count in STARTS for name in MASKS),
     ),
     rules=(
         score_rule("the decoder's masks are as good", "decoder_fg_ari", *PAIR),
@@ -51,13 +51,19 @@ STUDY = study.Study(
     ),
     # Along training, and over the number of starts.
     panels=(
-        along("decoder_fg_ari", "foreground ARI, decoder", "validation"),
-        along("fg_ari", "foreground ARI, attention", "validation"),
-        along("reconstruction", "mean squared error", "validation", yscale="log"),
-        drawing.over(
-            drawing.at("decoder/fg_ari", STARTS),
-            ("initial slots tried for each image", "foreground ARI, decoder"),
+        *of_masks(
+            lambda name, label: along(
+                f"decoder_{name}", f"{label}, decoder", "validation"
+            )
         ),
+        *of_masks(lambda name, label: along(name, f"{label}, attention", "validation")),
+        *of_masks(
+            lambda name, label: drawing.over(
+                drawing.at(f"decoder/{name}", STARTS),
+                ("initial slots tried for each image", f"{label}, decoder"),
+            )
+        ),
+        along("reconstruction", "mean squared error", "validation", yscale="log"),
     ),
     more={
         "fig8_masks": lambda table: drawing.montage(

@@ -103,7 +103,7 @@ STUDY = study.Study(
     metrics=(
         *("cross_entropy", "spill*", "one_left/*", "counterfactual_error*"),
         *("scene_spill", "predictability", "shuffled/predictability"),
-        *("jacobian_coupling", "inverse_coupling", "attention/fg_ari"),
+        *("jacobian_coupling", "inverse_coupling"),
     ),
     summary=(
         *("cross_entropy", SPILL, LEFT_SPILL, LEFT_SPILL + MATCHED),

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from configs import scenes
+from experiments.studies.drawing import MASKS
 from experiments.studies.statistics import Rule, paired_effect
 from implicit_slots.data.batches import TrainBatches
 from implicit_slots.evaluation.validation import (
@@ -82,12 +83,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
         "optimizer.slots_learning_rate": 3.75e-4,
     },
 }
-NAMES = {
-    "fg_ari": "foreground ARI",
-    "ari": "ARI",
-    "miou": "mIoU",
-    "cross_entropy": "cross-entropy",
-}
+NAMES = {**MASKS, "cross_entropy": "cross-entropy"}
 RULE = Rule(
     claim="",
     metric="",

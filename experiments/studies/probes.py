@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.solver_comparison import build_case, gradient_quality
+from experiments.studies.drawing import MASKS
 from experiments.studies.runs import PROBE_FOLDER
 from implicit_slots.data import registry
 from implicit_slots.data.source import DataError, Source
@@ -143,13 +144,14 @@ def masks_at(
     """The last checkpoint's masks and cross-entropy where a key has other values."""
     step = checkpoint.saved_steps(workdir)[-1]
     params = split_model(model)[1]
+    scores = {f"{kind}/{name}" for kind in ("attention", "decoder") for name in MASKS}
     for value in values:
         config.update_from_flattened_dict({key: value})
         again = dataclasses.replace(subject(config, build(config)), params=params)
         findings = Findings()
         groups.masks(again, findings)
         for metric, found in findings.metrics().items():
-            if metric in ("cross_entropy", "attention/fg_ari", "decoder/fg_ari"):
+            if metric == "cross_entropy" or metric in scores:
                 yield step, f"{metric}@{value}", found["mean"]
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from experiments.studies import drawing, runs, statistics
-from experiments.studies.drawing import Panel
+from experiments.studies.drawing import MASKS, Panel
 from experiments.studies.runs import Arm, Launch
 from experiments.studies.scales import SCALES, SEEDS
 from experiments.studies.statistics import Rule
@@ -38,6 +38,10 @@ from implicit_slots.runtime.workdir import read_summary
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Scores of attention's and of the decoder's masks, as training logs them or else as a
+# probe measures them.
+SCORES = (("", "attention/"), ("decoder_", "decoder/"))
+
 
 @dataclass(frozen=True)
 class Study:
@@ -49,8 +53,9 @@ class Study:
       doc: its docstring: claim, question, rule, cost.
       arms: from a scale to what is compared.
       metrics: names whose measurements are kept, whole or as a beginning that ends in
-        "*".
-      summary: names of the metrics that the page's table shows.
+        "*"; the scores of masks always are.
+      summary: names of the metrics that the page's table shows, before the scores of
+        masks.
       rules: what decides.
       panels: of the figure.
       more: further figures, by their files' names.
@@ -172,7 +177,8 @@ def execute(
 
 def measure(study: Study, done: Sequence[runs.Done]) -> Table:
     """Returns what was measured of a study's runs, and what derives from it."""
-    table = gather(study.metrics, done)
+    scores = [f"{kind}{name}" for kinds in SCORES for kind in kinds for name in MASKS]
+    table = gather((*study.metrics, *scores), done)
     return Table((*table.rows, *study.derive(table)), table.done)
 
 
@@ -216,18 +222,26 @@ Last values, median (least to greatest) of {counted}, without runs that diverged
 
 def summary(study: Study, table: Table) -> str:
     """A row an arm: medians and ranges of the study's main metrics."""
-    lines = [
-        f"| | {' | '.join(study.summary)} | diverged |",
-        "|---|" + "---|" * (len(study.summary) + 1),
-    ]
+    names = (*study.summary, *scores_of(table))
+    lines = [f"| | {' | '.join(names)} | diverged |", "|---" * (len(names) + 2) + "|"]
     for arm in table.arms():
         cells = []
-        for metric in study.summary:
+        for metric in names:
             values = [v for v in table.last(arm, metric).values() if not math.isnan(v)]
             cells.append(_spread(values))
         lost = sum(bool(one.diverged) for one in table.runs(arm))
         lines.append(f"| {arm} | {' | '.join(cells)} | {lost} |")
     return "\n".join(lines)
+
+
+def scores_of(table: Table) -> list[str]:
+    """The names of the scores of masks that were measured."""
+    measured = {row.metric for row in table.rows}
+    kinds = [
+        next((kind for kind in kinds if f"{kind}fg_ari" in measured), None)
+        for kinds in SCORES
+    ]
+    return [f"{kind}{name}" for kind in kinds if kind is not None for name in MASKS]
 
 
 def _spread(values: Sequence[float]) -> str:

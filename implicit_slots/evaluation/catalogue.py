@@ -46,9 +46,14 @@ PREFIXES: Mapping[str, str] = {
     "dvae": "tokens",  # the image that they stand for
     "relaxed": "relaxed tokens",
     "slots": "through the slots",
+    "composed": "slots of different images",
+    "linear": "linear probe",
+    "mlp": "MLP probe",
     "one_left": "down to one slot",
     "shuffled": "shuffled slots",
     "shuffled/one_left": "shuffled, down to one",
+    "shuffled/linear": "linear probe, shuffled",
+    "shuffled/mlp": "MLP probe, shuffled",
 }
 # Names that training logs, and what an evaluation calls the same.
 ALIASES: Mapping[str, str] = {
@@ -85,6 +90,13 @@ def title(name: str) -> str:
     prefix = split(name)[0]
     parts = (describe(name).label, PREFIXES.get(prefix, prefix))
     return ", ".join(part for part in parts if part)
+
+
+def listed(name: str) -> tuple[int, str, tuple[int, str]]:
+    """Sorts metrics of one prefix together, then as the table does; as `rank` else."""
+    prefix, last = split(name)
+    place = list(PREFIXES).index(prefix) if prefix in PREFIXES else len(PREFIXES)
+    return place, prefix, (_PLACES.get(last, len(_PLACES)), last)
 
 
 def rank(name: str) -> tuple[int, tuple[str, str]]:

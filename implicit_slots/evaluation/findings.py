@@ -87,6 +87,7 @@ class Findings:
       notes: sentences.
       curves: see `curve`.
       shown: what each group leaves for pictures.
+      shifts: of each shift of the data its meaning and metrics, see shifts.py.
     """
 
     images: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -95,6 +96,7 @@ class Findings:
     notes: list[str] = dataclasses.field(default_factory=list)
     curves: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     shown: dict[str, Any] = dataclasses.field(default_factory=dict)
+    shifts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def metrics(self) -> dict[str, dict[str, Any]]:
         """Returns mean, standard deviation over images, and count, by name."""

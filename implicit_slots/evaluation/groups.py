@@ -3,7 +3,6 @@
 Each is a function of a `Subject` that adds to `Findings`.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from implicit_slots.data.source import IGNORED, Batch
+from implicit_slots.data.source import Batch
 from implicit_slots.evaluation.catalogue import describe
 from implicit_slots.evaluation.findings import (
     Findings,
@@ -21,13 +20,11 @@ from implicit_slots.evaluation.findings import (
     kept_rows,
     kept_values,
 )
+from implicit_slots.evaluation.mask_scores import NO_MASKS, masks
 from implicit_slots.evaluation.metrics import (
     deletion,
     fixed_points,
-    frechet,
-    inception,
     interdependence,
-    iou,
 )
 from implicit_slots.evaluation.metrics.average_precision import (
     THRESHOLDS,
@@ -35,104 +32,21 @@ from implicit_slots.evaluation.metrics.average_precision import (
     average_precision,
     precision_recall,
 )
-from implicit_slots.evaluation.metrics.segmentation import upsample
-from implicit_slots.evaluation.steps import classes_of, starts_of
+from implicit_slots.evaluation.metrics.segmentation import matched_slots
+from implicit_slots.evaluation.probing import probes
+from implicit_slots.evaluation.renders import rendering
 from implicit_slots.models.build import model_class
 from implicit_slots.models.images import as_float
 from implicit_slots.models.slot_attention import LEARNED
-from implicit_slots.runtime.devices import replicated
-from implicit_slots.runtime.files import expand
 from implicit_slots.runtime.prng import Purpose, purpose_key
 
 # Of the cross-validation of predictability.
 FOLDS = 5
 
-NO_MASKS = "the data has no masks"
-NO_SHADOWS = "the data does not say where shadows are"
-NO_CLASSES = "the data names no class of its objects"
 NO_OBJECTS = "the data does not say what objects there are"
 NO_RENDERER = "the data's scenes cannot be rendered again without an object"
 OF_STARTS = ("fixed_points", "largest_basin", "unconverged", "mask_agreement")
 NO_STARTS = "learned initial slots: every start is the same"
-NO_WEIGHTS = (
-    "no weights: --config.evaluation.inception=FILE takes "
-    "pt_inception-2015-12-05-6726825d.pth, which is not downloaded for you"
-)
-
-
-def masks(subject: Subject, findings: Findings) -> None:
-    """Segmentation, locality and cross-entropy of both kinds of masks."""
-    count = subject.config.evaluation.masks.num_images
-    rows, more, seen, ignored, absent = [], 0, 0, [], {}
-    slots = subject.config.model.num_slots
-    for number, batch, host in subject.batches(count, "masks"):
-        values = subject.steps.masks(subject.params, batch, number)
-        rows.append(kept_values(values, host))
-        if "segmentation" in host:
-            true = host["segmentation"][host["mask"]]
-            shown = [len(np.unique(ids[ids != IGNORED])) for ids in true]
-            more += sum(objects > slots for objects in shown)
-            ignored += [np.mean(ids == IGNORED) for ids in true]
-        seen += int(host["mask"].sum())
-        absent = _missing(host)
-    findings.images |= joined(rows, count)
-    findings.absent |= absent
-    if (starts := starts_of(subject.config)) > 1:
-        findings.notes.append(
-            f"masks are those of the best of {starts} initial slots for each image, by "
-            "the reconstruction"
-        )
-    if (share := np.mean(ignored or 0)) > 0:
-        findings.notes.append(
-            f"{share:.2%} of the pixels are ignored by the true masks (void, crowds): "
-            "they count in no comparison with them"
-        )
-    if more:
-        findings.notes.append(
-            f"{more:,} of {seen:,} images have more masks (objects and ground) than "
-            f"the model has slots ({slots}): an object that gets none counts 0 in mIoU"
-        )
-
-
-def rendering(subject: Subject, findings: Findings) -> None:
-    """Squared error, PSNR, SSIM and Fréchet distances of both reconstructions."""
-    settings = subject.config.evaluation
-    # Whole in every process, which otherwise could not fetch it.
-    compiled = functools.partial(jax.jit, out_shardings=replicated(subject.mesh))
-    features: dict[str, Any] = {"frechet_random": compiled(frechet.random_features)}
-    if settings.inception:
-        weights = inception.load(expand(settings.inception))
-        weights = jax.device_put(weights, replicated(subject.mesh))
-        network = compiled(inception.features)
-        features["fid"] = lambda images: network(weights, images)
-    else:
-        findings.absent["fid"] = NO_WEIGHTS
-    rows: list[dict[str, np.ndarray]] = []
-    found: dict[tuple[str, str], list[np.ndarray]] = {}
-    count = settings.rendering.num_images
-    for number, batch, host in subject.batches(count, "renders"):
-        values, rendered = subject.steps.rendering(
-            subject.params, batch["image"], number
-        )
-        rows.append(kept_values(values, host))
-        by_name = {"image": as_float(batch["image"]), **rendered}
-        for feature, function in features.items():
-            for name, images in by_name.items():
-                kept = np.asarray(function(images))[kept_rows(host)]
-                found.setdefault((feature, name), []).append(kept)
-    findings.images |= joined(rows, count)
-    for feature in features:
-        sets = {
-            name: np.concatenate(images)[: count or None]
-            for (kind, name), images in found.items()
-            if kind == feature
-        }
-        for name in sets.keys() - {"image"}:
-            if len(sets["image"]) < 2:
-                findings.absent[f"{name}/{feature}"] = "it needs two images or more"
-                continue
-            distance = frechet.frechet_distance(sets["image"], sets[name])
-            findings.numbers[f"{name}/{feature}"] = distance, len(sets["image"])
 
 
 def deletions(subject: Subject, findings: Findings) -> tuple[np.ndarray, Batch] | None:
@@ -299,6 +213,7 @@ GROUPS: Mapping[str, Callable[[Subject, Findings], Any]] = {
     "masks": masks,
     "rendering": rendering,
     "properties": properties,
+    "probes": probes,
     "deletion": deletions,
     "fixed_points": behaviour,
 }
@@ -318,10 +233,8 @@ def _regions(subject: Subject, batch: Batch, attention: jax.Array) -> deletion.R
     if "segmentation" not in batch:
         return deletion.mask_regions(attention, height, width)
     true = jnp.asarray(batch["segmentation"])
-    objects = iou.one_hot_objects(true, subject.config.data.max_objects)
-    weights = upsample(attention, height, width)
-    weights = iou.drop_ignored(weights.reshape(*weights.shape[:2], -1), true)
-    matched = iou.match(iou.intersection_over_union(objects, weights))
+    most = subject.config.data.max_objects
+    matched = matched_slots(attention, true, max_true=most)
     shadow = batch.get("shadow")
     return deletion.object_regions(
         true,
@@ -375,15 +288,3 @@ def _mean(values: np.ndarray) -> np.ndarray:
     total = np.where(defined, values, 0).sum(axis=0)
     count = defined.sum(axis=0)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def _missing(host: Batch) -> dict[str, str]:
-    """What cannot be measured on such a batch, and why."""
-    if "segmentation" not in host:
-        return {"Segmentation": NO_MASKS, "Attention locality": NO_MASKS}
-    missing = {}
-    if "shadow" not in host:
-        missing["on_shadow"] = missing["shadow_contrast"] = NO_SHADOWS
-    if classes_of(host) is None:
-        missing["mbo_class"] = NO_CLASSES
-    return missing

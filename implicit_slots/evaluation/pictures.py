@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from implicit_slots.drawing import figures, grids
+from implicit_slots.evaluation.catalogue import describe
 from implicit_slots.evaluation.findings import Findings, Subject
 from implicit_slots.evaluation.groups import groups_of
 from implicit_slots.evaluation.metrics import fixed_points, iou
@@ -67,7 +68,7 @@ def draw_reconstructions(
             ("best", order[::-1][: ROWS // 2]),
             ("worst", order[: ROWS // 2]),
         ):
-            told = ", ".join(f"{values[i]:.3g} (image {i})" for i in chosen)
+            told = ", ".join(_told(findings, metric, i) for i in chosen.tolist())
             pictures.append(
                 _save(
                     folder,
@@ -225,6 +226,18 @@ def draw_compositions(subject: Subject, folder: pathlib.Path) -> Pictures:
             "The slots of A and one of B (where B is not pale), rendered together.",
         )
     ]
+
+
+def _told(findings: Findings, metric: str, index: int) -> str:
+    """An image's value; of masks also what foreground ARI does not see."""
+    prefix, _, name = metric.rpartition("/")
+    names = ("ari", "miou") if name == "fg_ari" else ()
+    told = [f"{findings.images[metric][index]:.3g}"]
+    told += [
+        f"{describe(other).label} {findings.images[f'{prefix}/{other}'][index]:.3g}"
+        for other in names
+    ]
+    return f"{' / '.join(told)} (image {index})"
 
 
 def _grid(subject: Subject, rows: np.ndarray, masks: str) -> grids.Picture:

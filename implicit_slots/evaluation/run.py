@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from implicit_slots.evaluation import catalogue
+from implicit_slots.evaluation import catalogue, shift_table
 from implicit_slots.evaluation.catalogue import describe
 from implicit_slots.evaluation.findings import Findings, Subject
 from implicit_slots.evaluation.groups import GROUPS, groups_of
@@ -26,6 +26,7 @@ from implicit_slots.runtime.workdir import (
 )
 
 IMAGES_FILE = "images.csv"
+SHIFTS_FILE = "shifts.csv"
 # Keys of config.data that change no image.
 UNSEEN = ("cache", "path", "placement", "workers", "flip")
 
@@ -53,12 +54,14 @@ def record(findings: Findings, about: dict[str, Any]) -> dict[str, Any]:
         "notes": findings.notes,
         "curves": findings.curves,
     }
+    if findings.shifts:
+        found["shifts"] = findings.shifts
     return finite(about | found)
 
 
 def table(record: Mapping[str, Any]) -> str:
     """The main numbers as lines for a terminal, and why others are not there."""
-    lines = []
+    lines = [shift_table.table(record["shifts"])] if "shifts" in record else []
     for group in catalogue.GROUPS:
         of_group = {
             name: metric
@@ -66,7 +69,8 @@ def table(record: Mapping[str, Any]) -> str:
             if describe(name).group == group and metric["mean"] is not None
         }
         lines += [group] if of_group else []
-        for name, metric in of_group.items():
+        for name in sorted(of_group, key=catalogue.listed):
+            metric = of_group[name]
             spread = "" if metric["std"] is None else f" ± {metric['std']:.3g}"
             value = f"{metric['mean']:.4g}{spread}"
             lines.append(f"  {name:<36} {value:<20} {describe(name).unit}".rstrip())
@@ -75,16 +79,18 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def write(folder: pathlib.Path, findings: Findings, record: Mapping[str, Any]) -> None:
-    """Writes metrics.json and, image by image, images.csv."""
+    """Writes metrics.json, image by image images.csv, and shifts.csv if there are."""
     folder.mkdir(parents=True, exist_ok=True)
     with io.StringIO() as text:
-        names = list(findings.images)
+        names = sorted(findings.images, key=catalogue.listed)
         longest = max((len(v) for v in findings.images.values()), default=0)
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["index", *names])
         for index in range(longest):
             writer.writerow([index, *(_cell(findings, n, index) for n in names)])
         write_atomically(folder / IMAGES_FILE, text.getvalue())
+    if findings.shifts:
+        write_atomically(folder / SHIFTS_FILE, shift_table.as_csv(findings.shifts))
     write_json(folder / EVALUATION_FILE, record)
 
 

@@ -9,16 +9,20 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from implicit_slots.data.source import Batch
-from implicit_slots.evaluation.metrics import fixed_points
+from implicit_slots.evaluation.metrics import collapse, fixed_points
 from implicit_slots.evaluation.metrics.average_precision import (
     Detections,
     attribute_scores,
     detect,
 )
+from implicit_slots.evaluation.metrics.detection import Detected, detect_objects
 from implicit_slots.evaluation.metrics.interdependence import Coupling, coupling
 from implicit_slots.evaluation.metrics.locality import locality
 from implicit_slots.evaluation.metrics.reconstruction import compare
-from implicit_slots.evaluation.metrics.segmentation import score_masks
+from implicit_slots.evaluation.metrics.segmentation import (
+    matched_slots,
+    score_masks,
+)
 from implicit_slots.evaluation.setup import Setup
 from implicit_slots.fixed_point import Unrolled, diagnostics, fixed_point
 from implicit_slots.models.images import as_float
@@ -48,11 +52,14 @@ class EvaluationSteps(NamedTuple):
 
     Attributes:
       encode: (params, image, number) -> `Encoded`.
-      masks: (params, batch, number) -> values per image, by name; of
-        `config.evaluation.masks.starts` initial slots those that reconstruct best.
+      masks: (params, batch, number) -> (values per image, by name; `Detected` of each
+        kind of masks where there are true ones); of `config.evaluation.masks.starts`
+        initial slots those that reconstruct best.
       rendering: (params, image, number) -> (values per image, images by the name of
         what they were rendered from: "dvae", "slots").
       properties: (params, batch, number) -> (values per image, `Detections`).
+      assign: (params, batch, number) -> (each object's slot, whether it has one, the
+        objects), of data that tell of objects.
       render: (params, slots, present) -> images.
       read: (params, tokens, slots, present) -> `Reading`.
       iterate: (params, image, number) -> (values per image, `Trajectory`, `Coupling`)
@@ -62,9 +69,10 @@ class EvaluationSteps(NamedTuple):
     """
 
     encode: Callable[..., Encoded]
-    masks: Callable[..., dict[str, jax.Array]]
+    masks: Callable[..., tuple[dict[str, jax.Array], dict[str, Detected]]]
     rendering: Callable[..., Any]
     properties: Callable[..., Any]
+    assign: Callable[..., Any]
     render: Callable[..., jax.Array]
     read: Callable[..., Reading]
     iterate: Callable[..., Any]
@@ -82,8 +90,8 @@ def build_evaluation_steps(
       mesh: see `Setup`.
     """
     setup = Setup(graphdef, config, mesh)
-    functions = (encode, masks, rendering, properties, render, read, iterate, restart)
-    return EvaluationSteps(*map(setup.compiled, functions))
+    functions = (encode, masks, rendering, properties, assign, render, read)
+    return EvaluationSteps(*map(setup.compiled, (*functions, iterate, restart)))
 
 
 def encode(
@@ -95,7 +103,7 @@ def encode(
 
 def masks(
     setup: Setup, given: Given, params: PyTree, batch: Batch, number: jax.Array
-) -> dict[str, jax.Array]:
+) -> tuple[dict[str, jax.Array], dict[str, Detected]]:
     """Scores both kinds of masks, and the cross-entropy."""
     model = setup.model(params)
     image, key = as_float(batch["image"]), _key(given, number)
@@ -108,14 +116,20 @@ def masks(
     if by_token is not None:
         values["cross_entropy"] = by_token.sum(axis=(1, 2))
         values["cross_entropy_per_token"] = by_token.mean(axis=(1, 2))
-    if "segmentation" not in batch:
-        return values
-    most, true = setup.config.data.max_objects, batch["segmentation"]
+    most, true = setup.config.data.max_objects, batch.get("segmentation")
+    detected = {}
     for name, attention in by_name.items():
-        found = score_masks(attention, true, max_true=most, classes=classes_of(batch))
-        found |= locality(attention, true, batch.get("shadow"), max_true=most)
+        found = {
+            "dead_slots": collapse.dead_slots(attention),
+            "doubled_slots": collapse.doubled_slots(attention),
+        }
+        if true is not None:
+            classes, shadow = classes_of(batch), batch.get("shadow")
+            found |= score_masks(attention, true, max_true=most, classes=classes)
+            found |= locality(attention, true, shadow, max_true=most)
+            detected[name] = detect_objects(attention, true, max_true=most)
         values |= {f"{name}/{key}": value for key, value in found.items()}
-    return values
+    return values, detected
 
 
 def best_start(find: Callable[[jax.Array], Any], key: jax.Array, starts: int) -> Any:
@@ -185,6 +199,18 @@ def properties(
     return scores, detect(predicted, target, CLASSES, REACH)
 
 
+def assign(
+    setup: Setup, given: Given, params: PyTree, batch: Batch, number: jax.Array
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Gives each object to be seen its slot, by attention's masks."""
+    image, most = as_float(batch["image"]), setup.config.data.max_objects
+    encoded = setup.model(params).encode(image, key=_key(given, number))
+    matched = matched_slots(encoded.attention, batch["segmentation"], max_true=most)
+    places = jnp.maximum(matched, 0)[..., None]
+    slots = jnp.take_along_axis(encoded.slots, places, axis=1)
+    return slots, matched >= 0, batch["objects"]
+
+
 def render(
     setup: Setup, given: Given, params: PyTree, slots: jax.Array, present: jax.Array
 ) -> jax.Array:
@@ -225,6 +251,8 @@ def iterate(
         "residual": trajectory.residual[:, applied - 1],
         "residual_last": trajectory.residual[:, -1],
         "mask_flips": trajectory.mask_flips[:, -1],
+        "flip_rate": trajectory.mask_changes[:, applied - 1 :].mean(axis=1),
+        "masks_settled": fixed_points.masks_settled(trajectory.mask_changes),
         "spectral_radius": diagnostics.spectral_radius(
             *at, key_radius, krylov=krylov, powers=powers
         ),

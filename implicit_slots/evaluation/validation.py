@@ -25,6 +25,8 @@ from implicit_slots.evaluation.metrics.average_precision import (
     detect,
 )
 from implicit_slots.evaluation.metrics.collapse import (
+    dead_slots,
+    doubled_slots,
     largest_slot,
     mask_similarity,
     token_perplexity,
@@ -116,6 +118,8 @@ def validate_batch(
         "forward_residual": output.stats.residual,
         "attention_entropy": attention_entropy(attention) / even,
         "largest_slot": largest_slot(attention),
+        "dead_slots": dead_slots(attention),
+        "doubled_slots": doubled_slots(attention),
     }
     if output.tokens is not None:
         vocabulary = setup.config.model.vocab_size

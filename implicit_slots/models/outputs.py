@@ -37,7 +37,8 @@ class Output(NamedTuple):
       stats: of the slots' forward solve.
       reconstruction: the image as the model was trained to make it, where it makes one
         (SLATE: from relaxed tokens, or a codebook's).
-      masks: the decoder's masks, where a pass makes them; sum to one over slots.
+      masks: the decoder's masks, where a pass makes them (SLATE: in validation); sum to
+        one over slots.
       predicted: each slot's properties, where the model says them.
       coupling: see `SlotsOutput`; where the call was given a `coupling_key`.
       tokens: the decoder's targets, where it has some.

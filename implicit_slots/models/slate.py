@@ -299,11 +299,15 @@ class SLATE(TokenDecoder):
         if shuffled:
             order = jax.random.permutation(jax.random.fold_in(key, 6), self.side**2)
             shown, asked = self.reordered(shown, order), targets[:, order]
-        features = self.decoder(
-            self.asking(shown, order),
-            self.slot_projection(slots.slots),
-            key=None if deterministic else key_decoder,
-        )
+        masks = None
+        if deterministic:
+            features, masks = self.watch(shown, slots.slots)
+        else:
+            features = self.decoder(
+                self.asking(shown, order),
+                self.slot_projection(slots.slots),
+                key=key_decoder,
+            )
         cross_entropy = self.cross_entropy(features, asked, weighted=not deterministic)
         if self.token_weighting and not deterministic:
             cross_entropy = cross_entropy * self.weights()[asked]
@@ -313,6 +317,7 @@ class SLATE(TokenDecoder):
             on_grid(slots.attention, self.slots_side),
             slots.stats,
             reconstruction,
+            masks,
             coupling=slots.coupling,
             tokens=targets,
         )

@@ -77,6 +77,27 @@ class TokenDecoder(nnx.Module):
         features = self.decoder(read, self.slot_projection(slots), key=key)
         return self.token_logits(features, weighted=weighted)
 
+    def watch(
+        self,
+        embedded: Float[Array, "batch tokens dim"],
+        slots: Float[Array, "batch slots slot_dim"],
+        present: Bool[Array, "batch slots"] | None = None,
+    ) -> tuple[
+        Float[Array, "batch tokens dim"], Float[Array, "batch slots rows columns"]
+    ]:
+        """Returns the decoder's features without dropout, and its masks.
+
+        Args:
+          embedded: all tokens of images, BOS first and the last one left out.
+          slots: of each image.
+          present: which of them the decoder sees, at least one; all if not given.
+        """
+        features, shares = self.decoder.watch(
+            self.asking(embedded), self.slot_projection(slots), present
+        )
+        masks = on_grid(shares.swapaxes(1, 2), self.side)
+        return features, masks
+
     def asking(
         self,
         embedded: Float[Array, "batch tokens dim"],
@@ -192,15 +213,11 @@ class TokenDecoder(nnx.Module):
           present: which of them the decoder sees, at least one; all if not given.
         """
         targets = tokens.reshape(len(tokens), -1)
-        read = self.asking(self.embed(with_bos(targets))[:, :-1])
-        features, shares = self.decoder.watch(
-            read, self.slot_projection(slots), present
+        features, masks = self.watch(
+            self.embed(with_bos(targets))[:, :-1], slots, present
         )
         cross_entropy = self.cross_entropy(features, targets)
-        return Reading(
-            cross_entropy.reshape(tokens.shape),
-            on_grid(shares.swapaxes(1, 2), self.side),
-        )
+        return Reading(cross_entropy.reshape(tokens.shape), masks)
 
 
 def with_bos(ids: Int[Array, "batch tokens"]) -> Int[Array, "batch longer"]:

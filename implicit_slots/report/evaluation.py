@@ -15,6 +15,7 @@ from implicit_slots.evaluation.catalogue import (
     rank,
     split,
 )
+from implicit_slots.evaluation.shift_table import costs
 from implicit_slots.report.plots import Line, Panel, plot
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.workdir import EVALUATION_FILE, EVALUATION_FOLDER
@@ -29,7 +30,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / EVALUATION_FILE
     told = ("title", "step", "command", "checkpoint", "images", "seconds", "date")
     found: dict[str, Any] = dict.fromkeys(told, "")
-    found |= {"absent": {}, "notes": [], "pictures": [], "curves": {}}
+    found |= {"absent": {}, "notes": [], "pictures": [], "curves": {}, "shifts": {}}
     try:
         found |= json.loads(path.read_text())
         numbers = [(m["mean"], m.get("std")) for m in found["metrics"].values()]
@@ -84,6 +85,7 @@ def _evaluation(folder: pathlib.Path) -> dict[str, Any]:
         for curve, line in record["lines"]
     ]
     shown = {"plots": plots, "tables": tables({"": record["metrics"]}), "problem": ""}
+    shown |= {"costs": costs(record["shifts"]) if record["shifts"] else {}}
     return record | shown
 
 

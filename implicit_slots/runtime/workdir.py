@@ -52,6 +52,8 @@ ABSENT: Mapping[str, object] = {
     "optimizer.slots_learning_rate": 0.0,
     "optimize_programs": True,
     "evaluation.masks.starts": 1,
+    "evaluation.probes.every": 0,
+    "evaluation.probes.num_images": 1_000,
     "data.ignore_id": 255,
 }
 # Of them those that SLATE alone has: their absence elsewhere means nothing.

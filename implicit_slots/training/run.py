@@ -5,6 +5,7 @@ import datetime
 import json
 import pathlib
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from implicit_slots.data import registry
 from implicit_slots.data.readers.frame_source import FrameSource
-from implicit_slots.evaluation import pictures
+from implicit_slots.evaluation import pictures, shifts
 from implicit_slots.evaluation import run as evaluation
 from implicit_slots.evaluation.findings import Subject
 from implicit_slots.evaluation.steps import build_evaluation_steps
@@ -71,6 +72,7 @@ def run(
     *,
     mode: str = "train",
     checkpoint: str = "latest",
+    shift: str = "",
     command: str = "",
     began: float | None = None,
 ) -> dict[str, Any]:
@@ -83,6 +85,7 @@ def run(
       workdir: where everything is written; a run that lies there is resumed.
       mode: "train", "evaluate", or "replay", see replay.py.
       checkpoint: to evaluate, the "latest" or the "best" by validation loss.
+      shift: to evaluate what shifts of the data cost: "all", or names of some.
       command: how the run was started, for the report.
       began: when the user started it, by `time.perf_counter`; now if not given.
 
@@ -108,6 +111,7 @@ def run(
             )
         with processes.together():
             check(config, mode, checkpoint)
+            shifted = shifts.chosen(shift, config, mode) if shift else []
             config = absolute(config)
             check_same_run(config, workdir, training=mode == "train")
             parts = build_parts(config, mode)
@@ -115,7 +119,7 @@ def run(
             like = first_state(config, parts.optimizer)
             return replay.run(config, workdir, parts.steps, like)
         if mode == "evaluate":
-            return evaluate(parts, workdir, checkpoint, command)
+            return evaluate(parts, workdir, checkpoint, command, shifted)
         return train(parts, workdir, command, began)
 
 
@@ -311,9 +315,15 @@ def summarise(parts: Parts, validation: HeldOut, state: TrainState) -> dict[str,
 
 
 def evaluate(
-    parts: Parts, workdir: pathlib.Path, checkpoint: str, command: str
+    parts: Parts,
+    workdir: pathlib.Path,
+    checkpoint: str,
+    command: str,
+    shifted: Sequence[str],
 ) -> dict[str, Any]:
     """Evaluates a trained model on a split, writes all of it down, and draws.
+
+    Where shifts are named, on those.
 
     Returns:
       What metrics.json holds.
@@ -343,9 +353,13 @@ def evaluate(
         batch_size=at_once(config),
     )
     processes.say(f"evaluating {workdir} at step {int(state.step)} on {label}")
-    findings = evaluation.evaluate(subject)
+    if shifted:
+        label = f"{label}-shifts"
+        findings = shifts.evaluate_shifts(subject, [*shifted], parts.graphdef)
+    else:
+        findings = evaluation.evaluate(subject)
     folder = workdir / EVALUATION_FOLDER / label
-    drawn = pictures.draw(subject, findings, folder)
+    drawn = [] if shifted else pictures.draw(subject, findings, folder)
     about = {
         "label": label,
         "title": f"{split.capitalize()} split of {config.data.name}",

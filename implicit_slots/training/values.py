@@ -162,6 +162,8 @@ KINDS: Mapping[str, Kind] = {
     "evaluation.rendering.num_images": ANY,
     "evaluation.properties.every": ANY,
     "evaluation.properties.num_images": ANY,
+    "evaluation.probes.every": ANY,
+    "evaluation.probes.num_images": ANY,
     "evaluation.deletion.every": ANY,
     "evaluation.deletion.num_images": COUNT,
     "evaluation.deletion.orders": COUNT,

@@ -34,6 +34,7 @@ HIDDEN = collections.defaultdict(
     {
         "clevr": {"frame_step", "masks"},
         "shapes3d": {"frame_step", "masks"},
+        "scenes": {"shift"},
         "movi_a": {"masks"},
         "tfds": {"frame_step", "masks"},
         "movi_c": {"masks"},

@@ -2,9 +2,12 @@
 
 import pathlib
 
+import numpy as np
 import pytest
 
 from implicit_slots.evaluation import catalogue
+from implicit_slots.evaluation.findings import Findings
+from implicit_slots.evaluation.run import record, table, write
 
 README = pathlib.Path(catalogue.__file__).parent / "README.md"
 ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
@@ -46,6 +49,25 @@ def test_every_row_is_whole():
 )
 def test_a_title_tells_of_which_masks_or_images(name, label):
     assert catalogue.title(name) == label
+
+
+def test_the_three_scores_of_masks_stand_together_wherever_metrics_are_listed(tmp_path):
+    """On the terminal and in images.csv, of each kind of masks; as rows of a page."""
+    three = ["fg_ari", "ari", "miou"]
+    assert list(catalogue.METRICS)[:3] == three
+    # As a compiled function returns them: by alphabet.
+    names = sorted(
+        f"{k}/{n}" for k in ("decoder", "attention") for n in catalogue.METRICS
+    )
+    findings = Findings(images={name: np.ones(2) for name in names})
+    found = record(findings, {})
+    printed = [line.split()[0] for line in table(found).splitlines() if line[0] == " "]
+    write(tmp_path, findings, found)
+    columns = (tmp_path / "images.csv").read_text().splitlines()[0].split(",")
+    for listed in (printed, columns):
+        for kind in ("attention", "decoder"):
+            place = listed.index(f"{kind}/fg_ari")
+            assert listed[place : place + 3] == [f"{kind}/{name}" for name in three]
 
 
 def test_unknown_metrics_come_last():

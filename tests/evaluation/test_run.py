@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -62,14 +63,28 @@ def test_every_metric_of_the_table_is_measured_or_its_absence_explained(record):
         for metric in METRICS.values()
         if metric.measured != "training" and metric.group != "Object properties"
     }
+    # And of properties what a probe finds in slots.
+    probed = {f"{name}_accuracy" for name in ("size", "material", "shape", "color")}
+    probed |= {f"{name}_r2" for name in ("position", "pixel_position", "depth")}
+    for name in ("linear", "mlp", "shuffled/linear", "shuffled/mlp"):
+        assert {f"{name}/{one}" for one in probed} <= record["metrics"].keys()
+    told |= probed
     assert found | record["absent"].keys() == told
-    assert record["absent"].keys() == {"fid"}
+    assert record["absent"].keys() == {"fid", "kid"}
     for name in record["metrics"]:
         row = describe(name)
         assert row.group in GROUPS and row.label and row.range and row.meaning
     for kind in ("attention", "decoder"):
         assert record["metrics"][f"{kind}/fg_ari"]["count"] == 16
     assert {"dvae/psnr", "slots/psnr"} <= record["metrics"].keys()
+    assert record["metrics"]["composed/frechet_random"]["count"] == 16
+    assert "masks are scored at 16×16 pixels" in record["notes"]
+    # Counted over objects: all images, none left out.
+    found = {n: m["mean"] for n, m in record["metrics"].items()}
+    for kind in ("attention", "decoder"):
+        precision, recall = (found[f"{kind}/mask_{n}"] for n in ("precision", "recall"))
+        assert 0 <= found[f"{kind}/mask_ap"] <= recall <= 1 and 0 <= precision <= 1
+        assert found[f"{kind}/miou"] != found[f"{kind}/miou_objects"]
 
 
 @pytest.mark.slow
@@ -100,7 +115,13 @@ def test_files_hold_what_was_returned_and_training_is_untouched(
     for picture in record["pictures"]:
         with Image.open(folder / picture["file"]) as image:
             assert min(image.size) > 90
+        if picture["file"] in ("best.png", "worst.png"):
+            number = r"-?[\d.]+(e-\d+)?"
+            one = rf"{number} / ARI {number} / mIoU {number} \(image \d+\)"
+            said = rf"By attention/fg_ari: {one}(, {one})*\."
+            assert re.fullmatch(said, picture["caption"])
     page = (workdir / "report.html").read_text()
+    assert "masks are scored at 16×16 pixels" in page
     for told in ("Evaluation: test", "Foreground ARI", "decoder masks", "no weights"):
         assert told in page
 
@@ -288,7 +309,8 @@ def test_images_without_masks_leave_out_what_needs_them(workdir, record, tmp_pat
     assert found["label"].startswith("folder-test-") and found["images"] == 8
     assert found["absent"]["Segmentation"] == groups.NO_MASKS
     assert found["absent"]["counterfactual_error"] == groups.NO_RENDERER
-    assert not any(name.startswith("attention/") for name in found["metrics"])
+    names = {name for name in found["metrics"] if name.startswith("attention/")}
+    assert names == {"attention/dead_slots", "attention/doubled_slots"}
     assert {"slots/mse", "cross_entropy", "spill"} <= found["metrics"].keys()
     assert any("own decoder mask" in note for note in found["notes"])
 

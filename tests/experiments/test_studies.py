@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
 from experiments.studies import all as all_studies
@@ -109,6 +110,40 @@ def test_similar_needs_the_whole_interval_and_one_pair_decides_nothing():
     one = paired_effect(by_seed(0.1), by_seed(1), LOWER)
     assert judge(one, LOWER) == judge(one, similar) == "undecided"
     assert judge(paired_effect({}, by_seed(1), LOWER), LOWER) == "not measured"
+
+
+@pytest.mark.parametrize("one", all_studies.STUDIES, ids=lambda one: one.name)
+def test_a_figure_with_foreground_ari_has_ari_and_miou_beside_it(one):
+    """A panel for each of them, of the same masks and over the same axis."""
+    drawn = []
+    for panel in one.panels:
+        axis = Figure().subplots()
+        panel(axis, Table((), (runs.Done("a@1", 0, pathlib.Path(), ""),)))
+        drawn.append((axis.get_xlabel(), axis.get_ylabel()))
+    for x, y in drawn:
+        if "foreground ARI" in y:
+            for name in ("ARI", "mIoU"):
+                other = [text.replace("foreground ARI", name) for text in (x, y)]
+                assert tuple(other) in drawn
+
+
+def test_every_table_ends_in_all_three_scores_of_both_masks():
+    done = (runs.Done("a", 0, pathlib.Path(), ""),)
+    measured = {"loss": 2.0, "fg_ari": 0.85, "ari": 0.08, "miou": 0.21}
+    decoders = {"fg_ari": 0.68, "ari": 0.67, "miou": 0.5}
+    for kind in ("decoder/", "decoder_"):  # as a probe measures them, as training logs
+        values = measured | {f"{kind}{name}": v for name, v in decoders.items()}
+        rows = [Measurement("a", 0, 1, "validation", n, v) for n, v in values.items()]
+        one = dataclasses.replace(all_studies.STUDIES[0], summary=("loss",))
+        heading, _, line = study.summary(one, Table(tuple(rows), done)).splitlines()
+        assert heading == (
+            f"| | loss | fg_ari | ari | miou | {kind}fg_ari | {kind}ari | {kind}miou "
+            "| diverged |"
+        )
+        assert line == "| a | 2 | 0.85 | 0.08 | 0.21 | 0.68 | 0.67 | 0.5 | 0 |"
+    # Of data without masks there is none.
+    rows = [Measurement("a", 0, 1, "validation", "loss", 2.0)]
+    assert study.scores_of(Table(tuple(rows), done)) == []
 
 
 def in_process(command, log, place):

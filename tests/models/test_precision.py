@@ -12,7 +12,6 @@ from reference import FLOAT32, relative_error
 from small_slate import RESOLUTION, Compiled, section
 
 from implicit_slots.models import layers, products
-from implicit_slots.models.attention import MultiHeadAttention
 from implicit_slots.models.build import build_model, split_model
 from implicit_slots.models.layers import set_precision
 from implicit_slots.runtime.devices import traced_for

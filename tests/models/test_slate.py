@@ -240,6 +240,9 @@ def test_reconstruction_renders_what_is_generated(compiled, images, tokens):
 def test_shapes_and_attention(output):
     assert output.attention.shape == (2, 3, 4, 4)
     assert np.allclose(output.attention.sum(1), 1, atol=1e-5)
+    # The decoder's masks, which validation scores beside attention's.
+    assert output.masks.shape == (2, 3, 4, 4)
+    assert np.allclose(output.masks.sum(1), 1, atol=1e-5)
     assert output.reconstruction.shape == (2, RESOLUTION, RESOLUTION, 3)
     assert np.all(np.isfinite(output.stats.residual))
 

@@ -150,7 +150,8 @@ def test_every_group_is_some_models_and_slate_predicts_nothing():
     }
     assert set.union(*by_model.values()) == set(GROUPS)
     assert by_model["slate"] == by_model["autoencoder"] == {*GROUPS} - {"properties"}
-    assert by_model["set_prediction"] == {"masks", "properties", "fixed_points"}
+    of_all = {"masks", "probes", "fixed_points"}
+    assert by_model["set_prediction"] == {*of_all, "properties"}
 
 
 def test_data_that_a_model_cannot_learn_from_is_refused(tmp_path):

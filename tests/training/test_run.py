@@ -91,6 +91,10 @@ def test_metrics_say_what_happened(finished):
         assert 0 < line["learning_rate"] <= smoke().optimizer.learning_rate * share
     assert -1 <= lines[2]["fg_ari"] <= 1 and -1 <= lines[2]["ari"] <= 1
     assert 0 < lines[2]["miou"] < 1
+    # Of the decoder's masks too: one of the three alone misleads.
+    for name in ("fg_ari", "ari", "miou"):
+        assert -1 <= lines[2][f"decoder_{name}"] <= 1
+        assert lines[2][f"decoder_{name}"] != lines[2][name]
     assert summary["validation/fg_ari"] == lines[2]["fg_ari"]
     assert summary["validation/slot_mse"] > 0
 

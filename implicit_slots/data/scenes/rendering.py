@@ -33,25 +33,7 @@ from implicit_slots.data.scenes.sampling import (
     split_code,
 )
 from implicit_slots.data.scenes.shapes import OUTLINES, SURFACES, along, unit
-
-# CLEVR hands these sRGB bytes to Blender as linear values, which is why its objects
-# look paler than the numbers; so do we.
-_RGB = (
-    np.array(
-        [
-            (87, 87, 87),
-            (42, 75, 215),
-            (129, 74, 25),
-            (255, 238, 51),
-            (173, 35, 35),
-            (29, 105, 20),
-            (129, 38, 192),
-            (41, 208, 208),
-        ],
-        np.float32,
-    )
-    / 255
-)
+from implicit_slots.data.scenes.shifts import NONE, Shift, grainy, turned
 
 # base_scene.blend's sun, far enough out that its rays are nearly parallel.
 _SUN = np.array([11.66081, -6.62799, 25.82317], np.float32) * 10
@@ -111,7 +93,7 @@ class _Stage(NamedTuple):
         return lax.fori_loop(0, len(self.present), step, state)
 
 
-def _set_stage(scene, resolution, present, zoom):
+def _set_stage(scene, resolution, present, zoom, shift):
     focal, middle_column, middle_row = lens(zoom)
     grid = (jnp.arange(resolution, dtype=jnp.float32) + 0.5) / resolution
     a = ((grid - middle_column) / focal)[None, :]
@@ -123,7 +105,7 @@ def _set_stage(scene, resolution, present, zoom):
         radius=radii(scene.shape, scene.size),
         cos=jnp.cos(scene.rotation),
         sin=jnp.sin(scene.rotation),
-        rgb=jnp.asarray(_RGB)[scene.color][:, :, None, None],
+        rgb=jnp.asarray(np.float32(shift.rgb) / 255)[scene.color][:, :, None, None],
         lamps=jnp.concatenate([scene.lamps, _SUN[None]]),
         power=jnp.asarray(_POWER)[:, :, None, None],
         eye=tuple(scene.camera),
@@ -288,6 +270,7 @@ def render(
     keep: Bool[Array, " objects"] | None = None,
     *,
     zoom: float = 1.0,
+    shift: Shift = NONE,
 ) -> dict[str, Array]:
     """Renders a scene.
 
@@ -298,6 +281,7 @@ def render(
             reflections, and those that remain keep their ids. None draws all.
         zoom: The image is the middle ``1 / zoom`` of the crop in each direction, at
             this resolution; at least 1, and static.
+        shift: whose colours and ground are drawn; static.
 
     Returns:
         ``image`` uint8 ``[resolution, resolution, 3]``; ``segmentation`` int32
@@ -310,8 +294,10 @@ def render(
         ValueError: ``zoom`` is below 1.
     """
     present = scene.present if keep is None else scene.present & keep
-    stage = _set_stage(scene, resolution, present, zoom)
+    stage = _set_stage(scene, resolution, present, zoom, shift)
     canvas, shadow = _light_ground(stage)
+    if shift.ground:
+        canvas = canvas * jnp.asarray(shift.ground)[:, None, None]
     # Far to near by the power of the camera's foot point to each footprint disc.
     foot = scene.position[:, :2] - scene.camera[:2]
     power = jnp.sum(foot**2, -1) - jnp.asarray(RADIUS)[scene.size] ** 2
@@ -329,15 +315,23 @@ def render(
 
 
 # The split is traced, as its code: static, it would cost each split a compilation.
-@partial(jax.jit, static_argnames=("resolution", "min_objects", "max_objects", "zoom"))
-def _draw_batch(seed, split, indices, keep, resolution, min_objects, max_objects, zoom):
+@partial(jax.jit, static_argnums=range(4, 9))
+def _draw_batch(
+    seed, split, indices, keep, resolution, min_objects, max_objects, zoom, shift
+):
     def one(index, keep):
         key = scene_key(seed, split, index)
         scene = sample_scene(
             key, min_objects=min_objects, max_objects=max_objects, zoom=zoom
         )
-        batch = render(scene, resolution, keep, zoom=zoom)
-        return {**batch, "objects": objects(scene, resolution, zoom=zoom)}
+        if shift.turn:
+            scene = scene._replace(lamps=turned(scene.lamps, shift))
+        shown = zoom * shift.crop
+        batch = render(scene, resolution, keep, zoom=shown, shift=shift)
+        if shift.noise:
+            noise = jax.random.fold_in(key, 1)
+            batch["image"] = grainy(batch["image"], noise, shift)
+        return {**batch, "objects": objects(scene, resolution, zoom=shown)}
 
     # One scene after another stays in a CPU's cache and skips what a scene does not
     # have; an accelerator wants them all at once.
@@ -359,6 +353,7 @@ def render_batch(
     max_objects: int = 6,
     keep: Bool[Array | np.ndarray, "batch objects"] | None = None,
     zoom: float = 1.0,
+    shift: Shift = NONE,
 ) -> dict:
     """Draws and renders the scenes with these indices.
 
@@ -376,6 +371,7 @@ def render_batch(
         keep: Objects to draw, as in ``render``.
         zoom: As in ``render``; scenes are placed for it, so another zoom draws other
             scenes.
+        shift: What is changed of the same scenes; not how many objects there are.
 
     Returns:
         The batch: ``image``, ``segmentation`` and ``shadow`` as ``render`` gives them
@@ -393,7 +389,6 @@ def render_batch(
         # XLA inlines a loop of one turn, fuses it differently and so rounds some
         # pixels differently.
         indices, keep = jnp.repeat(indices, 2), jnp.repeat(keep, 2, axis=0)
-    batch = _draw_batch(
-        seed, code, indices, keep, resolution, min_objects, max_objects, zoom
-    )
+    how = resolution, min_objects, max_objects, zoom, shift
+    batch = _draw_batch(seed, code, indices, keep, *how)
     return jax.tree.map(lambda x: x[:size], batch) if size == 1 else batch

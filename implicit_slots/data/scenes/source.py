@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from implicit_slots.data.scenes import rendering
+from implicit_slots.data.scenes.shifts import SHIFTS
 from implicit_slots.data.source import Batch, DataError, Example, Source
 
 # Scenes rendered at once. No more than a usual batch, so that neighbouring batches,
@@ -41,6 +42,7 @@ class Scenes(Source):
         min_objects: int = 3,
         max_objects: int = 6,
         zoom: float = 1.0,
+        shift: str = "",
         with_masks: bool = False,
         keys: Collection[str] | None = None,
     ):
@@ -57,12 +59,14 @@ class Scenes(Source):
           max_objects: most objects in a scene, and length of the attributes' arrays.
           zoom: images are the middle 1/zoom of CLEVR's crop in each direction, and
             scenes are placed for that; at least 1.
+          shift: one of `SHIFTS`, for scenes as no training scene is; "" for none.
           with_masks: whether the training split, too, has `segmentation`, `shadow` and
             `objects`; validation and test always have them.
           keys: what `batch` returns; None for all there is.
 
         Raises:
-          DataError: an empty split, impossible numbers of objects, or a zoom below 1.
+          DataError: an empty split, impossible numbers of objects, a zoom below 1, or
+            an unknown shift.
         """
         sizes = {"train": train_size, "validation": validation_size, "test": test_size}
         self._size = sizes[split]
@@ -86,6 +90,12 @@ class Scenes(Source):
             "max_objects": max_objects,
             "zoom": zoom,
         }
+        if shift:
+            if shift not in SHIFTS:
+                raise DataError(
+                    f"scenes have no shift {shift!r}, but {', '.join(SHIFTS)}"
+                )
+            self._arguments["shift"] = SHIFTS[shift]
         shapes = jax.eval_shape(lambda: self._render(np.arange(SCENES_BLOCK)))
         has_masks = split != "train" or with_masks
         names = shapes.keys() if has_masks else {"image"}

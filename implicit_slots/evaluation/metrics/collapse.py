@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from implicit_slots.evaluation.metrics.segmentation import adjusted_rand_index
+from implicit_slots.evaluation.metrics.iou import FOUND
+from implicit_slots.evaluation.metrics.rand_index import adjusted_rand_index
+from implicit_slots.evaluation.metrics.segmentation import USED
 
 Attention = Float[Array, "batch slots rows columns"]
 
@@ -18,6 +20,33 @@ def largest_slot(attention: Attention) -> Float[Array, " batch"]:
     background may well be high.
     """
     return _shares(attention).max(axis=1)
+
+
+def dead_slots(attention: Attention) -> Float[Array, " batch"]:
+    """Returns how many slots win less than 0.5 % of an image's positions.
+
+    From 0 to slots − 1. Without true masks, as all of this file: over all positions.
+    """
+    dead = _shares(attention) < USED
+    return jnp.sum(dead, axis=1, dtype=jnp.float32)
+
+
+def doubled_slots(attention: Attention) -> Float[Array, " batch"]:
+    """Returns how many slots have another one that looks at the same.
+
+    Two do where the intersection over union of their maps, Σ min / Σ max over positions
+    (Ružička 1958), is above a half, and each has at least 0.5 % of all attention. From
+    0 to the number of slots; never 1. Slots that share an object or the ground evenly
+    are doubled though one of them may win every position.
+    """
+    maps = attention.reshape(*attention.shape[:2], -1)
+    total = maps.sum(axis=2)
+    both = jnp.minimum(maps[:, :, None], maps[:, None]).sum(axis=3)
+    alike = both > FOUND * (total[:, :, None] + total[:, None] - both)
+    live = total >= USED * total.sum(axis=1, keepdims=True)
+    pairs = alike & live[:, :, None] & live[:, None]
+    pairs &= ~jnp.eye(maps.shape[1], dtype=bool)[None]
+    return jnp.sum(pairs.any(axis=2), axis=1, dtype=jnp.float32)
 
 
 def mask_similarity(

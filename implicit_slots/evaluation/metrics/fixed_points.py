@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csgraph
 from scipy.spatial.distance import cdist
 
-from implicit_slots.evaluation.metrics.segmentation import adjusted_rand_index
+from implicit_slots.evaluation.metrics.rand_index import adjusted_rand_index
 from implicit_slots.models.slot_attention import Problem
 
 # Relative residual up to which an iteration has arrived.
@@ -31,12 +31,15 @@ class Trajectory(NamedTuple):
       residual: ‖f(z) − z‖ / ‖f(z)‖, z being what the iteration starts from.
       mask_flips: share of positions whose slot of largest attention is another than
         at the iteration that training stops at.
+      mask_changes: share of positions whose slot of largest attention is another than
+        at the iteration before, from the second iteration on.
       attention: of each iteration.
       slots: after the last one.
     """
 
     residual: Float[Array, "batch steps"]
     mask_flips: Float[Array, "batch steps"]
+    mask_changes: Float[Array, "batch changes"]
     attention: Float[Array, "steps batch slots inputs"]
     slots: Float[Array, "batch slots dim"]
 
@@ -57,7 +60,24 @@ def iterate(problem: Problem, *, steps: int, trained: int) -> Trajectory:
     slots, (residual, attention) = jax.lax.scan(apply, problem.z0, None, length=steps)
     winners = jnp.argmax(attention, axis=2)
     flips = jnp.mean(winners != winners[trained - 1][None], axis=2)
-    return Trajectory(residual.T, flips.T, attention, slots)
+    changes = jnp.mean(winners[1:] != winners[:-1], axis=2)
+    return Trajectory(residual.T, flips.T, changes.T, attention, slots)
+
+
+def masks_settled(
+    mask_changes: Float[Array, "batch changes"],
+) -> Float[Array, " batch"]:
+    """Returns the first iteration from which on no position changes its slot.
+
+    Args:
+      mask_changes: see `Trajectory`.
+
+    Returns:
+      From 1 (the masks of the first iteration stay) to the number of iterations (they
+      change to the end: what would come later is not known).
+    """
+    iterations = jnp.arange(2, mask_changes.shape[1] + 2, dtype=jnp.float32)
+    return jnp.max(jnp.where(mask_changes > 0, iterations, 1), axis=1, initial=1)
 
 
 def settle(

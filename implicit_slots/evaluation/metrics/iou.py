@@ -7,6 +7,75 @@ from jaxtyping import Array, Bool, Float, Int
 
 from implicit_slots.data.source import IGNORED
 
+# Intersection over union above which an object is found. Masks that do not overlap
+# have at most one partner beyond a half (Kirillov et al. 2019, section 4.1).
+FOUND = 0.5
+
+
+def overlap_table(
+    true_ids: Int[Array, "batch *pixels"],
+    predicted_ids: Int[Array, "batch *pixels"],
+    *,
+    max_true: int,
+    num_predicted: int,
+) -> Float[Array, "batch masks {num_predicted}"]:
+    """Counts the pixels that each true mask shares with each predicted one.
+
+    Args:
+      true_ids: true segmentation, 0 to max_true; pixels of any other id count nowhere.
+      predicted_ids: predicted segmentation, 0 to num_predicted − 1.
+      max_true: the largest true id.
+      num_predicted: the number of predicted ids.
+
+    Returns:
+      A row per true id, the ground's first. Exact up to 2^24 pixels.
+    """
+    flat = true_ids.reshape(len(true_ids), -1)
+    # Zeros and ones are exact in any matmul precision.
+    true = jax.nn.one_hot(flat, max_true + 1, dtype=jnp.float32)
+    flat = predicted_ids.reshape(len(predicted_ids), -1)
+    predicted = jax.nn.one_hot(flat, num_predicted, dtype=jnp.float32)
+    return jnp.einsum("bnt,bnp->btp", true, predicted)
+
+
+def table_iou(
+    table: Float[Array, "batch masks slots"], counts: Float[Array, "batch slots"]
+) -> Float[Array, "batch masks slots"]:
+    """Intersection over union of masks (Jaccard 1901) from the pixels they share.
+
+    Args:
+      table: rows of `overlap_table`, whole or summed.
+      counts: pixels of each slot.
+
+    Returns:
+      From 0 (apart) to 1 (equal); 0 for a mask or slot without pixels.
+    """
+    either = table.sum(axis=2, keepdims=True) + counts[:, None] - table
+    return table / jnp.maximum(either, 1)
+
+
+def covering(
+    table: Float[Array, "batch masks slots"],
+) -> dict[str, Float[Array, " batch"]]:
+    """How well slots cover all true masks, the ground among them.
+
+    Of each true mask the largest intersection over union with any slot: `sc` weighs it
+    by the mask's area (Arbeláez et al. 2011, section 3.1.1), `msc` all alike (Engelcke
+    et al. 2020, section 5). `mbo` is `msc` without the ground.
+
+    Args:
+      table: from `overlap_table`.
+
+    Returns:
+      From 0 to 1; NaN where no pixel counts.
+    """
+    area = table.sum(axis=2)
+    best = table_iou(table, table.sum(axis=1)).max(axis=2)
+    return {
+        "sc": jnp.sum(area * best, axis=1) / area.sum(axis=1),
+        "msc": mean_over(best, area > 0),
+    }
+
 
 def one_hot_objects(
     true_ids: Int[Array, "batch height width"], max_true: int

@@ -9,6 +9,8 @@ import pytest
 from sklearn.metrics import adjusted_rand_score
 
 from implicit_slots.evaluation.metrics.collapse import (
+    dead_slots,
+    doubled_slots,
     largest_slot,
     mask_similarity,
     token_perplexity,
@@ -162,3 +164,40 @@ def test_token_perplexity_counts_what_a_batch_uses():
     one = token_perplexity(jnp.full((2, 3), 7), jnp.ones(2, bool), 8)
     every = token_perplexity(jnp.arange(8).reshape(2, 4), jnp.ones(2, bool), 8)
     np.testing.assert_allclose([one[0], every[0]], [1, 8], rtol=1e-5)
+
+
+def test_dead_and_doubled_slots_are_counted_as_told():
+    """Loops over pairs of slots; two clones, a slot that shares half, an idle pair."""
+    base = random_attention(slots=3)
+    even = np.full_like(base[:, :1], 1 / 3)
+    clones = np.concatenate([base[:, :1] / 2, base[:, :1] / 2, base[:, 1:]], axis=1)
+    cases = [clones, random_attention(1), random_attention(2, sharpness=0.3)]
+    # All alike, all positions to the first: dead, and doubled at that.
+    cases.append(np.repeat(even * 3 / 4, 4, axis=1))
+    # Two slots with next to no attention are dead, and doubles of nothing.
+    idle = np.full_like(base[:, :2], 1e-5)
+    two = random_attention(3, slots=2, sharpness=1.0) * (1 - 2e-5)
+    cases.append(np.concatenate([two, idle], axis=1))
+    found = []
+    for attention in cases:
+        got = np.array(counted(jnp.asarray(attention, jnp.float32)))
+        found.append(got)
+        for image, maps in enumerate(attention.reshape(*attention.shape[:2], -1)):
+            winners, live = maps.argmax(axis=0), maps.sum(axis=1) >= 0.005 * maps.sum()
+            dead = sum((winners == k).mean() < 0.005 for k in range(4))
+            doubled = {
+                i
+                for i, j in itertools.permutations(range(4), 2)
+                if live[i] and live[j]
+                if np.minimum(*maps[[i, j]]).sum() > np.maximum(*maps[[i, j]]).sum() / 2
+            }
+            assert got[:, image].tolist() == [dead, len(doubled)]
+    assert (found[0][1] >= 2).all() and (found[3] == [[3], [4]]).all()
+    assert (found[4][0] >= 2).all() and (found[4][1] == 0).all()
+    turned = counted(jnp.asarray(cases[0][:, [2, 0, 3, 1]], jnp.float32))
+    np.testing.assert_array_equal(turned[1], found[0][1])
+
+
+@jax.jit
+def counted(attention):
+    return dead_slots(attention), doubled_slots(attention)

@@ -20,6 +20,7 @@ from implicit_slots.evaluation.metrics.fixed_points import (
     find_basins,
     iterate,
     mask_agreement,
+    masks_settled,
     settle,
 )
 from implicit_slots.fixed_point import Picard
@@ -119,6 +120,33 @@ def test_mask_flips_equal_a_loop(trained):
         )
     assert not found.mask_flips[:, trained - 1].any()
     assert found.mask_flips[:, 0 if trained > 1 else 11].all()
+
+
+def test_masks_have_settled_where_nothing_flips_any_more():
+    """A share for each iteration, and the first one whose masks are all later ones'."""
+    z, x, params = affine_problem(1)
+    found = iterated("affine", z, x, params, steps=12, trained=7)
+    winners = found.attention.argmax(axis=2)  # [iterations, images, inputs]
+    got = masks_settled(jnp.asarray(found.mask_changes))
+    for image in range(3):
+        changed = [
+            np.mean(winners[step, image] != winners[step - 1, image])
+            for step in range(1, 12)
+        ]
+        np.testing.assert_allclose(found.mask_changes[image], changed, atol=ATOL)
+        first = next(
+            step
+            for step in range(12)
+            if all(
+                (winners[later, image] == winners[step, image]).all()
+                for later in range(step, 12)
+            )
+        )
+        assert got[image] == first + 1
+    # To and fro, and not at all, and after a single iteration.
+    changes = jnp.array([[0.5, 0.0, 0.0], [0.5, 0.0, 0.1], [0.0, 0.0, 0.0]])
+    np.testing.assert_array_equal(masks_settled(changes), [2, 4, 1])
+    np.testing.assert_array_equal(masks_settled(changes[:, :0]), [1, 1, 1])
 
 
 def test_an_oscillation_never_arrives():

@@ -9,11 +9,16 @@ import pytest
 from reference import FLOAT32
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score, jaccard_score
+from sklearn.metrics.cluster import pair_confusion_matrix
 
 from implicit_slots.evaluation.metrics import iou
 from implicit_slots.evaluation.metrics.segmentation import USED, score_masks, upsample
 
 SIDE, GRID, SLOTS, MOST = 16, 4, 4, 6
+OF_OBJECTS = (
+    *("fg_ari", "fg_ari_precision", "fg_ari_recall", "miou", "mbo", "soft_iou"),
+    *("bo_recall", "corloc", "miou_class", "mbo_class"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +51,24 @@ def case():
     return attention, true, classes
 
 
+def wallace(true, predicted):
+    """The adjusted Wallace coefficients in their own words, from pairs of pixels.
+
+    Of the pairs together in one partition, the share that is together in the other;
+    less the share of all pairs that is, over what it can be beyond that.
+    """
+    (apart, merged), (split, together) = pair_confusion_matrix(true, predicted).tolist()
+    pairs = apart + merged + split + together
+
+    def half(wrong, in_other):
+        if not wrong:
+            return 1.0
+        by_chance = in_other / pairs
+        return (together / (together + wrong) - by_chance) / (1 - by_chance)
+
+    return half(merged, together + split), half(split, together + merged)
+
+
 def want(attention, true, classes):
     """The definitions, one image at a time."""
     weights = np.asarray(upsample(jnp.asarray(attention[None]), SIDE, SIDE))[0]
@@ -53,38 +76,59 @@ def want(attention, true, classes):
     ids = [i for i in range(1, MOST + 1) if (true == i).any()]
     found = {
         "ari": adjusted_rand_score(true.ravel(), predicted.ravel()),
+        **dict(
+            zip(
+                ("ari_precision", "ari_recall"),
+                wallace(true.ravel(), predicted.ravel()),
+                strict=True,
+            )
+        ),
         "slots_used": float(sum((predicted == k).mean() >= USED for k in range(SLOTS))),
     }
+    every = [true == i for i in np.unique(true)]
+    best = table(every, predicted, weights, False).max(axis=1)
+    areas = [mask.sum() for mask in every]
+    found |= {"sc": np.average(best, weights=areas), "msc": best.mean()}
     if not ids:
-        undefined = ("fg_ari", "miou", "mbo", "soft_iou", "mbo_class")
-        return found | dict.fromkeys(undefined, np.nan)
+        return found | dict.fromkeys(OF_OBJECTS, np.nan)
     seen = true > 0
     found["fg_ari"] = adjusted_rand_score(true[seen], predicted[seen])
-
-    def table(masks, soft):
-        scores = np.zeros((len(masks), SLOTS))
-        for (i, mask), k in itertools.product(enumerate(masks), range(SLOTS)):
-            if soft:
-                both = np.minimum(mask, weights[k]).sum(dtype=np.float64)
-                either = np.maximum(mask, weights[k]).sum(dtype=np.float64)
-                scores[i, k] = both / either
-            elif mask.any() or (predicted == k).any():
-                scores[i, k] = jaccard_score(mask.ravel(), (predicted == k).ravel())
-        return scores
+    halves = wallace(true[seen], predicted[seen])
+    found["fg_ari_precision"], found["fg_ari_recall"] = halves
+    # Of which the index is the harmonic mean.
+    if all(half > 0 for half in halves):
+        assert np.isclose(found["fg_ari"], 2 / sum(1 / half for half in halves))
 
     def matched(scores):
         rows, columns = linear_sum_assignment(-scores)
         return scores[rows, columns].sum() / len(scores)
 
-    hard = table([true == i for i in ids], False)
+    hard = table([true == i for i in ids], predicted, weights, False)
     found["miou"], found["mbo"] = matched(hard), hard.max(axis=1).mean()
-    found["soft_iou"] = matched(table([true == i for i in ids], True))
+    found["bo_recall"] = sum(row.max() > 0.5 for row in hard) / len(hard)
+    found["corloc"] = float(hard.max() > 0.5)
+    found["soft_iou"] = matched(table([true == i for i in ids], None, weights, True))
     kinds = sorted({classes[i - 1] for i in ids})
     of_class = [
         np.isin(true, [i for i in ids if classes[i - 1] == kind]) for kind in kinds
     ]
-    found["mbo_class"] = table(of_class, False).max(axis=1).mean()
+    of_class = table(of_class, predicted, weights, False)
+    found["miou_class"] = matched(of_class)
+    found["mbo_class"] = of_class.max(axis=1).mean()
     return found
+
+
+def table(masks, predicted, weights, soft):
+    """Intersections over unions of masks and slots."""
+    scores = np.zeros((len(masks), SLOTS))
+    for (i, mask), k in itertools.product(enumerate(masks), range(SLOTS)):
+        if soft:
+            both = np.minimum(mask, weights[k]).sum(dtype=np.float64)
+            either = np.maximum(mask, weights[k]).sum(dtype=np.float64)
+            scores[i, k] = both / either
+        elif mask.any() or (predicted == k).any():
+            scores[i, k] = jaccard_score(mask.ravel(), (predicted == k).ravel())
+    return scores
 
 
 def test_scores_equal_the_definitions(scored, case):
@@ -114,7 +158,7 @@ def test_true_masks_score_one(scored):
     blocks = rng.integers(0, SLOTS, size=(6, SIDE, SIDE)).astype(np.int32)
     attention = np.moveaxis(np.eye(SLOTS, dtype=np.float32)[blocks], -1, 1)
     got = scored(attention, blocks, np.zeros((6, MOST), np.int32) + np.arange(MOST))
-    for name in ("ari", "fg_ari", "miou", "mbo", "mbo_class", "soft_iou"):
+    for name in (*OF_OBJECTS, "ari", "ari_precision", "ari_recall", "sc", "msc"):
         assert np.allclose(got[name], 1, atol=1e-6), name
     assert np.allclose(got["boundary_f1"], 1)
     assert np.all(got["slots_used"] == SLOTS)

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from implicit_slots.evaluation.metrics.segmentation import (
+from implicit_slots.evaluation.metrics.iou import overlap_table
+from implicit_slots.evaluation.metrics.rand_index import (
     adjusted_rand_index,
-    attention_to_masks,
+    rand_indices,
 )
+from implicit_slots.evaluation.metrics.segmentation import attention_to_masks
 
 ATOL = 1e-6  # a few float32 roundings of a number of size one
 
@@ -87,6 +89,19 @@ def test_one_wrong_pixel_among_many_is_seen():
 def test_degenerate_partitions_equal_scikit_learn(true, predicted):
     expected = adjusted_rand_score(true, predicted)
     np.testing.assert_allclose(score([true], [predicted]), [expected], atol=ATOL)
+
+
+def test_precision_is_of_merged_masks_and_recall_of_split_ones():
+    true = jnp.array([[1, 1, 1, 1, 2, 2, 2, 2]])
+    halves = jnp.array([[0, 0, 1, 1, 2, 2, 3, 3]])
+    for predicted, low in ((true, None), (halves, "recall"), (0 * true, "precision")):
+        table = overlap_table(true, predicted, max_true=2, num_predicted=4)
+        found = rand_indices(table)._asdict()
+        for name in ("precision", "recall"):
+            assert (found[name] == 1) == (name != low)
+    # A third of an object's pairs are together; of all pairs, by chance, a seventh.
+    table = overlap_table(true, halves, max_true=2, num_predicted=4)
+    assert np.isclose(rand_indices(table).recall[0], 2 / 9)
 
 
 def test_names_of_predicted_clusters_do_not_matter():
