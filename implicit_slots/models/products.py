@@ -87,10 +87,10 @@ def dense(
       kernel: float32.
       full: whether the result is float32 whatever the rows are.
     """
-    if rows.dtype == kernel.dtype and platform() != "gpu":
-        return rows @ kernel
-    # JAX's own derivative makes the kernel's gradient and transposes it; on GPUs XLA
-    # then copied every such parameter and both its moments once more.
+    if rows.dtype == kernel.dtype:
+        # Not `_with_kernel`: the fixed point's step is also differentiated forward, and
+        # backward in the precision that surrounds it.
+        return rows @ row_major(kernel)
     multiply = functools.partial(product, "ni,io->no") if full else jnp.matmul
     gradient = functools.partial(product, "ni,no->io")
     return _with_kernel(multiply, gradient, rows, kernel)
