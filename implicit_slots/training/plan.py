@@ -267,7 +267,8 @@ def _work(plan: Plan) -> Iterable[str]:
         row += f": at least {_digits(1e3 * plan.moved / chip.bandwidth)} ms"
     yield row
     if plan.cycles:
-        row = f"{_digits(plan.cycles / 1e6)} million cycles by the compiler's own estimate"
+        millions = _digits(plan.cycles / 1e6)
+        row = f"{millions} million cycles by the compiler's own estimate"
         if chip and chip.clock:
             row += f": {_digits(1e3 * plan.cycles / chip.clock)} ms"
         yield row
