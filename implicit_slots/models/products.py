@@ -113,6 +113,8 @@ def dense(
       full: whether the result is float32 whatever the rows are.
     """
     if rows.dtype == kernel.dtype:
+        # Not `_with_kernel`: the fixed point's step is also differentiated forward, and
+        # backward in the precision that surrounds it.
         return rows @ row_major(kernel)
     multiply = functools.partial(product, "ni,io->no") if full else jnp.matmul
     gradient = functools.partial(product, "ni,no->io")

@@ -29,7 +29,7 @@ _ANY_IMPROVEMENT = 1e-30
 
 
 def build_optimizer(
-    config: Config, params: dict, *, num_steps: int
+    config: Config, params: dict, *, num_steps: int, split: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the optimiser of a configuration's `optimizer` section.
 
@@ -44,6 +44,7 @@ def build_optimizer(
       num_steps: where a cosine schedule ends, unless an update is told otherwise:
         `update(…, num_steps=…)` may be a traced number, so that one compiled step
         serves runs of any length.
+      split: whether every device has a share of each array; see `max_norm`.
 
     Raises:
       InvalidValue: if a name or a number is not one of the possible ones.
@@ -55,7 +56,7 @@ def build_optimizer(
     if DVAE in params and not _has_dvae(params):
         groups[FIXED] = optax.set_to_zero()
     labels = {key: _group(config, params, key) for key in params}
-    return optax.chain(_clipping(config), optax.partition(groups, labels))
+    return optax.chain(_clipping(config, split), optax.partition(groups, labels))
 
 
 def _group(config: Config, params: dict, key: str) -> str:
@@ -137,7 +138,7 @@ def build_plateau(config: Config) -> optax.GradientTransformationExtraArgs | Non
     )
 
 
-def clip_by_max_norm(limit: float) -> optax.GradientTransformation:
+def clip_by_max_norm(limit: float, split: bool = False) -> optax.GradientTransformation:
     """Scales the gradient so that no entry exceeds `limit` in absolute value.
 
     The scale is limit / (norm + 1e-6) where that is below one, as PyTorch's
@@ -146,30 +147,36 @@ def clip_by_max_norm(limit: float) -> optax.GradientTransformation:
     """
 
     def update(updates, state, params=None):
-        scale = jnp.minimum(1.0, limit / (max_norm(updates) + 1e-6))
+        scale = jnp.minimum(1.0, limit / (max_norm(updates, split) + 1e-6))
         return jax.tree.map(lambda leaf: leaf * scale, updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-def max_norm(tree: PyTree) -> Float[Array, ""]:
-    """Returns the largest absolute entry of all leaves: the ∞-norm."""
-    return jnp.max(jnp.stack([jnp.abs(leaf).max() for leaf in _few(tree)]))
+def max_norm(tree: PyTree, split: bool = False) -> Float[Array, ""]:
+    """Returns the largest absolute entry of all leaves: the ∞-norm.
+
+    Args:
+      tree: arrays.
+      split: whether every device has a share of each.
+    """
+    leaves = _few(tree, split)
+    return jnp.max(jnp.stack([jnp.abs(leaf).max() for leaf in leaves]))
 
 
-def l2_norm(tree: PyTree) -> Float[Array, ""]:
-    """Returns the root of the sum of all squared entries."""
-    return optax.tree.norm(_few(tree))
+def l2_norm(tree: PyTree, split: bool = False) -> Float[Array, ""]:
+    """Returns the root of the sum of all squared entries; see `max_norm`."""
+    return optax.tree.norm(_few(tree, split))
 
 
-def _few(tree: PyTree) -> list[jax.Array]:
+def _few(tree: PyTree, split: bool) -> list[jax.Array]:
     """The entries of all leaves, on GPUs in a single array.
 
     A reduction is a kernel or two there, and there are some hundred leaves; copying
-    them is cheaper.
+    them is cheaper, but for shares, which the copy would gather.
     """
     leaves = jax.tree.leaves(tree)
-    if platform() != "gpu":
+    if platform() != "gpu" or split:
         return leaves
     return [jnp.concatenate([leaf.reshape(-1) for leaf in leaves])]
 
@@ -203,12 +210,12 @@ def _scale_by_rate(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _clipping(config: Config) -> optax.GradientTransformation:
+def _clipping(config: Config, split: bool) -> optax.GradientTransformation:
     if config.clip == "none":
         return optax.identity()
     if config.clip == "l2":
         return optax.clip_by_global_norm(config.clip_limit)
-    return clip_by_max_norm(config.clip_limit)
+    return clip_by_max_norm(config.clip_limit, split)
 
 
 def _decay(config: Config) -> Schedule:

@@ -76,7 +76,12 @@ def build_parts(
     # Shapes alone, which takes no time: a model that cannot be built is refused before
     # data is opened.
     graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
-    optimizer = build_optimizer(config.optimizer, shapes, num_steps=config.num_steps)
+    optimizer = build_optimizer(
+        config.optimizer,
+        shapes,
+        num_steps=config.num_steps,
+        split=config.sharding == "fsdp",
+    )
     steps = build_steps(graphdef, optimizer, config, mesh)
     data = open_data(config, mode)
     return Parts(config, mesh, graphdef, shapes, optimizer, steps, *data)

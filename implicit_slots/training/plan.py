@@ -109,7 +109,8 @@ def make(config: Config, topology: Topology) -> Plan:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            f"the step does not fit {topology.name}: {_needed(error)}{advice(config)}"
+            f"the step does not fit {topology.name}: {_needed(error)}"
+            f"{advice(config, topology)}"
         ) from error
     seconds = time.perf_counter() - began
     text = compiled.as_text()
@@ -181,15 +182,22 @@ def overlapped(text: str) -> tuple[int, int]:
     return apart, whole + apart
 
 
-def advice(config: Config) -> str:
-    """What makes a step smaller, that is not set yet."""
+def advice(config: Config, topology: Topology, share: float = 2.0) -> str:
+    """What makes a step smaller, that is not set yet.
+
+    Args:
+      config: of the run.
+      topology: the devices.
+      share: of what may be filled that the step takes.
+    """
     ways = []
     if config.precision != "bfloat16":
         ways.append("--config.precision=bfloat16")
     if config.model.get("remat") is False:
         ways.append("--config.model.remat=True")
-    ways.append(f"--config.accumulate={2 * config.accumulate}")
-    if config.sharding != "fsdp":
+    parts = config.accumulate * 2 ** max(1, math.ceil(math.log2(share)))
+    ways.append(f"--config.accumulate={parts}")
+    if config.sharding != "fsdp" and len(topology.devices) > 1:
         ways.append("--config.sharding=fsdp")
     return f"try {', '.join(ways)}, or more devices"
 
@@ -250,7 +258,9 @@ def describe(plan: Plan) -> str:
     total = f"  {'total':15} {_size(plan.memory):>10}"
     if chip:
         share = plan.memory / chip.memory
-        fits = "fits" if share <= USABLE else f"does not fit: {advice(config)}"
+        fits = "fits"
+        if share > USABLE:
+            fits = f"does not fit: {advice(config, topology, share / USABLE)}"
         total += f" of {_size(chip.memory)} ({share:.0%}): {fits}"
     lines += [total, "", "work of a device in a step"]
     lines += [f"  {row}" for row in _work(plan)]
@@ -275,8 +285,8 @@ def _work(plan: Plan) -> Iterable[str]:
         row += f": at least {_digits(1e3 * plan.moved / chip.bandwidth)} ms"
     yield row
     if plan.cycles:
-        cycles = _digits(plan.cycles / 1e6)
-        row = f"{cycles} million cycles by the compiler's own estimate"
+        millions = _digits(plan.cycles / 1e6)
+        row = f"{millions} million cycles by the compiler's own estimate"
         if chip and chip.clock:
             row += f": {_digits(1e3 * plan.cycles / chip.clock)} ms"
         yield row

@@ -135,9 +135,11 @@ def train(
         updates = dict(updates) | {DVAE: still}  # pyright: ignore
     params = optax.apply_updates(state.params, updates)
     # A stage that this model does not have is a gradient of zero.
-    norms = [max_norm(gradient.get(stage, jnp.zeros(1))) for stage in kind.stages]
+    split = config.sharding == "fsdp"
+    stages = [gradient.get(stage, jnp.zeros(1)) for stage in kind.stages]
+    norms = [max_norm(stage, split) for stage in stages]
     logged |= {
-        "grad_norm_l2": l2_norm(gradient),
+        "grad_norm_l2": l2_norm(gradient, split),
         "grad_norm_inf": jnp.max(jnp.stack(norms)),
     }
     decay = config.optimizer.ema_decay

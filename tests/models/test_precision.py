@@ -151,6 +151,17 @@ def test_no_such_precision_is_a_sentence():
         set_precision(build().model, "float16")
 
 
+def test_float32_is_differentiated_forward_on_every_platform():
+    """As the fixed point's step is."""
+    x, kernel = jnp.ones((3, 2)), jnp.ones((2, 4))
+    for kind in ("cpu", "gpu", "tpu"):
+        with traced_for(kind):
+            lowered = jax.jit(
+                lambda k: jax.jvp(lambda k: products.dense(x, k), (k,), (k,))
+            ).lower(kernel)
+        assert [out.shape for out in lowered.out_info] == [(3, 4)] * 2
+
+
 def test_gradients_of_parameters_are_summed_in_float32():
     """257 has nine bits; bfloat16 has eight."""
     rngs = nnx.Rngs(0)

@@ -65,9 +65,13 @@ def test_it_is_said_in_lines_with_what_a_chip_allows(planned):
     assert "2 kernels that read and write 3 MB: at least 3 ms" in text
     assert "6 million cycles" in text
     assert "3 MB  models/x.py:1 f" in text
-    small = chip._replace(memory=1e5)
+    small = chip._replace(memory=planned.memory / 4)
     text = plan.describe(there._replace(topology=there.topology._replace(chip=small)))
-    assert "does not fit: try --config.precision=bfloat16" in text
+    ways = "--config.precision=bfloat16, --config.model.remat=True"
+    # Four times the memory, of which nine tenths may be filled.
+    assert f"not fit: try {ways}, --config.accumulate=8, or more devices" in text
+    both = planned.topology._replace(devices=2 * planned.topology.devices)
+    assert "--config.sharding=fsdp, or more" in plan.advice(planned.config, both)
 
 
 def test_batches_that_divide():

@@ -36,12 +36,13 @@ def small():
 
 def test_a_cpus_program():
     made = plan.make(small(), devices_of("here"))
-    # Of JAX 0.10.1: 5,993 kernels, 26.6 MB, 2.1 MB.
+    # Of JAX 0.10.1: 5,993 kernels, 26.6 MB, 2.1 MB; of 0.12 2.9 MB.
     assert made.launched < 6_800
     assert made.moved < 30e6
-    assert made.holds["temporaries"] < 2.5e6
+    assert made.holds["temporaries"] < 3.2e6
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 def test_a_gpus_program():
     """Neither attention's weights nor float32 logits are arrays of it."""
     config = small()
@@ -60,6 +61,6 @@ def test_a_gpus_program():
     # The same search finds those that are there.
     assert f"{images}x{config.model.width}xf32" in arrays
     operations = re.findall(r"= \"?stablehlo\.(\w+)", program)
-    # Of JAX 0.10.1: 117 and 9,726.
+    # Of JAX 0.10.1: 117 and 8,137.
     assert operations.count("dot_general") < 130
-    assert len(operations) < 11_000
+    assert len(operations) < 9_200
