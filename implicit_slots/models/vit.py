@@ -16,6 +16,7 @@ from implicit_slots.runtime.errors import InvalidValue
 
 EPSILON = 1e-6  # of every LayerNorm, in both repositories
 MLP_RATIO = 4
+DRAWN_POSITIONS = 0.1  # their standard deviation; a patch's own part has about 2
 # Of ImageNet's pixels in [0, 1]: what all of these were trained on is scaled by them.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -30,6 +31,8 @@ class Layout(NamedTuple):
       heads: attention heads of a block.
       registers: tokens beside the class token that stand for no patch.
       layer_scale: whether what a block adds is scaled feature by feature.
+      centred: whether ImageNet's mean is taken from the pixels. Without it grey differs
+        from grey by a factor alone, which a LayerNorm takes away.
       pretrained: whether weights of it are published, and are to be read.
     """
 
@@ -39,6 +42,7 @@ class Layout(NamedTuple):
     heads: int
     registers: int = 0
     layer_scale: bool = False
+    centred: bool = True
     pretrained: bool = True
 
 
@@ -51,7 +55,7 @@ LAYOUTS: Mapping[str, Layout] = {
         for n in (0, 4)
     },
     # As its initialisation draws it: for small runs and tests.
-    "random": Layout(4, 64, 2, 4, pretrained=False),
+    "random": Layout(4, 64, 1, 4, centred=False, pretrained=False),
 }
 
 
@@ -117,7 +121,13 @@ class VisionTransformer(nnx.Module):
         registers = draw(rngs.params(), (layout.registers, width))
         self.registers = nnx.Param(registers) if layout.registers else None
         # The class token's, then the patches' row by row.
-        self.positions = nnx.Param(draw(rngs.params(), (1 + self.side**2, width)))
+        positions = draw(rngs.params(), (1 + self.side**2, width))
+        if not layout.pretrained:
+            # Features must say where a patch lies, as trained ones do: a slot that does
+            # not know where its object is cannot be decoded.
+            grid = layers.smooth_positions(rngs.params(), self.side, width)
+            positions = positions.at[1:].set(DRAWN_POSITIONS * grid)
+        self.positions = nnx.Param(positions)
         self.blocks = nnx.List([Block(layout, rngs=rngs) for _ in range(layout.depth)])
         self.norm = _norm(width, rngs)
 
@@ -130,7 +140,8 @@ class VisionTransformer(nnx.Module):
           image: of the model's resolution.
           final_norm: whether the last block's output goes through the last LayerNorm.
         """
-        x = (image - jnp.array(MEAN)) / jnp.array(DEVIATION)
+        x = image - jnp.array(MEAN) if self.layout.centred else image
+        x = x / jnp.array(DEVIATION)
         x = self.embedding(self._patches(x)).astype(image.dtype)
         positions = self.positions[...]
         special = self.class_token[...] + positions[:1]

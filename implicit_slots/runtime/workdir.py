@@ -67,7 +67,7 @@ OF_SLATE = (
 # The same of folders of images alone.
 OF_FOLDERS = ("data.ignore_id",)
 # Keys that name a file or folder; empty: none, or a default of the data set's.
-PATHS = ("data.path", "data.cache", "evaluation.inception")
+PATHS = ("data.path", "data.cache", "evaluation.inception", "features.weights")
 # Between the workdir and the file whose data section takes the place of the run's.
 SEPARATOR = "\n"
 
@@ -153,7 +153,7 @@ def absolute(config: Config) -> Config:
     config = config.copy_and_resolve_references()
     for key in PATHS:
         section, name = key.split(".")
-        if path := config[section].get(name):
+        if path := config.get(section, {}).get(name):
             config[section][name] = os.path.abspath(expand(path))
     return config
 
