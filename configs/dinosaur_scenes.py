@@ -18,7 +18,7 @@ def get_config(variant: str | None = None) -> Config:
         max_objects=3,
         zoom=4 / 3,
     )
-    config.num_steps = 6_000
+    config.num_steps = 10_000
     config.batch_size = 16
     config.model.update(
         vit="random",
@@ -28,6 +28,9 @@ def get_config(variant: str | None = None) -> Config:
         slot_mlp_size=64,
         decoder_features=64,
         attention_gain=3.0,
+        # One of them then takes the ground; drawn ones share it.
+        initial_slots="learned",
+        straight_through=True,
     )
     config.optimizer.update(learning_rate=2e-3, warmup_steps=500, schedule="cosine")
     config.update(

@@ -64,6 +64,13 @@ OF_SLATE = (
     "model.tokenizer",
     "model.token_weighting",
 )
+# Those that every model has but slots of frozen features, which are younger.
+OF_CONVOLUTIONS = (
+    "model.encoder_kernels",
+    "model.encoder_padding",
+    "model.encoder_positions",
+    "model.position_scale",
+)
 # The same of folders of images alone.
 OF_FOLDERS = ("data.ignore_id",)
 # Keys that name a file or folder; empty: none, or a default of the data set's.
@@ -218,6 +225,8 @@ def read_config(path: pathlib.Path) -> Config:
     config: Config = ConfigDict(json.loads(path.read_text()))
     for key, value in ABSENT.items():
         if key in OF_SLATE and config.model.get("name") != "slate":
+            continue
+        if key in OF_CONVOLUTIONS and config.model.get("name") == "feature_slots":
             continue
         if key in OF_FOLDERS and config.data.get("name") != "folder":
             continue
