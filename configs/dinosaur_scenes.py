@@ -1,6 +1,17 @@
 """Slots of frozen features on the embedded scenes, sized for two CPU cores.
 
 Command: python -m implicit_slots.main --config=configs/dinosaur_scenes.py
+Data: rendered by the run itself, 48x48, three objects; nothing is downloaded. The
+    features are those of a vision transformer of one block on patches of 4x4 pixels,
+    as it is drawn at random; the run standardises them on 256 training images and
+    changes nothing else of it. It shows the path from pixels to masks, not what
+    trained features are worth.
+Cost and expected result: 16 minutes beside other work on two cores of an Intel Xeon.
+    Seed 0, 256 validation scenes, decoder masks: foreground ARI 0.78, ARI 0.48, mIoU
+    0.35; attention: 0.80, 0.16, 0.20. One slot takes the ground; masks are wider than
+    their objects, and objects at the border or as grey as the ground are missed. With
+    `--config.model.initial_slots=gaussian` slots share the ground: 0.77, 0.12, 0.22 of
+    the decoder's.
 """
 
 from configs import base

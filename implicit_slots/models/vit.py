@@ -140,8 +140,8 @@ class VisionTransformer(nnx.Module):
           image: of the model's resolution.
           final_norm: whether the last block's output goes through the last LayerNorm.
         """
-        x = image - jnp.array(MEAN) if self.layout.centred else image
-        x = x / jnp.array(DEVIATION)
+        mean, deviation = jnp.array((MEAN, DEVIATION), image.dtype)[:, None, None, None]
+        x = (image - mean if self.layout.centred else image) / deviation
         x = self.embedding(self._patches(x)).astype(image.dtype)
         positions = self.positions[...]
         special = self.class_token[...] + positions[:1]
