@@ -126,7 +126,8 @@ def train(
     """Trains from where the workdir is to the end; returns what summary.json holds."""
     config, mesh = parts.config, parts.mesh
     assert parts.train is not None
-    frozen = read_frozen(config, parts.graphdef, parts.shapes, workdir)
+    with processes.together():
+        frozen = read_frozen(config, parts.graphdef, parts.shapes, workdir)
     # Scenes are rendered on first use: the first ones while the model is built. A
     # failure here comes up again, in the loop.
     ThreadPoolExecutor(1).submit(parts.train.batch, np.arange(1))
