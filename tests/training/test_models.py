@@ -195,7 +195,7 @@ def test_data_that_a_model_cannot_learn_from_is_refused(tmp_path):
         check(config, "train")
     config = smoke(scenes)
     config.model.name = "sltae"
-    with pytest.raises(UserError, match="autoencoder, feature_slots, set_prediction"):
+    with pytest.raises(UserError, match="autoencoder, set_prediction, feature_slots"):
         check(config, "train")
 
 
