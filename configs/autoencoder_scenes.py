@@ -34,7 +34,7 @@ def get_config(variant: str | None = None) -> Config:
     set_size(config)
     config.model.num_slots = 4
     set_rate(config, variant)
-    return base.set_variant(config, variant)
+    return base.set_variant(config, variant, own=("full",))
 
 
 def set_size(config: Config) -> None:

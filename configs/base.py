@@ -5,6 +5,8 @@ constructors. The values are those of the ShapeStacks set-up of Singh et al. 202
 memory) with the slots, iterations and resolution that Chang et al. 2022 state.
 """
 
+import difflib
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,6 +15,8 @@ import implicit_slots.fixed_point as core
 from configs.smoke import set_smoke
 from implicit_slots.models.build import defaults
 from implicit_slots.runtime.config import Config
+
+VARIANTS = ("implicit", "vanilla", "vanilla1", "learned", "ib", "bb", "bn", "smoke")
 
 
 def get_config(name: str, data: Config) -> Config:
@@ -344,7 +348,7 @@ def splits(*, train: str = "", validation: str = "", test: str = "") -> Config:
     return section
 
 
-def set_variant(config: Config, variant: str | None) -> Config:
+def set_variant(config: Config, variant: str | None, own: Sequence[str] = ()) -> Config:
     """Applies the variants that every configuration has, and names the run by them.
 
     Args:
@@ -354,6 +358,7 @@ def set_variant(config: Config, variant: str | None) -> Config:
         same with a single one), "learned" (each slot starts from a vector of its own,
         trained straight-through), the paper's "ib", "bb" and "bn", or "smoke"
         (seconds: a test that everything works, not a model).
+      own: the file's own variants, which it applies itself, for the sentence.
 
     Raises:
       ValueError: if there is no such variant.
@@ -373,9 +378,11 @@ def set_variant(config: Config, variant: str | None) -> Config:
     elif variant == "smoke":
         set_smoke(config)
     else:
+        known = (*VARIANTS, *own)
+        nearest = difflib.get_close_matches(variant, known, n=len(known), cutoff=0)
         raise ValueError(
-            "variant must be one of implicit, vanilla, vanilla1, learned, ib, bb, bn, "
-            f"smoke, got {variant!r}"
+            f"there is no variant {variant!r}; the nearest first, there are "
+            f"{', '.join(nearest)}"
         )
     config.name = f"{config.name}-{variant}"
     return config

@@ -48,10 +48,9 @@ def set_variant(
         change(config)
         config.name, variant = f"{config.name}-{first}", rest
     try:
-        base.set_variant(config, variant)
+        return base.set_variant(config, variant, own=(first,))
     except ValueError as error:
-        raise ValueError(f"{error}; {first}, or {first}- and one of these") from error
-    return config
+        raise ValueError(f"{error}; {first}- goes before any of them") from error
 
 
 def set_small_variant(config: Config, variant: str | None) -> Config:

@@ -45,4 +45,4 @@ def get_config(variant: str | None = None) -> Config:
     if variant == "vanilla":
         # From random initial slots it learns little or nothing: see README.md.
         config.model.initial_slots = "learned"
-    return base.set_variant(config, variant)
+    return base.set_variant(config, variant, own=("full",))

@@ -40,6 +40,7 @@ __all__ = [
     "fixed_point",
     "jacobian_norm",
     "load",
+    "save_pretrained",
     "start_error",
 ]
 
@@ -50,7 +51,8 @@ _HOMES = {
     "FeatureSlots": "models.feature_slots",
     "SetPredictor": "models.set_prediction",
     "SlotAttention": "models.slot_attention",
-    "load": "training.checkpoint",
+    "load": "training.pretrained",
+    "save_pretrained": "training.pretrained",
 }
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ if TYPE_CHECKING:
     from implicit_slots.models.set_prediction import SetPredictor
     from implicit_slots.models.slate import SLATE
     from implicit_slots.models.slot_attention import SlotAttention
-    from implicit_slots.training.checkpoint import load
+    from implicit_slots.training.pretrained import load, save_pretrained
 
     __version__: str
 else:

@@ -1,9 +1,15 @@
-r"""Official SLATE's weights in our model, and back.
+r"""Official SLATE's weights in our model, and back; our models as folders.
 
     python -m implicit_slots.interop --source=best_model.pt --target=runs/official \
         --config=configs/clevr.py                               # a run to go on with
     python -m implicit_slots.interop --source=runs/official --target=model.pt
     python -m implicit_slots.interop --source=checkpoint.pt.tar --target=model.npz
+
+and any model of ours as one folder that goes where a run does not (`load` takes it):
+
+    python -m implicit_slots.interop --source=runs/scenes --target=my_model
+    python -m implicit_slots.interop --source=my_model --target=runs/more \
+        --config=configs/scenes.py                              # a run to go on with
 
 Reads and writes the state dictionary of the PyTorch code that Singh, Deng, Ahn 2022
 published (singhgautam/slate on GitHub), as `.pt`, for which PyTorch is needed (pip
@@ -26,9 +32,10 @@ import json
 import pathlib
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -38,7 +45,7 @@ from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import expand, write_json
 from implicit_slots.runtime.flags import parse, refuse_rest
 from implicit_slots.runtime.weights import SUFFIXES, read_weights, write_weights
-from implicit_slots.runtime.workdir import CONFIG_FILE, absolute
+from implicit_slots.runtime.workdir import CONFIG_FILE, absolute, find_trained
 
 
 def convert(
@@ -47,10 +54,11 @@ def convert(
     """Writes the weights of `source` to `target`, which must not exist.
 
     Args:
-      source: a run's workdir, whose newest checkpoint is taken, or a file that
-        `runtime.weights.read_weights` reads.
+      source: a run's workdir, whose newest checkpoint is taken, a folder that
+        `save_pretrained` wrote, or a file that `runtime.weights.read_weights` reads.
       target: a file of official weights that ends in one of `SUFFIXES`; with a
-        configuration, a workdir with a checkpoint at step 0 and a fresh optimiser.
+        configuration, a workdir with a checkpoint at step 0 and a fresh optimiser;
+        else a folder as `save_pretrained` writes it.
       config: of the workdir.
 
     Raises:
@@ -59,36 +67,48 @@ def convert(
     # A command line's --help needs no JAX.
     from implicit_slots.models.build import split_model
     from implicit_slots.runtime import compiling, devices
-    from implicit_slots.training import checkpoint
+    from implicit_slots.training import pretrained
 
     if target.exists():
         raise UserError(f"{target} exists; choose another --target")
     to_file = target.suffix in SUFFIXES
-    if to_file == (config is not None):
+    if to_file and config is not None:
+        raise UserError(f"--config does not go with the file {target}")
+    if not to_file and config is None and not source.is_dir():
         raise UserError(
-            f"--config does not go with the file {target}"
-            if to_file
-            else f"{target} does not end in {' or '.join(SUFFIXES)}; to write a "
-            "workdir, say with which --config"
+            f"{target} does not end in {' or '.join(SUFFIXES)}; to write a workdir, "
+            "say with which --config"
         )
     devices.find_devices()
     try:
+        if not to_file and config is None:
+            return pretrained.export(source, target)
         if source.is_dir():
-            weights = to_official(split_model(checkpoint.load(source)[1])[1])
+            params = split_model(pretrained.load(source)[1])[1]
+            if config is None:
+                return write_weights(target, to_official(params))
+            fill = partial(pretrained.fill, dict(pretrained.named(params)), source)
         else:
             weights = read_weights(source)
-        if config is None:
-            return write_weights(target, weights)
+            if config is None:
+                return write_weights(target, weights)
+            fill = partial(from_official, weights)
         with compiling.standard_arithmetic():
-            _write_run(target, weights, config)
+            _write_run(target, config, fill)
     except OSError as error:
         raise UserError(str(error)) from error
 
 
 def _write_run(
-    workdir: pathlib.Path, weights: Mapping[str, np.ndarray], config: Config
+    workdir: pathlib.Path, config: Config, fill: Callable[[Any], Any]
 ) -> None:
-    """Makes a workdir that a run goes on with; removes it where that fails."""
+    """Makes a workdir that a run goes on with; removes it where that fails.
+
+    Args:
+      workdir: of the run.
+      config: of the run.
+      fill: from the shapes of the parameters to the parameters.
+    """
     import jax
     from flax import nnx
 
@@ -101,7 +121,7 @@ def _write_run(
     check(config, "train")
     _, shapes = split_model(nnx.eval_shape(lambda: build(config)))
     optimizer = build_optimizer(config.optimizer, shapes, num_steps=config.num_steps)
-    params = jax.tree.map(jax.numpy.asarray, from_official(weights, shapes))
+    params = jax.tree.map(jax.numpy.asarray, fill(shapes))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         folder = workdir / CHECKPOINT_FOLDER
@@ -120,17 +140,22 @@ def main(argv: list[str]) -> None:
     refuse_rest(argv)
     given = flags.FLAGS
     try:
-        convert(expand(given.source), expand(given.target), given.config)
+        source = find_trained(given.source)
+        convert(source, expand(given.target), given.config)
     except UserError as error:
         sys.exit(f"error: {error}")
     print(f"wrote {expand(given.target)}")
 
 
 def _define_flags() -> None:
-    of_source = "A run's workdir, or a .pt, .safetensors or .npz file of its weights."
+    of_source = (
+        "A run's workdir, the folder or name of a trained model, or a .pt, "
+        ".safetensors or .npz file of its weights."
+    )
     flags.DEFINE_string("source", None, of_source)
     of_target = (
-        "A .pt, .safetensors or .npz file, or with --config a workdir, to write."
+        "A .pt, .safetensors or .npz file to write; with --config a workdir, else a "
+        "folder that holds the model."
     )
     flags.DEFINE_string("target", None, of_target)
     config_flags.DEFINE_config_file(

@@ -17,6 +17,7 @@ from ml_collections import config_flags
 
 from implicit_slots.runtime import xla_warnings
 from implicit_slots.runtime.allocator import keep_freed_memory
+from implicit_slots.runtime.config import flat
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import expand
 from implicit_slots.runtime.flags import (
@@ -27,13 +28,18 @@ from implicit_slots.runtime.flags import (
     refuse_rest,
     without,
 )
-from implicit_slots.runtime.signals import stopping
-from implicit_slots.runtime.workdir import config_flag, workdirs, writing
+from implicit_slots.runtime.signals import RESUME_ME, stopping
+from implicit_slots.runtime.workdir import (
+    CONFIG_FILE,
+    config_flag,
+    find_trained,
+    packaged,
+    read_config,
+    workdirs,
+    writing,
+)
 
 _BEGAN = time.perf_counter()
-
-# "Temporary failure, try again": of sysexits.h.
-RESUME_ME = 75
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, with an optional :variant.", lock_config=True
@@ -47,9 +53,10 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "replay", "plan"],
-    "Train, evaluate a trained model, replay the step at which a run stopped, or plan: "
-    "say what the train step needs of --topology, and run nothing.",
+    ["train", "evaluate", "predict", "replay", "plan"],
+    "Train, evaluate a trained model, predict: write masks of --images of your own, "
+    "replay the step at which a run stopped, or plan: say what the train step needs of "
+    "--topology, and run nothing.",
 )
 _CHECKPOINT = flags.DEFINE_enum(
     "checkpoint",
@@ -75,6 +82,29 @@ _PROCESS_INDEX = flags.DEFINE_integer(
 _DATA = flags.DEFINE_string(
     "data", None, "To evaluate on other data: the configuration FILE they are from."
 )
+_IMAGES = flags.DEFINE_multi_string(
+    "images",
+    [],
+    "To predict: a picture, a folder of them or a pattern; as often as needed.",
+)
+_OUT = flags.DEFINE_string(
+    "out", None, "To predict: the folder to write to, which holds nothing yet."
+)
+_SLOTS = flags.DEFINE_integer(
+    "slots", None, "To predict: how many, in place of the model's number."
+)
+_ITERATIONS = flags.DEFINE_integer(
+    "iterations", None, "To predict: at most so many, in place of the model's number."
+)
+_STARTS = flags.DEFINE_integer(
+    "starts", None, "To predict: how many initial slots are tried for each image."
+)
+_SEEDS = flags.DEFINE_string(
+    "seeds", None, "To train several runs, one after the other: their seeds, 0,1,2."
+)
+_SWEEP = flags.DEFINE_multi_string(
+    "sweep", [], "The same with config.KEY=VALUE,VALUE,…; as often as needed."
+)
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
@@ -97,8 +127,13 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     standard_logging.getLogger("matplotlib").setLevel(standard_logging.ERROR)
     keep_freed_memory()
+    if _MODE.value == "predict":
+        xla_warnings.leave_out()
+        sys.exit(_predict(argv[1:]))
     refuse_rest(argv)
     config = _CONFIG.value
+    if _SEEDS.value is not None or _SWEEP.value:
+        sys.exit(_sweep())
     evaluates = _MODE.value == "evaluate"
     several = workdirs(_WORKDIR.value or "", to_compare=evaluates)
     if len(several) > 1:
@@ -109,6 +144,12 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     if _DATA.value and _MODE.value != "evaluate":
         sys.exit("error: --data is for --mode=evaluate; --config says what to train on")
+    if _IMAGES.value:
+        sys.exit("error: --images is for --mode=predict")
+    if _MODE.value != "plan" and (_TOPOLOGY.value or _SLICES.value != 1):
+        sys.exit(
+            "error: --topology and --slices are for --mode=plan, which runs nothing"
+        )
     xla_warnings.leave_out()
     if _MODE.value == "plan":
         sys.exit(_plan())
@@ -155,12 +196,9 @@ def main(argv: list[str]) -> None:
         if processes.lost_another(error):
             processes.leave("error: another process of this run ended; it says why")
         if devices.is_out_of_memory(error):
-            reason = str(error).strip().split("\n")[0]
-            processes.leave(
-                f"error: there is not enough memory ({reason}); take a smaller "
-                "--config.batch_size, a larger --config.accumulate, a smaller model or "
-                f"smaller data; the same command resumes {workdir}"
-            )
+            from implicit_slots.training.plan import out_of_memory
+
+            processes.leave(f"error: {out_of_memory(error, config, workdir)}")
         processes.leave(traceback.format_exc().rstrip())
 
 
@@ -183,6 +221,52 @@ def _plan() -> str | int:
     except UserError as error:
         return f"error: {error}"
     return 0
+
+
+def _predict(more: list[str]) -> str | int:
+    """Writes masks of images; `more` of them are what a shell made of a pattern."""
+    workdir, paths = _WORKDIR.value or "", [*_IMAGES.value, *more]
+    if not paths or not _OUT.value:
+        return "error: --mode=predict needs --images=DIR_OR_FILES and --out=DIR"
+    asked = {
+        "model.num_slots": _SLOTS.value,
+        "model.solver.max_steps": _ITERATIONS.value,
+        "evaluation.masks.starts": _STARTS.value,
+    }
+    before = flat(read_config(find_trained(workdir) / CONFIG_FILE).to_dict())
+    now = flat(_CONFIG.value.to_dict())
+    now |= {key: value for key, value in asked.items() if value is not None}
+    changes = {key: value for key, value in now.items() if before.get(key) != value}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    from implicit_slots.training import predict
+
+    try:
+        page = predict.run(
+            workdir, paths, _OUT.value, changes=changes, command=_command()
+        )
+    except UserError as error:
+        return f"error: {error}"
+    except KeyboardInterrupt:
+        return f"stopped; {_OUT.value} has what was made until now"
+    print(f"page: {page}", flush=True)
+    return 0
+
+
+def _sweep() -> str | int:
+    """Trains and evaluates several runs."""
+    from implicit_slots.training import sweep
+
+    if _MODE.value != "train":
+        return "error: --seeds and --sweep are for --mode=train, which evaluates too"
+    config, rest = _CONFIG.value, sys.argv[1:]
+    for name in ("seeds", "sweep", "workdir"):
+        rest = without(name, rest)
+    try:
+        values = sweep.values_of(_SEEDS.value, _SWEEP.value, config)
+        workdir = _WORKDIR.value or os.path.join("runs", f"{config.name}-sweep")
+        return sweep.run(values, expand(workdir), rest)
+    except UserError as error:
+        return f"error: {error}"
 
 
 def _compare(several: list[str]) -> str | int:
@@ -210,11 +294,32 @@ def _compare(several: list[str]) -> str | int:
 def _parse(argv: list[str]) -> list[str]:
     """As `parse`; a run that is there brings its configuration."""
     workdir = flag_value("workdir", argv)
-    if workdir and not any(is_flag("config", flag) for flag in argv):
+    if flag_value("mode", argv) == "predict":
+        argv = [argv[0], *_of_trained(workdir), *argv[1:]]
+    elif workdir and not any(is_flag("config", flag) for flag in argv):
         evaluates = flag_value("mode", argv) == "evaluate"
         first = workdirs(workdir, to_compare=evaluates)[0]
         argv = [argv[0], config_flag(first, flag_value("data", argv)), *argv[1:]]
     return parse(argv)
+
+
+def _of_trained(workdir: str | None) -> list[str]:
+    """The --config of a trained model; one that follows counts in its place."""
+    known = ", ".join(packaged())
+    if not workdir:
+        sentence = f"of a trained run, or the name of a model of the package: {known}"
+        print(f"error: --mode=predict needs a --workdir: {sentence}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        folder = find_trained(workdir)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    if not (folder / CONFIG_FILE).exists():
+        sys.exit(
+            f"error: {workdir} holds no run; train one there first, or take a model of "
+            f"the package: {known}"
+        )
+    return [config_flag(str(folder), None)]
 
 
 def _stop(number: int, _: FrameType | None) -> None:

@@ -15,6 +15,7 @@ READMES = (
     "README.md",
     "implicit_slots/models/README.md",
     "implicit_slots/fixed_point/README.md",
+    "implicit_slots/training/README.md",
 )
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 

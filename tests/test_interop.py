@@ -128,6 +128,11 @@ def replace_noise(patch, recorded, keep=None):
     patch.setattr(jax.random, "normal", lambda key, shape: recorded("slots"))
     if keep is not None:
         patch.setattr(noise, "keep_mask", lambda key, rate, shape: keep(shape))
+        patch.setattr(
+            noise,
+            "kept_of_grid",
+            lambda rows, columns, rate: keep((*rows.shape, *columns.shape)),
+        )
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from implicit_slots.runtime.errors import UserError
 from implicit_slots.training.run import run
 
 ROOT = pathlib.Path(__file__).parents[1]
+BOXED = "--workdir=implicit_slots/trained/scenes"
 
 
 def command(*arguments, **environment):
@@ -30,7 +31,12 @@ def command(*arguments, **environment):
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
-        (["--config=configs/scenes.py", "--config.batchsize=2"], 1, "batchsize"),
+        (
+            ["--config=configs/scenes.py", "--config.model.solvr.max_steps=2"],
+            1,
+            "no key model.solvr.max_steps; did you mean model.solver.max_steps?",
+        ),
+        ([BOXED, "--config.num_slts=2"], 1, "did you mean model.num_slots?"),
         (["--config=configs/nothing.py"], 1, "configs/nothing.py"),
         (["--config=configs/nothing.py", "--config.seed=1"], 1, "configs/nothing.py"),
         (["--workdir=nowhere", "--mode=evaluate"], 1, "nowhere holds no run"),
@@ -39,10 +45,15 @@ def command(*arguments, **environment):
         (["--workdir=gs://b/run", "--mode=evaluate"], 1, "gcsfuse"),
         (["--config=~no-one/mine.py"], 1, "there is no home folder for ~no-one"),
         (["--data=x.py", "--config=configs/scenes.py"], 1, "--mode=evaluate"),
-        (["--config=configs/scenes.py:vanila"], 1, "vanila"),
+        (["--config=configs/scenes.py:vanila"], 1, "there are vanilla, vanilla1, "),
+        (["--topology=h100", "--config=configs/scenes.py"], 1, "--mode=plan"),
         ([f"--config={ROOT}/configs/scenes.py:vanila"], 1, "vanila"),
         (["--config=configs/scenes.py", "--config.batch_size=x"], 2, "batch_size=x"),
         (["--config=configs/scenes.py", "--mode=dream"], 2, "mode"),
+        ([BOXED, "--images=tests"], 1, "error: --images is for --mode=predict"),
+        (["--mode=predict", "--images=tests", "--out=nowhere"], 2, "package: scenes"),
+        (["--mode=predict", "--workdir=scenes"], 1, "needs --images=DIR_OR_FILES"),
+        (["--mode=predict", "--workdir=scnes"], 1, "scnes holds no run; train one"),
         ([], 2, "--config"),
     ],
 )

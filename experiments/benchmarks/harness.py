@@ -251,7 +251,8 @@ def write(
     }
     where = f"{hardware['cores']} core(s) of {hardware['cpu']}"
     where = where if device == "cpu" else f"{device}; host: {where}"
-    names = {"jax": "JAX", "torch": "PyTorch"}
+    names = {"jax": "JAX", "torch": "PyTorch", "libtpu": "libtpu"}
+    names |= {f"jax-cuda{n}-plugin": f"CUDA {n} plugin" for n in (12, 13)}
     packages = ", ".join(f"{names[k]} {versions[k]}" for k in names if k in versions)
     page = f"{where}; {packages}; {date}.\n\n{text}\n"
     print("\n" + page)

@@ -53,7 +53,7 @@ from implicit_slots.models.slate import SLATE
 from implicit_slots.models.slot_attention import Problem
 from implicit_slots.models.token_decoder import with_bos
 from implicit_slots.runtime.files import expand
-from implicit_slots.training.checkpoint import load
+from implicit_slots.training.pretrained import load
 
 # Tolerance zero: every solver goes on to --steps, or until nothing improves any more.
 FORWARD: dict[str, tuple[type[Solver], dict[str, Any]]] = {

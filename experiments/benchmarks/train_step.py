@@ -10,8 +10,7 @@ github.com/singhgautam/slate and PyTorch. (a) and (b) take a few minutes on two 
 
 Ours is the step that `implicit_slots.main` compiles, with its state given up for the
 new one; --precision is its, and float32 means what XLA makes of it (TF32 on a GPU).
---attention=cudnn also switches the dropout on attention weights off, which the fused
-kernel does not have and the published model does: say so where you quote it.
+--kernels=auto,xla compares the step with our own kernels for NVIDIA GPUs to XLA's.
 PyTorch's is the recipe of the official train.py: zero_grad, forward, backward, ∞-norm
 clipping, Adam in two groups; eager, in float32 with PyTorch's own setting of TF32. On a
 CPU it runs twice: as it comes, and with the C library's allocator set as ours sets it
@@ -42,8 +41,8 @@ from experiments.benchmarks.train_step_floor import (
     floor_seconds,
     least_bytes,
 )
-from implicit_slots.models.attention import IMPLEMENTATIONS
 from implicit_slots.models.build import count_parameters
+from implicit_slots.models.kernels import KERNELS
 from implicit_slots.runtime import compiling
 from implicit_slots.training.state import initial_state
 
@@ -136,12 +135,14 @@ def contest(configuration: Configuration, flags: Any, isolate: bool) -> dict[str
     """Lets the contestants of one configuration take turns; returns what was found."""
     start = functools.partial(Contestant, steps=flags.steps, isolate=isolate)
     adjoints = harness.choices("--adjoints", flags.adjoints, ADJOINTS)
-    changes: dict[str, Any] = {"attention": flags.attention, "remat": flags.remat}
-    if flags.attention == "cudnn":
-        changes["attention_dropout"] = 0.0
+    steps = {}
+    for adjoint in adjoints:
+        for kernels in harness.choices("--kernels", flags.kernels, KERNELS):
+            name = f"ours, {adjoint}" + (f", {kernels}" if kernels != "auto" else "")
+            steps[name] = adjoint, {"kernels": kernels, "remat": flags.remat}
     everyone = [
-        start(f"ours, {one}", build_ours, configuration, one, flags.precision, changes)
-        for one in adjoints
+        start(name, build_ours, configuration, adjoint, flags.precision, changes)
+        for name, (adjoint, changes) in steps.items()
     ]
     if flags.official:
         official = build_official, flags.official, configuration
@@ -150,8 +151,8 @@ def contest(configuration: Configuration, flags: Any, isolate: bool) -> dict[str
             everyone.append(start(ALLOCATOR, *official))
     found = contestants.compete(everyone, flags.rounds)
     theirs = {name: found[name] for name in ("PyTorch", ALLOCATOR) if name in found}
-    for adjoint in adjoints:
-        ours = found[f"ours, {adjoint}"]
+    for name, (adjoint, _) in steps.items():
+        ours = found[name]
         facts = ours["facts"]
         flops = count_flops(configuration, adjoint)
         traffic = least_bytes(configuration, facts["parameters"], flags.precision)
@@ -196,7 +197,7 @@ def main(arguments: list[str] | None = None, *, isolate: bool = True) -> None:
     parser.add_argument("--adjoints", default=",".join(ADJOINTS))
     parser.add_argument("--rounds", type=positive, default=7, help="turns of each")
     parser.add_argument("--steps", type=positive, default=5, help="in one turn")
-    parser.add_argument("--attention", choices=IMPLEMENTATIONS, default="xla")
+    parser.add_argument("--kernels", default="auto", help=f"of {', '.join(KERNELS)}")
     parser.add_argument("--remat", action="store_true", help="recompute blocks")
     flags = parser.parse_args(arguments)
     official_slate.check(flags.official)

@@ -37,7 +37,7 @@ from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import build_mesh
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import expand, write_atomically
-from implicit_slots.training import checkpoint
+from implicit_slots.training import checkpoint, pretrained
 
 Rows = Iterable[tuple[int, str, float | None]]  # step, metric, value
 Probe = Callable[[pathlib.Path], Rows]
@@ -82,7 +82,7 @@ def along_training(
     """
     first = None
     for step in checkpoint.saved_steps(workdir)[-1 if last else 0 :]:
-        config, model = checkpoint.load(workdir, step)
+        config, model = pretrained.load(workdir, step)
         first = first or subject(config, model)
         yield step, dataclasses.replace(first, params=split_model(model)[1])
 
@@ -111,7 +111,7 @@ def group(name: str, *, last: bool = False) -> Probe:
 def gradients(workdir: pathlib.Path) -> Rows:
     """Cosine to the exact gradient and relative error, at each checkpoint's slots."""
     for step in checkpoint.saved_steps(workdir):
-        config, model = checkpoint.load(workdir, step)
+        config, model = pretrained.load(workdir, step)
         image = images_of(registry.build(config.data, "validation"))
         case = build_case(model, image)
         for name, adjoint in GRADIENTS.items():
@@ -122,7 +122,7 @@ def gradients(workdir: pathlib.Path) -> Rows:
 
 def iterations(workdir: pathlib.Path) -> Rows:
     """What training left, at other numbers of iterations than it was trained with."""
-    config, model = checkpoint.load(workdir)
+    config, model = pretrained.load(workdir)
     trained = config.model.solver.max_steps
     most = config.evaluation.fixed_points.iterations
     counts = sorted({count for count in ITERATIONS if count <= most} | {trained})
@@ -131,7 +131,7 @@ def iterations(workdir: pathlib.Path) -> Rows:
 
 def starts(workdir: pathlib.Path) -> Rows:
     """Masks of the best of several initial slots, by how many are tried."""
-    config, model = checkpoint.load(workdir)
+    config, model = pretrained.load(workdir)
     # Of learned ones all are one.
     tried = () if config.model.initial_slots in LEARNED else STARTS
     return masks_at(workdir, config, model, "evaluation.masks.starts", tried)

@@ -99,7 +99,11 @@ def masks(
     """Scores both kinds of masks, and the cross-entropy."""
     model = setup.model(params)
     image, key = as_float(batch["image"]), _key(given, number)
-    by_name, by_token, _ = _best_start(model, image, key, starts_of(setup.config))
+
+    def find(key):
+        return judge(model, image, model.encode(image, key=key))
+
+    by_name, by_token, _ = best_start(find, key, starts_of(setup.config))
     values = {}
     if by_token is not None:
         values["cross_entropy"] = by_token.sum(axis=(1, 2))
@@ -114,15 +118,22 @@ def masks(
     return values
 
 
-def _best_start(model: Any, image: jax.Array, key: jax.Array, starts: int) -> Any:
-    """What `_from_start` finds from the best of several starts, image by image."""
-    first = _from_start(model, image, key)
+def best_start(find: Callable[[jax.Array], Any], key: jax.Array, starts: int) -> Any:
+    """Returns what is found from the best of several initial slots, image by image.
+
+    Args:
+      find: from a key to a tuple of arrays with a leading batch axis; the last one
+        says how bad a start is.
+      key: of the first start.
+      starts: how many are tried.
+    """
+    first = find(key)
     if starts == 1:
         return first
 
     # As of k-means, which has fixed points of every quality too.
     def better(best, start):
-        other = _from_start(model, image, jax.random.fold_in(key, start))
+        other = find(jax.random.fold_in(key, start))
         is_better = (other[-1] < best[-1]) | jnp.isnan(best[-1])
 
         def chosen(new, old):
@@ -133,9 +144,8 @@ def _best_start(model: Any, image: jax.Array, key: jax.Array, starts: int) -> An
     return jax.lax.scan(better, first, jnp.arange(1, starts))[0]
 
 
-def _from_start(model: Any, image: jax.Array, key: jax.Array) -> Any:
+def judge(model: Any, image: jax.Array, encoded: Encoded) -> Any:
     """Masks by kind, the decoder's cross-entropy, and what a start is judged by."""
-    encoded = model.encode(image, key=key)
     by_name = {"attention": encoded.attention}
     if not hasattr(model, "read"):
         return by_name, None, jnp.zeros(len(image))

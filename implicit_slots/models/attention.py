@@ -6,16 +6,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from implicit_slots.models import layers
+from implicit_slots.models import kernels as pallas
+from implicit_slots.models import layers, noise, products
+from implicit_slots.models.kernels import attention as fused_attention
 from implicit_slots.runtime.errors import InvalidValue
 
 Heads = Float[Array, "batch _ heads head_dim"]
 CachedHeads = Float[Array, "batch heads length head_dim"]
 
-# "xla": plain products; "cudnn": NVIDIA's fused kernel.
-IMPLEMENTATIONS = ("xla", "cudnn")
 # Groups of queries in causal attention; see `MultiHeadAttention`.
 CAUSAL_GROUPS = 4
 
@@ -28,15 +28,14 @@ class KeysValues(NamedTuple):
 
 
 class MultiHeadAttention(nnx.Module):
-    """Attention without biases; dropout on the weights and on the output.
+    """Attention without biases, with dropout on the weights.
 
     Args:
       width: features of queries, memory and output.
       num_heads: must divide `width`.
-      dropout: rate of the dropout on the output.
       attention_dropout: rate of the dropout on the weights.
-      implementation: "xla", or "cudnn" for the fused kernel of NVIDIA GPUs in
-        bfloat16, which has no dropout on the weights.
+      kernels: whether to use the kernel that never stores the weights; see
+        `implicit_slots.models.kernels`.
       gain: of the output projection's Xavier-uniform initialiser.
       rngs: source of the initial parameters.
     """
@@ -46,9 +45,8 @@ class MultiHeadAttention(nnx.Module):
         width: int,
         num_heads: int,
         *,
-        dropout: float,
         attention_dropout: float,
-        implementation: str,
+        kernels: str,
         gain: float,
         rngs: nnx.Rngs,
     ):
@@ -57,25 +55,13 @@ class MultiHeadAttention(nnx.Module):
                 f"the transformer's width must be a multiple of its heads, got {width} "
                 f"and {num_heads}"
             )
-        if implementation not in IMPLEMENTATIONS:
+        if kernels not in pallas.KERNELS:
             raise InvalidValue(
-                f"attention must be one of {', '.join(IMPLEMENTATIONS)}, got "
-                f"{implementation!r}"
-            )
-        if implementation == "cudnn" and attention_dropout > 0:
-            raise InvalidValue(
-                'attention="cudnn" has no dropout on its weights: set '
-                "attention_dropout=0 (the published model has 0.1)"
-            )
-        if implementation == "cudnn" and width // num_heads % 8:
-            raise InvalidValue(
-                'attention="cudnn" needs heads of a multiple of 8 features, got '
-                f"{width // num_heads}"
+                f"kernels must be one of {', '.join(pallas.KERNELS)}, got {kernels!r}"
             )
         self.num_heads = num_heads
-        self.dropout = dropout
         self.attention_dropout = attention_dropout
-        self.implementation = implementation
+        self.kernels = kernels
         self.project_q, self.project_k, self.project_v = (
             layers.Linear(width, width, bias=False, rngs=rngs) for _ in range(3)
         )
@@ -92,24 +78,25 @@ class MultiHeadAttention(nnx.Module):
         x: Float[Array, "batch target dim"],
         memory: Float[Array, "batch source dim"] | None = None,
         *,
-        key: Key[Array, ""] | None = None,
+        seeds: UInt32[Array, "2 2"] | None = None,
     ) -> Float[Array, "batch target dim"]:
-        """Reads `memory` from `x`; no dropout without a key.
+        """Reads `memory` from `x`; the result has the precision of the products.
 
         Without a memory it is causal self-attention: token t reads the tokens 0 … t.
+        Without seeds there is no dropout.
         """
-        key_weights, key_output = layers.split_key(key, 2)
-        q, k, v = self._project(x, x if memory is None else memory)
-        if memory is not None:
-            read = self._attend(q, k, v, key=key_weights)
-        elif self.implementation == "cudnn":
-            read = jax.nn.dot_product_attention(
-                q, k, v, is_causal=True, implementation="cudnn"
-            )
+        source = x if memory is None else memory
+        words = None
+        if seeds is not None and self.attention_dropout > 0:
+            shape = (len(x), self.num_heads, x.shape[1], source.shape[1])
+            words = noise.grid_words(seeds[0], seeds[1], shape)
+        if pallas.use(self.kernels):
+            read = self._attend_fused(x, memory, words)
         else:
-            read = self._attend_causally(q, k, v, key_weights)
-        output = self.project_o(read.reshape(x.shape)).astype(x.dtype)
-        return layers.dropout(output, self.dropout, key_output)
+            q, k, v = self._project(x, source)
+            attend = self._attend_causally if memory is None else self._attend
+            read = attend(q, k, v, words)
+        return self.project_o(read.reshape(x.shape))
 
     def read(
         self,
@@ -195,8 +182,27 @@ class MultiHeadAttention(nnx.Module):
             self._split_heads(self.project_v(memory)),
         )
 
+    def _attend_fused(
+        self, x: jax.Array, memory: jax.Array | None, words: tuple | None
+    ) -> jax.Array:
+        q, k, v = self.project_q, self.project_k, self.project_v
+        if memory is None:
+            target, source = self._side_by_side(x, q, k, v), None
+        else:
+            target = self._side_by_side(x, q)
+            source = self._side_by_side(memory, k, v)
+        rate = self.attention_dropout
+        return fused_attention.attend(target, source, words, rate, pallas.interpreted())
+
+    def _side_by_side(self, x: jax.Array, *projections: layers.Linear) -> jax.Array:
+        """What several projections make of x, by one product."""
+        kernel = jnp.concatenate([one.kernel[...] for one in projections], axis=1)
+        dtype = projections[0].dtype or kernel.dtype
+        made = products.dense(x.reshape(-1, x.shape[-1]).astype(dtype), kernel)
+        return made.reshape(*x.shape[:-1], len(projections), self.num_heads, -1)
+
     def _attend_causally(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, key: jax.Array | None
+        self, q: jax.Array, k: jax.Array, v: jax.Array, words: tuple | None
     ) -> jax.Array:
         """Attention in which position t sees 0 … t, in groups of queries.
 
@@ -207,17 +213,15 @@ class MultiHeadAttention(nnx.Module):
         groups = min(CAUSAL_GROUPS, length)
         ends = [length * (i + 1) // groups for i in range(groups)]
         read = []
-        for start, end, group_key in zip(
-            [0, *ends[:-1]], ends, layers.split_key(key, groups), strict=True
-        ):
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
             past = jnp.tri(end - start, end, start, dtype=bool)
+            of_group = None
+            if words is not None:
+                rows, columns = words
+                of_group = rows[..., start:end], columns[:end]
             read.append(
                 self._attend(
-                    q[:, start:end],
-                    k[:, :end],
-                    v[:, :end],
-                    mask=past[None, None],
-                    key=group_key,
+                    q[:, start:end], k[:, :end], v[:, :end], of_group, past[None, None]
                 )
             )
         return jnp.concatenate(read, axis=1)
@@ -227,12 +231,13 @@ class MultiHeadAttention(nnx.Module):
         q: Heads,
         k: Heads,
         v: Heads,
-        *,
+        words: tuple | None,
         mask: Bool[Array, "#batch 1 #target source"] | None = None,
-        key: jax.Array | None = None,
     ) -> Heads:
         weights = self._weigh(q, k, mask)
-        weights = layers.dropout(weights, self.attention_dropout, key)
+        if words is not None:
+            kept = noise.kept_of_grid(*words, self.attention_dropout)
+            weights = jnp.where(kept, weights / (1 - self.attention_dropout), 0)
         return layers.product("bhts,bshd->bthd", weights.astype(v.dtype), v)
 
     def _weigh(self, q: Heads, k: Heads, mask: jax.Array | None) -> jax.Array:

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from implicit_slots.models import layers, noise
+from implicit_slots.models import kernels as pallas
+from implicit_slots.models import layers, noise, products
+from implicit_slots.models.kernels import relaxed_tokens
 from implicit_slots.runtime.errors import InvalidValue
 
 # Pixels per token along each side: fixed by the architecture.
@@ -38,7 +40,7 @@ class Block(nnx.Module):
                 in_features, out_features, bias=False, kernel_init=init, rngs=rngs
             )
         else:
-            self.convolution = nnx.Conv(
+            self.convolution = layers.Conv(
                 in_features,
                 out_features,
                 (kernel_size, kernel_size),
@@ -53,7 +55,7 @@ class Block(nnx.Module):
         self, x: Float[Array, "batch height width in_features"]
     ) -> Float[Array, "batch height width out_features"]:
         """Maps a grid of features to a grid of the same size."""
-        return nnx.relu(self.norm(self.convolution(x)))
+        return products.relu(self.norm(self.convolution(x)))
 
     def of_ids(
         self, ids: Int[Array, "batch height width"]
@@ -62,7 +64,7 @@ class Block(nnx.Module):
         # The product with a one-hot vector is a row of the kernel.
         kernel = self.convolution.kernel[...]
         rows = kernel.astype(self.convolution.dtype or kernel.dtype)[ids]
-        return nnx.relu(self.norm(rows))
+        return products.relu(self.norm(rows))
 
 
 class DVAE(nnx.Module):
@@ -118,6 +120,48 @@ class DVAE(nnx.Module):
         """Returns the image of one-hot or relaxed tokens; not clipped to [0, 1]."""
         return self.decoder(tokens)
 
+    def relax(
+        self,
+        image: Float[Array, "batch height width 3"],
+        temperature: Float[Array, ""] | float,
+        key: Key[Array, ""],
+        key_tokens: Key[Array, ""],
+    ) -> tuple[Float[Array, "batch height width 3"], Int[Array, "batch rows columns"]]:
+        """Returns the image of relaxed tokens, and tokens drawn independently.
+
+        As `encode`, `gumbel_softmax` and `decode`, in a kernel that stores nothing that
+        has an entry for each token of the vocabulary.
+
+        Args:
+          image: in [0, 1].
+          temperature: of the relaxation.
+          key: of its Gumbel noise.
+          key_tokens: of the drawn tokens, which are others than
+            `noise.categorical` draws of it.
+        """
+        *below, to_logits = self.encoder.layers
+        first, *above = self.decoder.layers
+        assert isinstance(to_logits, layers.Linear) and isinstance(first, Block)
+        features = nnx.Sequential(*below)(patches(image))
+        batch, rows, columns, _ = features.shape
+        of_tokens = first.convolution.kernel[...]
+        read, tokens = relaxed_tokens.relax(
+            features.reshape(batch, rows * columns, -1).astype(
+                to_logits.dtype or of_tokens.dtype
+            ),
+            to_logits.kernel[...],
+            to_logits.bias[...],
+            of_tokens,
+            jnp.asarray(temperature, jnp.float32),
+            jnp.stack([noise.seeds(key), noise.seeds(key_tokens)]),
+            pallas.interpreted(),
+        )
+        read = read.reshape(batch, rows, columns, -1)
+        return (
+            nnx.Sequential(*above)(products.relu(first.norm(read))),
+            tokens.reshape(batch, rows, columns),
+        )
+
     def decode_ids(
         self, ids: Int[Array, "batch rows columns"]
     ) -> Float[Array, "batch height width 3"]:
@@ -158,7 +202,7 @@ def pixel_shuffle(
 def gumbel_softmax(
     logits: Float[Array, "*grid vocab"],
     temperature: Float[Array, ""] | float,
-    key: Key[Array, ""],
+    key: noise.Seed,
     *,
     hard: bool = False,
 ) -> Float[Array, "*grid vocab"]:

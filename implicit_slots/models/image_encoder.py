@@ -126,7 +126,7 @@ class ImageEncoder(nnx.Module):
             beyond = (kernel - stride) // 2
             borders.append((beyond, beyond) if padding == "edge" else None)
             self.convolutions.append(
-                nnx.Conv(
+                layers.Conv(
                     channels,
                     features,
                     (kernel, kernel),

@@ -1,17 +1,18 @@
 """Layers as the papers define them, initialised as their PyTorch code does."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from implicit_slots.models import noise
+from implicit_slots.models import noise, products
+from implicit_slots.models.products import add_bias, convolve, dense, relu
 from implicit_slots.runtime.errors import InvalidValue
 
 # PyTorch's default for LayerNorm and group_norm; Flax's is 1e-6.
 NORM_EPSILON = 1e-5
+
+product = products.product
 
 POSITION_KINDS = ("normal", "smooth")
 # What products are made in; None: as their parameters are.
@@ -57,43 +58,13 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
         """Maps each vector of the last axis."""
         kernel = self.kernel[...]
-        dtype = self.dtype or kernel.dtype
         # XLA's CPU compiler transposes a cotangent of more than two axes in memory
         # before the product that gives the kernel's gradient.
-        rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-        kernel = kernel.astype(dtype)
-        rows = product("ni,io->no", rows, kernel) if self.full_output else rows @ kernel
+        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype or kernel.dtype)
+        rows = dense(rows, kernel, full=self.full_output)
         if self.bias is not None:
-            rows = rows + self.bias[...].astype(rows.dtype)[None]
+            rows = add_bias(rows, self.bias[...])
         return rows.reshape(*x.shape[:-1], kernel.shape[1])
-
-
-def product(
-    indices: str, one: Float[Array, "..."], other: Float[Array, "..."]
-) -> Float[Array, "..."]:
-    """Returns an einsum of two arrays of one dtype, in float32 at the least."""
-    if one.dtype.itemsize >= 4:
-        return jnp.einsum(indices, one, other)
-    if jax.default_backend() == "cpu":
-        # Not every shape has such a product of bfloat16 there. Those of the same
-        # numbers as float32 are equal: float32 holds a product of two exactly.
-        full = one.astype(jnp.float32), other.astype(jnp.float32)
-        return jnp.einsum(indices, *full)
-    return _half_product(indices, one, other)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _half_product(indices, one, other):
-    return jnp.einsum(indices, one, other, preferred_element_type=jnp.float32)
-
-
-@_half_product.defjvp
-def _half_product_jvp(indices, primals, tangents):
-    # The derivative of a product with a float32 result multiplies float32 by bfloat16,
-    # at half the speed. This one rounds the cotangent first, as PyTorch does.
-    (one, other), (d_one, d_other) = primals, tangents
-    tangent = jnp.einsum(indices, d_one, other) + jnp.einsum(indices, one, d_other)
-    return _half_product(indices, one, other), tangent.astype(jnp.float32)
 
 
 def set_precision(model: nnx.Module, precision: str) -> None:
@@ -114,13 +85,32 @@ def set_precision(model: nnx.Module, precision: str) -> None:
             f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}"
         )
     for _, module in nnx.iter_modules(model):
-        if isinstance(module, Linear | nnx.Conv | TransposedConv):
+        if isinstance(module, Linear | Conv | TransposedConv):
             module.dtype = PRECISIONS[precision]
 
 
 def split_key(key: Key[Array, ""] | None, count: int) -> list[Key[Array, ""] | None]:
     """Returns `count` keys; no keys of no key."""
     return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+class Conv(nnx.Conv):
+    """Flax's convolution, with one stride for both axes and a padding by its name.
+
+    In bfloat16 the gradients of its parameters are float32 all through.
+    """
+
+    def __call__(
+        self, inputs: Float[Array, "batch height width features"], out_sharding=None
+    ) -> Float[Array, "batch rows columns outputs"]:
+        """Maps a grid of features to a grid."""
+        if self.dtype is None:
+            return super().__call__(inputs, out_sharding)
+        x = inputs.astype(self.dtype)
+        stride, padding = self.strides, self.padding
+        assert isinstance(stride, int) and isinstance(padding, str)
+        x = convolve(x, self.kernel[...], stride, padding)
+        return x if self.bias is None else add_bias(x, self.bias[...])
 
 
 class TransposedConv(nnx.Module):
@@ -162,8 +152,7 @@ class TransposedConv(nnx.Module):
     ) -> Float[Array, "batch height width outputs"]:
         """Maps a grid of features to one of `stride` times as many rows and columns."""
         kernel, stride = self.kernel[...], self.stride
-        dtype = self.dtype or kernel.dtype
-        x, kernel = x.astype(dtype), kernel.astype(dtype)
+        x = x.astype(self.dtype or kernel.dtype)
         # Output pixel i reads, through tap t, the input at (i + t - pad) / stride
         # if that is whole. With i = stride·j + phase: at j + offset.
         side, inputs, outputs = kernel.shape[0], *kernel.shape[2:]
@@ -186,14 +175,12 @@ class TransposedConv(nnx.Module):
         small = gathered.reshape(
             len(taps), len(taps), inputs, stride * stride * outputs
         )
-        made = jax.lax.conv_general_dilated(
-            x, small, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        made = convolve(x, small, 1, "SAME")
         batch, rows, columns, _ = made.shape
         made = made.reshape(batch, rows, columns, stride, stride, outputs)
         made = made.transpose(0, 1, 3, 2, 4, 5)
         made = made.reshape(batch, rows * stride, columns * stride, outputs)
-        return made + self.bias[...].astype(made.dtype)[None, None, None]
+        return add_bias(made, self.bias[...])
 
 
 class LayerNorm(nnx.Module):
@@ -246,7 +233,7 @@ def _normalise(
 
 
 def dropout(
-    x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None
+    x: Float[Array, "..."], rate: float, key: noise.Seed | None
 ) -> Float[Array, "..."]:
     """Zeroes entries with probability `rate`, scales the rest; off without a key."""
     if key is None or rate == 0:
@@ -274,7 +261,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
         """Maps each vector of the last axis."""
-        return self.leave(nnx.relu(self.enter(x))).astype(x.dtype)
+        # As a matrix: XLA's GPU compiler then makes bias and ReLU in the product.
+        rows = x.reshape(-1, x.shape[-1])
+        return self.leave(relu(self.enter(rows))).astype(x.dtype).reshape(x.shape)
 
 
 class GRUCell(nnx.Module):

@@ -20,7 +20,16 @@ _STEP = 2.0**-23
 MOST_WORDS = 2**32
 
 
-def random_bits(key: Key[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+# A key of JAX's, or the two words that threefry makes of one.
+Seed = Key[Array, ""] | UInt32[Array, "2"]
+
+
+def seeds(key: Key[Array, ""], *shape: int) -> UInt32[Array, "... 2"]:
+    """Returns a seed for each place of a shape, all made at once."""
+    return jax.random.bits(key, (*shape, 2), jnp.uint32)
+
+
+def random_bits(key: Seed, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
     """Returns independent uniform 32-bit words, a pure function of (key, position).
 
     Two rounds of a 32-bit integer hash (multiply, xor-shift; constants found by
@@ -29,23 +38,68 @@ def random_bits(key: Key[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, ".
     """
     if math.prod(shape) > MOST_WORDS:
         raise InvalidValue(f"at most 2^32 random words at a time, got shape {shape}")
-    seeds = jax.random.bits(key, (2,), jnp.uint32)
+    seed = key if key.dtype == jnp.uint32 else seeds(key)
     position = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-    return _mix(_mix(position ^ seeds[0]) + seeds[1])
+    return words_at(position, seed[0], seed[1])
 
 
-def keep_mask(
-    key: Key[Array, ""], rate: float, shape: tuple[int, ...]
-) -> Bool[Array, "..."]:
+def words_at(
+    position: UInt32[Array, "..."],
+    first: UInt32[Array, ""],
+    second: UInt32[Array, ""],
+) -> UInt32[Array, "..."]:
+    """Returns the words of some positions, from both words of a seed."""
+    return _mix(_mix(position ^ first) + second)
+
+
+def keep_mask(key: Seed, rate: float, shape: tuple[int, ...]) -> Bool[Array, "..."]:
     """Returns which entries dropout keeps: each with probability 1 − rate."""
-    threshold = min(round((1 - rate) * 2**32), 2**32 - 1)
-    return random_bits(key, shape) < jnp.uint32(threshold)
+    return is_kept(random_bits(key, shape), rate)
 
 
-def gumbel(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
+def is_kept(words: UInt32[Array, "..."], rate: float) -> Bool[Array, "..."]:
+    """Returns which of uniform words dropout keeps."""
+    # 31 bits, for not every compiler of kernels can compare unsigned numbers.
+    threshold = min(round((1 - rate) * 2**31), 2**31 - 1)
+    return (words >> 1).astype(jnp.int32) < threshold
+
+
+def grid_words(
+    rows_key: Seed, columns_key: Seed, shape: tuple[int, ...]
+) -> tuple[UInt32[Array, "..."], UInt32[Array, " columns"]]:
+    """Returns words of the rows and of the columns of a grid, for `kept_of_grid`.
+
+    Args:
+      rows_key: for the rows: all axes but the last.
+      columns_key: for the columns: the last axis.
+      shape: of the grid.
+    """
+    *rows, columns = shape
+    return random_bits(rows_key, tuple(rows)), random_bits(columns_key, (columns,))
+
+
+def kept_of_grid(
+    rows: UInt32[Array, "*rows"], columns: UInt32[Array, " columns"], rate: float
+) -> Bool[Array, "*rows columns"]:
+    """Returns which entries of a grid dropout keeps, as `keep_mask` does.
+
+    One round of the hash an entry, of its row's word and its column's: any part of the
+    grid can be made by itself, within a kernel too.
+    """
+    words = _mix(rows[..., None] ^ jnp.expand_dims(columns, range(rows.ndim)))
+    return is_kept(words, rate)
+
+
+def gumbel(key: Seed, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Returns standard Gumbel noise, −log(−log u)."""
-    words = random_bits(key, shape) >> 9
-    uniform = words.astype(jnp.float32) * jnp.float32(_STEP) + jnp.float32(_STEP / 2)
+    return gumbel_of(random_bits(key, shape))
+
+
+def gumbel_of(words: UInt32[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the Gumbel noise that uniform words stand for."""
+    # By way of signed numbers, which kernels can convert.
+    words = (words >> 9).astype(jnp.int32).astype(jnp.float32)
+    uniform = words * jnp.float32(_STEP) + jnp.float32(_STEP / 2)
     return -jnp.log(-jnp.log(uniform))
 
 

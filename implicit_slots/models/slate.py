@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from implicit_slots.fixed_point import BackwardStats, Picard
+from implicit_slots.models import kernels as pallas
 from implicit_slots.models import layers, noise
 from implicit_slots.models.dvae import DVAE, STRIDE, gumbel_softmax
 from implicit_slots.models.image_encoder import KERNEL, ImageEncoder, on_grid
@@ -47,8 +47,9 @@ class SLATE(TokenDecoder):
       num_heads: decoder attention heads.
       dropout: rate in the decoder and on the embedded tokens.
       attention_dropout: rate on the decoder's attention weights.
-      attention: how the decoder's self-attention is computed, "xla" or "cudnn"; see
-        `MultiHeadAttention`.
+      kernels: "auto" uses kernels of our own on NVIDIA GPUs, for the decoder's
+        attention and for what has an entry for each token of the vocabulary; "xla"
+        nowhere, "pallas" everywhere. See `implicit_slots.models.kernels`.
       remat: recompute decoder blocks in the backward pass; see `TransformerDecoder`.
       hard: reconstruct from straight-through one-hot instead of relaxed tokens.
       slots: makes slot attention from (width, rngs=…), with positions apart also from
@@ -113,7 +114,7 @@ class SLATE(TokenDecoder):
         num_heads: int = 8,
         dropout: float = 0.1,
         attention_dropout: float = 0.1,
-        attention: str = "xla",
+        kernels: str = "auto",
         remat: bool = False,
         hard: bool = False,
         slots: Callable[..., SlotAttention] = partial(
@@ -144,6 +145,7 @@ class SLATE(TokenDecoder):
         self.side = resolution // STRIDE
         self.dropout = dropout
         self.hard = hard
+        self.kernels = kernels
         if tokenizer not in TOKENIZERS:
             raise InvalidValue(
                 f"tokenizer must be one of {TOKENIZERS}, got {tokenizer!r}"
@@ -210,7 +212,7 @@ class SLATE(TokenDecoder):
             num_heads,
             dropout=dropout,
             attention_dropout=attention_dropout,
-            attention=attention,
+            kernels=kernels,
             remat=remat,
             rngs=rngs,
         )
@@ -251,22 +253,28 @@ class SLATE(TokenDecoder):
         key_relaxed, key_hard, key_slots, key_embed, key_decoder = jax.random.split(
             key, 5
         )
-        token_logits = self.dvae.encode(image)
         frozen = frozen or self.fixed_tokens
-        if frozen:
-            targets = token_logits.argmax(axis=-1)
-        else:
-            # A second, independent sample; the transformer never trains the dVAE.
-            targets = noise.categorical(key_hard, jax.lax.stop_gradient(token_logits))
-        if self.fixed_tokens:
-            reconstruction = self.dvae.decode_ids(targets)
-        elif temperature is None:
+        if temperature is None and not self.fixed_tokens:
             raise InvalidValue("a model with a dVAE needs a temperature")
+        if frozen or self.hard or not pallas.use(self.kernels):
+            token_logits = self.dvae.encode(image)
+            if frozen:
+                targets = token_logits.argmax(axis=-1)
+            else:
+                # A second, independent sample; the transformer never trains the dVAE.
+                still = jax.lax.stop_gradient(token_logits)
+                targets = noise.categorical(key_hard, still)
+            if self.fixed_tokens:
+                reconstruction = self.dvae.decode_ids(targets)
+            else:
+                relaxed = gumbel_softmax(
+                    token_logits, temperature, key_relaxed, hard=self.hard
+                )
+                reconstruction = self.dvae.decode(relaxed)
         else:
-            relaxed = gumbel_softmax(
-                token_logits, temperature, key_relaxed, hard=self.hard
+            reconstruction, targets = self.dvae.relax(
+                image, temperature, key_relaxed, key_hard
             )
-            reconstruction = self.dvae.decode(relaxed)
         mse = squared_error(image, reconstruction)
         if frozen:
             mse = jax.lax.stop_gradient(mse)
@@ -291,14 +299,12 @@ class SLATE(TokenDecoder):
         if shuffled:
             order = jax.random.permutation(jax.random.fold_in(key, 6), self.side**2)
             shown, asked = self.reordered(shown, order), targets[:, order]
-        logits = self.decode(
-            shown,
-            slots.slots,
+        features = self.decoder(
+            self.asking(shown, order),
+            self.slot_projection(slots.slots),
             key=None if deterministic else key_decoder,
-            weighted=not deterministic,
-            order=order,
         )
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, asked)
+        cross_entropy = self.cross_entropy(features, asked, weighted=not deterministic)
         if self.token_weighting and not deterministic:
             cross_entropy = cross_entropy * self.weights()[asked]
         losses = {"mse": mse, "cross_entropy": cross_entropy.sum(axis=1)}

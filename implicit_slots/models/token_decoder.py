@@ -9,10 +9,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from implicit_slots.models import generation
+from implicit_slots.models import kernels as pallas
 from implicit_slots.models.generation import BOS
 from implicit_slots.models.image_encoder import on_grid
+from implicit_slots.models.kernels import cross_entropy as fused
 from implicit_slots.models.outputs import Reading
 from implicit_slots.models.patch_tokenizer import PatchTokenizer
+from implicit_slots.models.products import examples_apart
 
 # Of a code that nothing was nearest to: one of the patches that `codebook` clusters.
 SMALLEST_SHARE = 5e-5
@@ -33,12 +36,14 @@ class TokenDecoder(nnx.Module):
     target_positions: Any
     drop_tokens: float
     token_weighting: float
+    kernels: str
 
     def embed(
         self, tokens: Int[Array, "batch tokens"]
     ) -> Float[Array, "batch tokens dim"]:
         """Embeds a sequence that begins with BOS, with its positions."""
-        return self.embedding(tokens) + self.positions[None, : tokens.shape[1]]
+        embedded = self.embedding(tokens) + self.positions[None, : tokens.shape[1]]
+        return examples_apart(embedded)
 
     def dropped(self, embedded: jax.Array, key: Key[Array, ""]) -> jax.Array:
         """Leaves of some tokens only the position, never of BOS, which comes first."""
@@ -114,6 +119,23 @@ class TokenDecoder(nnx.Module):
             logits = logits - jnp.expand_dims(added, range(logits.ndim - 1))
         return logits
 
+    def cross_entropy(
+        self,
+        features: Float[Array, "batch tokens dim"],
+        targets: Int[Array, "batch tokens"],
+        *,
+        weighted: bool = False,
+    ) -> Float[Array, "batch tokens"]:
+        """Returns the cross-entropy of tokens, in nats; arguments of `token_logits`."""
+        corrected = self.token_weighting and not weighted
+        if pallas.use(self.kernels) and not corrected:
+            kernel = self.out.kernel[...]
+            features = features.astype(self.out.dtype or kernel.dtype)
+            return fused.cross_entropy(features, kernel, targets, pallas.interpreted())
+        return optax.softmax_cross_entropy_with_integer_labels(
+            self.token_logits(features, weighted=weighted), targets
+        )
+
     def weights(self) -> Float[Array, " vocab"]:
         """Of the tokens, in the cross-entropy; over all of them their mean is one."""
         assert isinstance(self.dvae, PatchTokenizer)
@@ -174,9 +196,7 @@ class TokenDecoder(nnx.Module):
         features, shares = self.decoder.watch(
             read, self.slot_projection(slots), present
         )
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(
-            self.token_logits(features), targets
-        )
+        cross_entropy = self.cross_entropy(features, targets)
         return Reading(
             cross_entropy.reshape(tokens.shape),
             on_grid(shares.swapaxes(1, 2), self.side),

@@ -5,11 +5,32 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from implicit_slots.models import layers
+from implicit_slots.models import kernels as pallas
+from implicit_slots.models import layers, noise
 from implicit_slots.models.attention import KeysValues, MultiHeadAttention
+from implicit_slots.models.kernels.add_norm import add_norm
 from implicit_slots.runtime.errors import InvalidValue
+
+# Of a block's dropouts: two of the weights of each attention, one of each branch.
+SEEDS = 7
+
+
+class Stream(NamedTuple):
+    """The stream of residuals, and the branch that is not yet added to it.
+
+    What adds it makes the next norm too: one kernel, where there are kernels.
+
+    Attributes:
+      x: the stream.
+      branch: None for none.
+      seed: of the branch's dropout; None for no dropout.
+    """
+
+    x: Float[Array, "batch tokens dim"]
+    branch: Float[Array, "batch tokens dim"] | None = None
+    seed: UInt32[Array, "2"] | None = None
 
 
 class BlockMemory(NamedTuple):
@@ -34,7 +55,7 @@ class Block(nnx.Module):
       num_heads: attention heads.
       dropout: rate, on the output of each of the three.
       attention_dropout: rate, on the attention's weights.
-      attention: how self-attention is computed; see `MultiHeadAttention`.
+      kernels: see `MultiHeadAttention`.
       gain: of the residual branches' last layers.
       is_first: normalise the input itself and add the self-attention to that, as
         official SLATE does in its first block.
@@ -48,26 +69,25 @@ class Block(nnx.Module):
         *,
         dropout: float,
         attention_dropout: float,
-        attention: str,
+        kernels: str,
         gain: float,
         is_first: bool,
         rngs: nnx.Rngs,
     ):
         self.is_first = is_first
         self.dropout = dropout
+        self.kernels = kernels
         self.norm_self = layers.LayerNorm(width)
         self.self_attention, self.cross_attention = (
             MultiHeadAttention(
                 width,
                 num_heads,
-                dropout=dropout,
                 attention_dropout=attention_dropout,
-                implementation=implementation,
+                kernels=kernels,
                 gain=gain,
                 rngs=rngs,
             )
-            # A dozen slots leave a fused kernel nothing to save.
-            for implementation in (attention, "xla")
+            for _ in range(2)
         )
         self.norm_cross = layers.LayerNorm(width)
         self.norm_mlp = layers.LayerNorm(width)
@@ -75,17 +95,28 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "batch tokens dim"],
+        stream: Stream,
         slots: Float[Array, "batch slots dim"],
         *,
-        key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "batch tokens dim"]:
+        seeds: UInt32[Array, "sites 2"] | None = None,
+    ) -> Stream:
         """Maps tokens to tokens; token t sees the tokens 0 … t and every slot."""
-        key_self, key_cross, key_mlp = layers.split_key(key, 3)
-        x = self._attend_to_tokens(x, key_self)
-        x = x + self.cross_attention(self.norm_cross(x), slots, key=key_cross)
-        mlp = self.mlp(self.norm_mlp(x))
-        return x + layers.dropout(mlp, self.dropout, key_mlp)
+        of_self = of_cross = None
+        of_branches = [None] * 3
+        if seeds is not None:
+            of_self, of_cross, of_branches = seeds[:2], seeds[2:4], seeds[4:]
+        x, normed = self._join(stream, self.norm_self)
+        x = normed if self.is_first else x
+        branch = self.self_attention(normed, seeds=of_self)
+        x, normed = self._join(Stream(x, branch, of_branches[0]), self.norm_cross)
+        branch = self.cross_attention(normed, slots, seeds=of_cross)
+        x, normed = self._join(Stream(x, branch, of_branches[1]), self.norm_mlp)
+        return Stream(x, self.mlp(normed), of_branches[2])
+
+    def _join(
+        self, stream: Stream, norm: layers.LayerNorm
+    ) -> tuple[jax.Array, jax.Array]:
+        return join(stream, norm, self.dropout, self.kernels)
 
     def watch(
         self,
@@ -94,15 +125,12 @@ class Block(nnx.Module):
         present: Bool[Array, "batch slots"] | None,
     ) -> tuple[Float[Array, "batch tokens dim"], Float[Array, "batch tokens slots"]]:
         """As a call, without dropout; also how each token divides its attention."""
-        x = self._attend_to_tokens(x, None)
+        normed = self.norm_self(x)
+        x = normed if self.is_first else x
+        x = x + self.self_attention(normed).astype(x.dtype)
         read, shares = self.cross_attention.read(self.norm_cross(x), slots, present)
         x = x + read
         return x + self.mlp(self.norm_mlp(x)), shares
-
-    def _attend_to_tokens(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        normed = self.norm_self(x)
-        x = normed if self.is_first else x
-        return x + self.self_attention(normed, key=key)
 
     def extend(
         self,
@@ -121,6 +149,36 @@ class Block(nnx.Module):
         return x + self.mlp(self.norm_mlp(x)), memory._replace(tokens=tokens)
 
 
+def join(
+    stream: Stream, norm: layers.LayerNorm, rate: float, kernels: str
+) -> tuple[jax.Array, jax.Array]:
+    """Adds the branch to the stream; returns that and its norm.
+
+    Args:
+      stream: with a branch or without.
+      norm: of the sum.
+      rate: of the dropout on the branch.
+      kernels: see `implicit_slots.models.kernels`, whose norm has the branch's
+        precision.
+    """
+    x, branch, seed = stream
+    if branch is None:
+        return x, norm(x)
+    if pallas.use(kernels):
+        return add_norm(
+            x,
+            branch,
+            seed if rate else None,
+            norm.scale[...],
+            norm.bias[...],
+            rate,
+            layers.NORM_EPSILON,
+            pallas.interpreted(),
+        )
+    x = x + layers.dropout(branch.astype(x.dtype), rate, seed)
+    return x, norm(x)
+
+
 class TransformerDecoder(nnx.Module):
     """A stack of blocks and a last LayerNorm.
 
@@ -130,7 +188,7 @@ class TransformerDecoder(nnx.Module):
       num_heads: attention heads.
       dropout: rate, on the output of each layer.
       attention_dropout: rate, on the attention's weights.
-      attention: how self-attention is computed; see `MultiHeadAttention`.
+      kernels: see `MultiHeadAttention`.
       remat: recompute each block in the backward pass instead of keeping what it
         computed: memory of one block instead of all, for a third more work.
       rngs: source of the initial parameters.
@@ -144,20 +202,22 @@ class TransformerDecoder(nnx.Module):
         *,
         dropout: float,
         attention_dropout: float,
-        attention: str,
+        kernels: str,
         remat: bool,
         rngs: nnx.Rngs,
     ):
         if num_blocks < 1:
             raise InvalidValue(f"num_blocks must be at least 1, got {num_blocks}")
         self.remat = remat
+        self.dropout = dropout
+        self.kernels = kernels
         self.blocks = nnx.List(
             Block(
                 width,
                 num_heads,
                 dropout=dropout,
                 attention_dropout=attention_dropout,
-                attention=attention,
+                kernels=kernels,
                 gain=(3 * num_blocks) ** -0.5,
                 is_first=index == 0,
                 rngs=rngs,
@@ -174,16 +234,19 @@ class TransformerDecoder(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
         """Maps embedded tokens to features; causal; no dropout without a key."""
-        keys = layers.split_key(key, len(self.blocks))
-        for block, block_key in zip(self.blocks, keys, strict=True):
+        count = len(self.blocks)
+        # All at once: a call of threefry is some kernels of its own.
+        seeds = [None] * count if key is None else noise.seeds(key, count, SEEDS)
+        stream = Stream(x)
+        for block, of_block in zip(self.blocks, seeds, strict=True):
             graphdef, params = nnx.split(block)
 
-            def apply(params, x, slots, key, graphdef=graphdef):
-                return nnx.merge(graphdef, params)(x, slots, key=key)
+            def apply(params, stream, slots, seeds, graphdef=graphdef):
+                return nnx.merge(graphdef, params)(stream, slots, seeds=seeds)
 
             apply = jax.checkpoint(apply) if self.remat else apply
-            x = apply(params, x, slots, block_key)
-        return self.norm(x)
+            stream = apply(params, stream, slots, of_block)
+        return join(stream, self.norm, self.dropout, self.kernels)[1]
 
     def watch(
         self,

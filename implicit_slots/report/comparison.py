@@ -1,5 +1,8 @@
 """One page on several runs: each number with its spread over seeds."""
 
+import contextlib
+import csv
+import io
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -9,7 +12,7 @@ import numpy as np
 
 from implicit_slots.evaluation.catalogue import describe, title
 from implicit_slots.report.curves import read_curves
-from implicit_slots.report.evaluation import read, tables
+from implicit_slots.report.evaluation import read, records, tables
 from implicit_slots.report.plots import SERIES, Line, Panel, plot
 from implicit_slots.report.render import render
 from implicit_slots.runtime.config import flat
@@ -109,6 +112,43 @@ def write_comparison(
         legend=[(*kind, name) for kind, name in zip(kinds, names, strict=True)],
     )
     write_atomically(path, page)
+    return path
+
+
+def write_table(
+    workdirs: Sequence[pathlib.Path], keys: Sequence[str], path: pathlib.Path
+) -> pathlib.Path:
+    """Writes a CSV with a row per run and evaluation: settings, then means.
+
+    A run without an evaluation has a row with its settings alone.
+
+    Args:
+      workdirs: of the runs.
+      keys: of the configuration, that have a column.
+      path: of the table.
+
+    Returns:
+      The path.
+    """
+    rows: list[dict[str, Any]] = []
+    for workdir in workdirs:
+        config: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            config = flat(json.loads((workdir / CONFIG_FILE).read_text()))
+        row = {"run": workdir.name} | {key: config.get(key) for key in keys}
+        found = [
+            row
+            | {"evaluation": record["folder"].name, "step": record["step"]}
+            | {name: metric["mean"] for name, metric in record["metrics"].items()}
+            for record in records(workdir)
+        ]
+        rows += found or [row]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with io.StringIO() as text:
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(path, text.getvalue())
     return path
 
 

@@ -1,5 +1,6 @@
 """The part of a page that tells of evaluations: tables, curves, pictures."""
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -55,6 +56,15 @@ def _line(curve: Mapping[str, Any]) -> Line:
     }
     edges = series.get("low"), series.get("high")
     return Line("validation", x[order], series["median"], *edges)
+
+
+def records(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns each evaluation of a run that can be read, as `read` does."""
+    found = []
+    for file in sorted(workdir.glob(f"{EVALUATION_FOLDER}/*/{EVALUATION_FILE}")):
+        with contextlib.suppress(UserError):
+            found.append(read(file.parent))
+    return found
 
 
 def evaluations(workdir: pathlib.Path) -> list[dict[str, Any]]:

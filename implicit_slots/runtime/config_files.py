@@ -31,6 +31,22 @@ def find_config(file: str) -> str:
     return str(path) if file else file
 
 
+def load_config(source: str) -> Any:
+    """Returns the configuration of FILE or FILE:variant.
+
+    Raises:
+      ValueError: there is no such file or variant.
+    """
+    file, _, variant = source.partition(":")
+    file = find_config(file)
+    spec = importlib.util.spec_from_file_location("loaded_configuration", file)
+    if spec is None or spec.loader is None or not os.path.isfile(file):
+        raise ValueError(f"there is no configuration file {file}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant or None)
+
+
 def provide_configs() -> None:
     """Lets configurations import `configs` where the working directory has no such.
 

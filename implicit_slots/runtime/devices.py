@@ -1,6 +1,8 @@
 """One axis of devices: the batch is split over it, the state copied or split too."""
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +16,8 @@ DATA_AXIS = "data"
 SHARDINGS = ("replicated", "fsdp")
 # A smaller array costs more to gather than its copies cost in memory.
 SMALLEST_SPLIT = 2**12
+
+_traced_for = contextvars.ContextVar("traced_for", default="")
 
 
 def find_devices() -> None:
@@ -38,6 +42,21 @@ def find_devices() -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the host or a device has not enough memory."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def platform() -> str:
+    """What kind of devices a program is traced for: "cpu", "gpu" or "tpu"."""
+    return _traced_for.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def traced_for(kind: str) -> Iterator[None]:
+    """Programs that are traced within are for devices of a kind, here or elsewhere."""
+    token = _traced_for.set(kind)
+    try:
+        yield
+    finally:
+        _traced_for.reset(token)
 
 
 def build_mesh(

@@ -1,11 +1,18 @@
 """Flags, and what is wrong with them in one sentence: what every command shares."""
 
+import difflib
 import re
 import sys
+from collections.abc import Collection
 
 from absl import flags
 
-from implicit_slots.runtime.config_files import find_config, provide_configs
+from implicit_slots.runtime.config import flat
+from implicit_slots.runtime.config_files import (
+    find_config,
+    load_config,
+    provide_configs,
+)
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.signals import open_streams, silence
 
@@ -88,20 +95,62 @@ def parse(argv: list[str]) -> list[str]:
             f"error: the configuration needs a module that is not there ({error}); "
             "start from the project's root"
         )
+    except BrokenPipeError:  # `--help | head`
+        drop_output()
+        sys.exit(1)
     except OSError:
         # From the arguments: with --config.key=value the flag has no value yet.
         file = (flag_value("config", argv) or "").split(":")[0]
         sys.exit(f"error: there is no configuration file {file}")
     except (KeyError, AttributeError) as error:
-        # ml_collections quotes its message twice: \'key\'\\nDid you mean "other" …
-        text = str(error.args[0]).replace("\\n", "\n").replace("\\'", "'")
-        key = text.splitlines()[0].strip("'\"")
-        meant = re.search(r'Did you mean "(\w+)"', text)
-        suggestion = f"did you mean {meant[1]}?" if meant else ""
-        sys.exit(
-            f"error: the configuration has no key {key}; "
-            f"{suggestion or 'configs/base.py declares them'}"
-        )
+        sys.exit(f"error: {_wrong_key(argv) or str(error).splitlines()[0]}")
+
+
+def _wrong_key(argv: list[str]) -> str:
+    """Names the first --config.KEY that there is not, and those that may be meant."""
+    try:
+        # A run's own is FILE:what, as --config=FILE:variant.
+        known = flat(load_config(flag_value("config", argv) or "").to_dict())
+    except Exception:
+        known = {}
+    for argument in argv[1:]:
+        name = argument.lstrip("-").split("=")[0]
+        key = name.removeprefix("config.")
+        if key == name or key in known or not argument.startswith("-"):
+            continue
+        return no_key(key, known)
+    return ""
+
+
+def no_key(key: str, known: Collection[str]) -> str:
+    """Returns a sentence for a key that there is not."""
+    meant = " or ".join(nearest(key, known))
+    remedy = f"did you mean {meant}?" if meant else "configs/base.py declares them"
+    return f"the configuration has no key {key}; {remedy}"
+
+
+def nearest(key: str, known: Collection[str]) -> list[str]:
+    """Returns the keys that may be meant, the nearest first.
+
+    A key without a section whose name is in several is any of them; else it is one.
+
+    Args:
+      key: with dots between its sections.
+      known: the keys that there are.
+    """
+
+    def name_of(key: str) -> str:
+        return key.rpartition(".")[2]
+
+    def distance(other: str) -> float:
+        return -difflib.SequenceMatcher(a=other, b=key).ratio()
+
+    names = {name_of(other) for other in known}
+    close = difflib.get_close_matches(name_of(key), names, n=1)
+    if not close:
+        return difflib.get_close_matches(key, known, n=1)
+    meant = sorted((k for k in known if name_of(k) == close[0]), key=distance)
+    return meant[:3] if close[0] == key else meant[:1]
 
 
 def _found(argv: list[str]) -> list[str]:

@@ -37,6 +37,8 @@ RUNS = ("call", "conditional", "while", "async-start")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\]")
+# An array in a TPU's memory on the chip, which has tiles and a memory space.
+_ON_CHIP = re.compile(r"\w+\[[\d,]*\]\{[^}]*T\([^}]*S\(\d\)\}")
 _CALLED = re.compile(
     r"\b(?:body|condition|to_apply|calls|\w+_computations?)="
     r"(?:\{([^}]*)\}|%?([\w.-]+))"
@@ -122,8 +124,9 @@ class Kernel(NamedTuple):
       source: the innermost line of this package that it comes from, with its function;
         "" where there is none.
       operation: XLA's, such as "fusion".
-      bytes: of all that it reads and writes. Of an array that it only takes a slice
-        of, or writes a slice into, the slice's.
+      bytes: of all that it reads of the device's memory and writes to it; what a TPU
+        keeps on the chip is left out. Of an array that it only takes a slice of, or
+        writes a slice into, the slice's.
       cycles: that the compiler expects of it; 0 where it does not say.
       times: how often a run of the program launches it.
     """
@@ -216,7 +219,7 @@ def read_kernels(text: str) -> list[Kernel]:
     """
     program = _Program(text)
     sizes = {
-        i.name: sum(array_bytes(i.shape))
+        i.name: _stored(i.shape)
         for inside in program.computations.values()
         for i in inside
     }
@@ -228,14 +231,20 @@ def read_kernels(text: str) -> list[Kernel]:
         read = [sizes.get(name, 0) for name in instruction.operands]
         written = sizes[instruction.name]
         if operation == "custom-call":
-            written = sum(array_bytes(_WORKSPACE.sub("", instruction.shape)))
+            written = _stored(_WORKSPACE.sub("", instruction.shape))
+        if operation == "copy-start":
+            read = []  # Its result has the operand too.
+        if operation == "slice-start":
+            # So has this one, all of it; then the slice.
+            read = array_bytes(instruction.shape)[1:2]
+            written = _stored(instruction.shape.partition("), ")[2])
         if operation == "fusion":
             (called,) = instruction.called[:1]
             for index, size in program.slices(called).items():
                 if index < len(read):
-                    read[index] = size
+                    read[index] = min(read[index], size)
             root = program.computations[called][-1]
-            if root.operation == "dynamic-update-slice":
+            if written and root.operation == "dynamic-update-slice":
                 inner = {i.name: i.shape for i in program.computations[called]}
                 written = sum(array_bytes(inner.get(root.operands[1], "")))
         name = _NAME.search(instruction.rest)
@@ -287,6 +296,11 @@ def array_bytes(shape: str) -> list[int]:
     return sizes
 
 
+def _stored(shape: str) -> int:
+    """Bytes that lie in the device's memory, not on the chip."""
+    return sum(array_bytes(_ON_CHIP.sub("", shape)))
+
+
 def _sources(text: str) -> dict[str, str]:
     """The tables at the top of a program's text: a frame's number to its source."""
 
@@ -321,7 +335,7 @@ def _sources(text: str) -> dict[str, str]:
 def _sliced(instruction: Instruction, name: str) -> int | None:
     """Bytes that an instruction reads of an array that it slices; None if all."""
     if instruction.operands[0] == name:
-        if instruction.operation == "dynamic-slice":
+        if instruction.operation in ("slice", "dynamic-slice"):
             return sum(array_bytes(instruction.shape))
         if instruction.operation == "dynamic-update-slice":
             return 0  # What is under the update is not read; the rest stays.

@@ -9,6 +9,10 @@ import sys
 # time limit, and Windows' Ctrl-Break. A system may lack some.
 _NAMES = "SIGTERM SIGINT SIGHUP SIGUSR1 SIGUSR2 SIGXCPU SIGBREAK".split()
 
+# What a process ends with that was told to stop and goes on when it is started again:
+# "temporary failure, try again", of sysexits.h.
+RESUME_ME = 75
+
 
 def stopping() -> list[signal.Signals]:
     """Returns those that this process takes.

@@ -38,9 +38,8 @@ class Chip(NamedTuple):
     clock: float | None = None
 
 
-# cloud.google.com/tpu/docs: v4, v5e, v5p, v6e.
+# cloud.google.com/tpu/docs: v5e, v5p, v6e.
 TPUS: Mapping[str, Chip] = {
-    "v4": Chip(32e9, 1.228e12, 275e12, 275e12, 1.05e9),
     "v5e": Chip(16e9, 0.819e12, 197e12, 197e12, 1.5e9),
     "v5p": Chip(95e9, 2.765e12, 459e12, 459e12, 1.75e9),
     "v6e": Chip(32e9, 1.64e12, 918e12, 918e12),
@@ -101,9 +100,16 @@ def prepare(name: str) -> None:
     """
     if name == HERE:
         return
-    # No look-out for devices, nor for the TPU's metadata server.
+    # No look-out for devices, nor for the TPU's metadata server. JAX, which is imported
+    # by now, no longer reads its variable; processes that are started do.
     os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Any that there are: libtpu warns in many lines of what it cannot find out.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # Two that compile at a time do not want the same TPU: they want none.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # Libraries that ask the driver for their version, which is not there.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     # Without a GPU nothing is tuned, and Triton's untuned tiles fail.
@@ -124,12 +130,14 @@ def devices_of(name: str, slices: int = 1) -> Topology:
       UserError: an unknown name, a slice that the compiler does not know, or a compiler
         that is not installed.
     """
+    if slices < 1:
+        raise UserError(f"--slices must be positive, got {slices}")
     if name == HERE:
+        if slices > 1:
+            raise UserError("--slices is for devices elsewhere: set --topology too")
         devices = jax.devices()
         return Topology(name, devices, None, devices[0].platform)
     kind, _, shape = name.lower().partition(":")
-    if slices < 1:
-        raise UserError(f"--slices must be positive, got {slices}")
     if kind in TPUS:
         return _tpus(name, kind, shape, slices)
     if kind in GPUS:
@@ -141,17 +149,20 @@ def devices_of(name: str, slices: int = 1) -> Topology:
 
 
 def _tpus(name: str, kind: str, shape: str, slices: int) -> Topology:
-    if not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    axes, example = (3, "2x2x1") if kind == "v5p" else (2, "2x4")
+    if not re.fullmatch(rf"\d+(x\d+){{{axes - 1}}}", shape):
         raise UserError(
-            f"--topology={name} lacks the slice's shape, such as {kind}:"
-            f"{'2x4' if kind in ('v5e', 'v6e') else '2x2x2'}"
+            f"--topology={name} lacks the slice's shape, {axes} numbers such as "
+            f"{kind}:{example}"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"to compile for {name} libtpu is needed, not a TPU; "
             "pip install 'implicit_slots[tpu]'"
         )
-    more = {"num_slices": slices} if slices > 1 else {}
+    more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if set(shape) == set("1x"):
+        more["chips_per_host_bounds"] = (1, 1, 1)  # else four or more
     try:
         found = topologies.get_topology_desc(
             platform="tpu", topology_name=f"{kind}:{shape}", **more
@@ -161,6 +172,7 @@ def _tpus(name: str, kind: str, shape: str, slices: int) -> Topology:
             f"the TPU's compiler knows no {name}: {_last_line(error)}; "
             "see https://cloud.google.com/tpu/docs for the slices that there are"
         ) from error
+    name += f", {slices} slices" if slices > 1 else ""
     return Topology(name, list(found.devices), TPUS[kind], "tpu")
 
 
@@ -199,6 +211,7 @@ def _gpus(name: str, kind: str, shape: str, hosts: int) -> Topology:
         raise UserError(
             f"the GPU's compiler cannot be asked for {name}: {_last_line(error)}"
         ) from error
+    name += f", {hosts} hosts" if hosts > 1 else ""
     return Topology(name, list(found.devices), chip, "gpu")
 
 

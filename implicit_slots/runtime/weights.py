@@ -197,7 +197,7 @@ def write_weights(path: pathlib.Path, weights: Mapping[str, np.ndarray]) -> None
     if path.suffix == ".npz":
         np.savez(data, allow_pickle=False, **weights)
     elif path.suffix == ".safetensors":
-        arrays = {name: np.ascontiguousarray(w) for name, w in weights.items()}
+        arrays = {name: np.asarray(w, order="C") for name, w in weights.items()}
         data.write(safetensors.numpy.save(arrays))
     else:
         torch = _import_torch(f"writing {path}", f"write a {' or '.join(SUFFIXES[1:])}")

@@ -5,19 +5,17 @@ no JAX: what is wrong with a command is said before that is loaded.
 """
 
 import contextlib
-import importlib.util
 import json
 import os
 import pathlib
 import socket
-import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from implicit_slots.runtime.config import Config
-from implicit_slots.runtime.config_files import find_config
+from implicit_slots.runtime.config_files import load_config
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import expand, lock_file
 
@@ -27,10 +25,13 @@ METRICS_FILE = "metrics.jsonl"
 EVALUATION_FOLDER = "evaluation"
 EVALUATION_FILE = "metrics.json"  # of one evaluation, below EVALUATION_FOLDER/LABEL
 CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"  # of a folder that holds a model and no run
+TRAINED = pathlib.Path(__file__).parents[1] / "trained"
 # Keys that configurations of older versions lack, and what their absence means.
 ABSENT: Mapping[str, object] = {
     "penalty.attention_entropy": 0.0,
     "penalty.slot_coupling": 0.0,
+    "model.kernels": "auto",
     "model.attention_gain": 1.0,
     "model.normalizer": "mean",
     "model.inputs": "tokens",
@@ -55,6 +56,7 @@ ABSENT: Mapping[str, object] = {
 }
 # Of them those that SLATE alone has: their absence elsewhere means nothing.
 OF_SLATE = (
+    "model.kernels",
     "optimizer.dvae_steps",
     "model.inputs",
     "model.encoder_features",
@@ -73,6 +75,8 @@ OF_CONVOLUTIONS = (
 )
 # The same of folders of images alone.
 OF_FOLDERS = ("data.ignore_id",)
+# Keys of older versions that nothing needs any more.
+GONE = ("model.attention",)
 # Keys that name a file or folder; empty: none, or a default of the data set's.
 PATHS = ("data.path", "data.cache", "evaluation.inception", "features.weights")
 # Between the workdir and the file whose data section takes the place of the run's.
@@ -105,6 +109,21 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
     """Returns what an earlier session left in summary.json, or nothing."""
     path = workdir / SUMMARY_FILE
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def packaged() -> dict[str, pathlib.Path]:
+    """Returns the folders of the models that come with the package, by name."""
+    return {file.parent.name: file.parent for file in TRAINED.glob(f"*/{WEIGHTS_FILE}")}
+
+
+def find_trained(name: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the folder that a user named, or that of a model of the package.
+
+    Raises:
+      UserError: it is the address of a bucket, or there is no home folder for ~.
+    """
+    path = expand(name)
+    return path if path.exists() else packaged().get(os.fspath(name), path)
 
 
 @contextlib.contextmanager
@@ -210,7 +229,7 @@ def get_config(what: str) -> Config:
             f"{path} is not a run's configuration; give another --workdir"
         ) from None
     for source in data:
-        config.data = _load(source).data
+        config.data = load_config(source).data
         config.data.resolution = resolution
     return config
 
@@ -222,7 +241,11 @@ def read_config(path: pathlib.Path) -> Config:
       OSError: if there is no such file.
       AttributeError, ValueError, TypeError: if it is none.
     """
-    config: Config = ConfigDict(json.loads(path.read_text()))
+    values = json.loads(path.read_text())
+    for key in GONE:
+        section, name = key.split(".")
+        values.get(section, {}).pop(name, None)
+    config: Config = ConfigDict(values)
     for key, value in ABSENT.items():
         if key in OF_SLATE and config.model.get("name") != "slate":
             continue
@@ -239,15 +262,3 @@ def read_config(path: pathlib.Path) -> Config:
         if name not in section:
             section[name] = value
     return config
-
-
-def _load(source: str) -> Config:
-    """The configuration of FILE or FILE:variant."""
-    file, _, variant = source.partition(":")
-    file = find_config(file)
-    spec = importlib.util.spec_from_file_location("data_configuration", file)
-    if spec is None or spec.loader is None or not pathlib.Path(file).is_file():
-        raise ValueError(f"there is no configuration file {file}")
-    module = types.ModuleType("data_configuration")
-    spec.loader.exec_module(module)
-    return module.get_config(variant or None)

@@ -1,4 +1,4 @@
-"""Checkpoints with Orbax: written, read, looked through for damage; models loaded."""
+"""Checkpoints with Orbax: written, read, looked through for damage."""
 
 import contextlib
 import errno
@@ -11,20 +11,14 @@ from typing import Any, TypedDict
 
 import google_crc32c
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
-from flax import nnx
 
-from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime import processes
-from implicit_slots.runtime.compiling import runs_once, standard_arithmetic
-from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.runtime.files import expand, write_atomically
-from implicit_slots.runtime.workdir import CONFIG_FILE, read_config, writing
-from implicit_slots.training.optimizer import build_optimizer
-from implicit_slots.training.state import TrainState, initial_state
+from implicit_slots.runtime.files import write_atomically
+from implicit_slots.runtime.workdir import writing
+from implicit_slots.training.state import TrainState
 
 CHECKPOINT_FOLDER = "checkpoints"
 BEST_FOLDER = "best"
@@ -203,58 +197,6 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
     folder = workdir / CHECKPOINT_FOLDER
     with contextlib.closing(Checkpoints(folder, keep=None)) as checkpoints:
         return sorted(checkpoints.steps())
-
-
-def load(
-    workdir: str | os.PathLike[str], step: int | None = None
-) -> tuple[Config, Any]:
-    """Returns the configuration and the trained model of a run.
-
-    Args:
-      workdir: of a run that has a checkpoint; nothing in it is changed.
-      step: of the checkpoint; the latest that is whole if not given.
-
-    Raises:
-      UserError: if there is no such run or checkpoint, or it cannot be read.
-    """
-    workdir = expand(workdir)
-    path = workdir / CONFIG_FILE
-    if not path.exists() or not (workdir / CHECKPOINT_FOLDER).is_dir():
-        raise UserError(f"{workdir} holds no run; train one there first")
-    config = read_config(path)
-    with standard_arithmetic():
-        return config, _load(config, workdir, step)
-
-
-def _load(config: Config, workdir: pathlib.Path, step: int | None) -> Any:
-    """The model of a run's checkpoint."""
-    try:
-        graphdef, shapes = split_model(nnx.eval_shape(lambda: build(config)))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{workdir / CONFIG_FILE} is not a configuration of this version "
-            f"({error}); train again, or read it with the version that wrote it"
-        ) from error
-    optimizer = build_optimizer(config.optimizer, shapes, num_steps=config.num_steps)
-
-    def zeros() -> TrainState:
-        # Drawing parameters that are replaced at once would take seconds.
-        params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return initial_state(params, optimizer, config.optimizer)
-
-    like = jax.jit(zeros, compiler_options=runs_once())()
-    folder = workdir / CHECKPOINT_FOLDER
-    with contextlib.closing(Checkpoints(folder, keep=None)) as checkpoints:
-        if step is None:
-            found = restore(checkpoints, like, set_aside=False)
-        else:
-            try:
-                found = checkpoints.read(step, like)
-            except Damaged as damage:
-                raise UserError(f"{folder / str(step)}: {damage}") from damage
-    if found is None:
-        raise UserError(f"{workdir} holds no checkpoint; train there first")
-    return nnx.merge(graphdef, found[0].evaluated)
 
 
 def _checksums(folder: pathlib.Path) -> dict[str, int]:

@@ -15,7 +15,13 @@ from implicit_slots.models.slot_attention import LEARNED
 from implicit_slots.runtime.config import Config, flat
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import expand
-from implicit_slots.runtime.workdir import ABSENT, CONFIG_FILE, is_same_place
+from implicit_slots.runtime.workdir import (
+    ABSENT,
+    CONFIG_FILE,
+    GONE,
+    WEIGHTS_FILE,
+    is_same_place,
+)
 from implicit_slots.training.checkpoint import CHECKPOINT_FOLDER
 from implicit_slots.training.values import check_keys
 
@@ -56,7 +62,7 @@ MAY_CHANGE = {
     "data.workers",
     # How the same model is computed.
     "precision",
-    "model.attention",
+    "model.kernels",
     "model.remat",
     "model.adjoint.remat",
 }
@@ -102,20 +108,24 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
         raise UserError("--checkpoint is for --mode=evaluate; runs resume the latest")
 
 
-def check_starts(config: Config) -> None:
+def check_starts(config: Config, key: str = f"config.{STARTS}") -> None:
     """Refuses several starts where they cannot differ or none is better.
+
+    Args:
+      config: of the model.
+      key: what the user set, for the sentence.
 
     Raises:
       UserError: naming the key.
     """
     if not hasattr(model_class(config.model.name), "render"):
         raise UserError(
-            f"config.{STARTS} chooses initial slots by their reconstruction, which "
+            f"{key} chooses initial slots by their reconstruction, which "
             f"{config.model.name} does not make; set it to 1"
         )
     if config.model.initial_slots in LEARNED:
         raise UserError(
-            f"config.{STARTS} needs random initial slots, and this model's are "
+            f"{key} needs random initial slots, and this model's are "
             f"{config.model.initial_slots}: every start would be the same; set it to 1"
         )
 
@@ -128,14 +138,6 @@ def check_slate(config: Config) -> None:
     """
     if config.model.name != "slate":
         return
-    if config.model.attention == "cudnn" and (
-        jax.default_backend() != "gpu" or config.precision != "bfloat16"
-    ):
-        raise UserError(
-            'config.model.attention="cudnn" needs an NVIDIA GPU and '
-            f'config.precision="bfloat16"; this is a {jax.default_backend()} with '
-            f"{config.precision}"
-        )
     # A resolution below the stride is refused where the model is built.
     side = max(config.data.resolution // STRIDE, 1)
     tokens = side**2 * config.model.vocab_size
@@ -220,7 +222,7 @@ def check_read(
 def check_same_run(
     config: Config, workdir: pathlib.Path, *, training: bool = True
 ) -> None:
-    """Refuses a workdir that holds another configuration's run.
+    """Refuses a workdir that holds another configuration's run, or a model alone.
 
     Args:
       config: of this run.
@@ -232,8 +234,14 @@ def check_same_run(
       UserError: naming the first key that differs.
     """
     path = workdir / CONFIG_FILE
+    has_checkpoints = (workdir / CHECKPOINT_FOLDER).exists()
+    if (workdir / WEIGHTS_FILE).exists() and not has_checkpoints:
+        raise UserError(
+            f"{workdir} holds a model without its run; make a run of it with python -m "
+            f"implicit_slots.interop --source={workdir} --target=DIR --config=FILE"
+        )
     if not path.exists():
-        if (workdir / CHECKPOINT_FOLDER).exists():
+        if has_checkpoints:
             raise UserError(
                 f"{workdir} holds checkpoints but no {CONFIG_FILE} that says of what; "
                 "choose another --workdir"
@@ -246,7 +254,7 @@ def check_same_run(
             f"{path} is not a run's configuration; choose another --workdir"
         ) from error
     now = {**ABSENT, **flat(json.loads(config.to_json()))}
-    for key in sorted((before.keys() | now.keys()) - MAY_CHANGE):
+    for key in sorted((before.keys() | now.keys()) - MAY_CHANGE - {*GONE}):
         if key.startswith("evaluation."):
             continue
         if not training and key.startswith("data.") and key != "data.resolution":

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from implicit_slots.runtime.config import Config
+from implicit_slots.runtime.devices import platform
 from implicit_slots.runtime.values import check_values
 from implicit_slots.training.values import KINDS
 
@@ -157,7 +158,24 @@ def clip_by_max_norm(limit: float) -> optax.GradientTransformation:
 
 def max_norm(tree: PyTree) -> Float[Array, ""]:
     """Returns the largest absolute entry of all leaves: the ∞-norm."""
-    return jnp.max(jnp.stack([jnp.abs(leaf).max() for leaf in jax.tree.leaves(tree)]))
+    return jnp.max(jnp.stack([jnp.abs(leaf).max() for leaf in _few(tree)]))
+
+
+def l2_norm(tree: PyTree) -> Float[Array, ""]:
+    """Returns the root of the sum of all squared entries."""
+    return optax.tree.norm(_few(tree))
+
+
+def _few(tree: PyTree) -> list[jax.Array]:
+    """The entries of all leaves, on GPUs in a single array.
+
+    A reduction is a kernel or two there, and there are some hundred leaves; copying
+    them is cheaper.
+    """
+    leaves = jax.tree.leaves(tree)
+    if platform() != "gpu":
+        return leaves
+    return [jnp.concatenate([leaf.reshape(-1) for leaf in leaves])]
 
 
 def _adam(rate: Schedule, num_steps: int) -> optax.GradientTransformation:

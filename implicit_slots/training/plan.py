@@ -6,6 +6,7 @@ read. Nothing is run and nothing is written, and no data is opened.
 
 import collections
 import math
+import pathlib
 import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from implicit_slots.models.build import (
 )
 from implicit_slots.runtime import compiling
 from implicit_slots.runtime.config import Config
-from implicit_slots.runtime.devices import DATA_AXIS
+from implicit_slots.runtime.devices import DATA_AXIS, traced_for
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.programs import (
     KINDS,
@@ -102,7 +103,8 @@ def make(config: Config, topology: Topology) -> Plan:
     state, batch = parts.state_shapes(), train_batch(config, parts.mesh)
     began = time.perf_counter()
     try:
-        compiled = parts.steps.train.compile(state, batch)
+        with traced_for(topology.platform):
+            compiled = parts.steps.train.compile(state, batch)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -192,6 +194,23 @@ def advice(config: Config) -> str:
     return f"try {', '.join(ways)}, or more devices"
 
 
+def out_of_memory(error: Exception, config: Config, workdir: pathlib.Path) -> str:
+    """The sentence for a run that the memory was too small for.
+
+    Args:
+      error: that says so.
+      config: of the run.
+      workdir: of the run.
+    """
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return (
+        f"there is not enough memory ({reason}); {advice(config)}, or a smaller "
+        "--config.batch_size; --mode=plan says what a step needs before it runs; "
+        "another batch_size or accumulate takes another --workdir, all else resumes "
+        f"{workdir}"
+    )
+
+
 def _needed(error: Exception) -> str:
     for line in str(error).splitlines():
         if "Used" in line or "Total" in line or "exceeded" in line.lower():
@@ -245,20 +264,21 @@ def describe(plan: Plan) -> str:
 def _work(plan: Plan) -> Iterable[str]:
     chip = plan.topology.chip
     if plan.flops:
-        row = f"{plan.flops / 1e9:,.0f} GFLOP (a loop's body counted once)"
+        row = f"{_digits(plan.flops / 1e9)} GFLOP (a loop's body counted once)"
         if chip:
             bfloat16 = plan.config.precision == "bfloat16"
             rate = chip.bfloat16 if bfloat16 else chip.float32
-            row += f": at least {1e3 * plan.flops / rate:.2f} ms at its peak"
+            row += f": at least {_digits(1e3 * plan.flops / rate)} ms at its peak"
         yield row
     row = f"{plan.launched:,} kernels that read and write {_size(plan.moved)}"
     if chip:
-        row += f": at least {1e3 * plan.moved / chip.bandwidth:.1f} ms"
+        row += f": at least {_digits(1e3 * plan.moved / chip.bandwidth)} ms"
     yield row
     if plan.cycles:
-        row = f"{plan.cycles / 1e6:.1f} million cycles by the compiler's own estimate"
+        cycles = _digits(plan.cycles / 1e6)
+        row = f"{cycles} million cycles by the compiler's own estimate"
         if chip and chip.clock:
-            row += f": {1e3 * plan.cycles / chip.clock:.1f} ms"
+            row += f": {_digits(1e3 * plan.cycles / chip.clock)} ms"
         yield row
     for part, moved in largest(plan.kernels):
         yield f"  {_size(moved):>10}  {part}"
@@ -287,6 +307,10 @@ def _sent(plan: Plan) -> Iterable[str]:
         yield f"{times} {kind}: {_size(sent)}"
     apart, whole = plan.overlapped
     yield f"{apart} of {whole} begin and end apart, so that other work overlaps them"
+
+
+def _digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _size(count: int | float) -> str:

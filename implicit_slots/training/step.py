@@ -24,6 +24,7 @@ from implicit_slots.training import nonfinite, penalties
 from implicit_slots.training.optimizer import (
     DVAE,
     build_plateau,
+    l2_norm,
     max_norm,
 )
 from implicit_slots.training.state import TrainState
@@ -136,7 +137,7 @@ def train(
     # A stage that this model does not have is a gradient of zero.
     norms = [max_norm(gradient.get(stage, jnp.zeros(1))) for stage in kind.stages]
     logged |= {
-        "grad_norm_l2": optax.tree.norm(gradient),
+        "grad_norm_l2": l2_norm(gradient),
         "grad_norm_inf": jnp.max(jnp.stack(norms)),
     }
     decay = config.optimizer.ema_decay

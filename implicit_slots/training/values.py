@@ -5,7 +5,7 @@ from typing import Any
 
 from implicit_slots.data import options
 from implicit_slots.data.source import SPLITS
-from implicit_slots.models import attention, image_encoder, slate, slot_attention, vit
+from implicit_slots.models import image_encoder, kernels, slate, slot_attention, vit
 from implicit_slots.models.build import (
     ADJOINTS,
     LINEAR_SOLVERS,
@@ -94,7 +94,7 @@ MODEL: Mapping[str, Kind] = {
     "num_heads": DEPTH,
     "dropout": RATE,
     "attention_dropout": RATE,
-    "attention": OneOf(attention.IMPLEMENTATIONS),
+    "kernels": OneOf(kernels.KERNELS),
     "remat": Flag(),
     "hard": Flag(),
     "initial_positions": OneOf(POSITION_KINDS),

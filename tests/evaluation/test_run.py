@@ -27,7 +27,7 @@ from implicit_slots.runtime.devices import build_mesh
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.prng import Purpose, purpose_key
 from implicit_slots.runtime.workdir import config_flag, get_config
-from implicit_slots.training import checkpoint, checks, run
+from implicit_slots.training import checks, pretrained, run
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -108,7 +108,7 @@ def test_files_hold_what_was_returned_and_training_is_untouched(
 @pytest.mark.slow
 def test_masks_score_as_scikit_learn_scores_them(record, workdir):
     """From the model's own maps, by another road."""
-    config, model = checkpoint.load(workdir)
+    config, model = pretrained.load(workdir)
     config.data.cache = ""
     source = registry.build(config.data, "test")
     batch = source.batch(np.arange(8))
@@ -212,7 +212,7 @@ def test_an_older_run_has_one_start_and_several_have_a_place_of_their_own(
     assert evaluation.label(config, copy, "best") == "test-best"
     config.evaluation.masks.starts = 3
     assert evaluation.label(config, copy, "best") == "test-3-starts-best"
-    older, _ = checkpoint.load(copy)
+    older, _ = pretrained.load(copy)
     assert older.evaluation.masks.starts == 1
 
 

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from experiments.benchmarks import (
+    accelerator_programs,
     harness,
     memory,
     sampling,
@@ -25,14 +26,14 @@ from implicit_slots.training.state import initial_state
 from implicit_slots.training.step import build_steps
 
 
-def written(out, capsys):
+def written(out, capsys, name: str | None = "tiny"):
     """The numbers of OUT.json; OUT.md was printed."""
     table = (out.parent / f"{out.name}.md").read_text()
     assert table in capsys.readouterr().out
     numbers = json.loads((out.parent / f"{out.name}.json").read_text())
     assert numbers["versions"]["jax"] == jax.__version__
     assert numbers["hardware"]["cores"] >= 1 and numbers["hardware"]["cpu"]
-    return numbers["results"]["tiny"], table
+    return numbers["results"][name] if name else numbers["results"], table
 
 
 @pytest.mark.slow
@@ -63,6 +64,37 @@ def test_sampling(tmp_path, capsys):
         tokens = values["tokens_per_second"] * values["seconds"]["median"]
         assert tokens == pytest.approx(3 * 16)
         assert f"| {name} |" in table
+
+
+@pytest.mark.slow
+def test_accelerator_programs(tmp_path, capsys, monkeypatch):
+    """One that cannot be compiled costs its row alone."""
+    made = accelerator_programs.train_step
+
+    def train_step(config, topology):
+        if config.precision == "float32":
+            raise ValueError("too large\nfor these devices")
+        return made(config, topology)
+
+    monkeypatch.setattr(accelerator_programs, "train_step", train_step)
+    names = "h100", "h100-float32", "generation-h100"
+    accelerator_programs.main(
+        [f"--out={tmp_path / 'a'}", f"--programs={','.join(names)}", "--tiny"],
+        isolate=False,
+    )
+    results, table = written(tmp_path / "a", capsys, None)
+    assert list(results) == list(names)
+    assert results["h100-float32"] == {"error": "too large"}
+    assert "| h100-float32 | too large |" in table
+    step, tokens = results["h100"], results["generation-h100"]
+    for found in (step, tokens):
+        assert found["topology"] == "here" and found["devices"] == 1
+        assert f"| {found['kernels']:,} |" in table
+        assert sum(moved for _, moved in found["largest"]) < found["bytes"]
+        assert 0 < found["memory"] and 0 < found["flops"]
+    # The tokens of a 16x16 image; no token is made without reading all weights.
+    assert tokens["tokens"] == 16
+    assert tokens["bytes"] / tokens["tokens"] > tokens["weights"] > tokens["cache"]
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from experiments.benchmarks import solver_comparison
 from experiments.examples import digits_deq, own_models
 from implicit_slots.fixed_point import Implicit
 from implicit_slots.runtime.errors import UserError
-from implicit_slots.training.checkpoint import load, saved_steps
+from implicit_slots.training.checkpoint import saved_steps
+from implicit_slots.training.pretrained import load
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from jax.extend.core import jaxprs_in_params
 from reference import FLOAT32, relative_error
 from small_slate import RESOLUTION, Compiled, section
 
-from implicit_slots.models.attention import MultiHeadAttention
-from implicit_slots.models.build import build_model
+from implicit_slots.models import layers, products
+from implicit_slots.models.build import build_model, split_model
 from implicit_slots.models.layers import set_precision
+from implicit_slots.runtime.devices import traced_for
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -83,11 +84,11 @@ def operations(jaxpr):
             yield from operations(inner)
 
 
-def test_products_are_made_in_bfloat16_but_for_the_fixed_point(image, monkeypatch):
-    # As on an accelerator; a CPU multiplies some bfloat16 numbers as float32.
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    compiled = build("bfloat16")
-    program = jax.make_jaxpr(training(compiled))(compiled.params, image)
+def test_products_are_made_in_bfloat16_but_for_the_fixed_point(image):
+    compiled = build("bfloat16", kernels="xla")
+    # A CPU multiplies some bfloat16 numbers as float32.
+    with traced_for("gpu"):
+        program = jax.make_jaxpr(training(compiled))(compiled.params, image)
     products, exponentials = set(), set()
     for operation in operations(program.jaxpr):
         dtypes = {var.aval.dtype.name for var in operation.invars}
@@ -150,37 +151,60 @@ def test_no_such_precision_is_a_sentence():
         set_precision(build().model, "float16")
 
 
-def attend(model, x):
-    attention = model.decoder.blocks[0].self_attention
-    assert isinstance(attention, MultiHeadAttention)
-    return attention(x)
-
-
-def test_fused_attention_is_called_for_what_plain_attention_computes(monkeypatch):
-    """Layout, scale and causality, with JAX's own products in the kernel's place."""
-    plain, fused = (
-        build(attention=name, width=32, num_heads=2) for name in ("xla", "cudnn")
+def test_gradients_of_parameters_are_summed_in_float32():
+    """257 has nine bits; bfloat16 has eight."""
+    rngs = nnx.Rngs(0)
+    model = nnx.List(
+        [
+            layers.Linear(1, 1, rngs=rngs),
+            layers.Linear(1, 1, full_output=True, rngs=rngs),
+            layers.Conv(1, 1, (1, 1), rngs=rngs),
+            layers.TransposedConv(1, 1, kernel=1, stride=1, rngs=rngs),
+        ]
     )
-    x = jax.random.normal(jax.random.key(0), (2, 16, 32))
-    products = jax.nn.dot_product_attention
+    set_precision(model, "bfloat16")
+    graphdef, params = split_model(model)
 
-    def in_its_place(*arguments, implementation, **options):
-        assert implementation == "cudnn"
-        return products(*arguments, **options)
+    def loss(params):
+        outputs = [
+            layer(jnp.ones((257, 1, 1, 1))) for layer in nnx.merge(graphdef, params)
+        ]
+        assert [x.dtype.name for x in outputs] == [
+            "bfloat16",
+            "float32",
+            *["bfloat16"] * 2,
+        ]
+        return sum(x.astype(jnp.float32).sum() for x in outputs)
 
-    want = plain(attend, x)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", in_its_place)
-    assert relative_error(fused(attend, x), want) < FLOAT32
+    # Without what XLA may do better of its own accord.
+    exact: Any = {"xla_allow_excess_precision": False}
+    gradient = jax.jit(jax.grad(loss)).lower(params).compile(exact)
+    found = jax.tree.leaves(gradient(params))
+    assert [(leaf.dtype.name, leaf.item()) for leaf in found] == [("float32", 257)] * 8
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
-def test_fused_attention_equals_plain():
-    fused, plain = (
-        build("bfloat16", attention=name, width=32, num_heads=2)
-        for name in ("cudnn", "xla")
-    )
-    x = jax.random.normal(jax.random.key(0), (2, 16, 32))
+@pytest.mark.parametrize(
+    ("side", "stride", "padding"),
+    [(3, 1, "SAME"), (4, 3, "SAME"), (3, 4, "VALID")],
+)
+def test_a_convolutions_gradients_are_those_of_float32(side, stride, padding):
+    """At a size that leaves cells over, with numbers that bfloat16 holds."""
+    rng = np.random.default_rng(0)
 
-    got, want = (compiled(attend, x) for compiled in (fused, plain))
-    assert relative_error(got, want) < 0.02
+    def draw(*shape):
+        return jnp.asarray(rng.integers(-2, 3, shape), jnp.float32)
+
+    x, kernel = draw(2, 13, 10, 3), draw(side, side, 3, 2)
+
+    def convolved(x, kernel):
+        return products.convolve(x, kernel, stride, padding)
+
+    out, back = jax.vjp(convolved, x, kernel)
+    half, back_half = jax.vjp(convolved, x.astype(jnp.bfloat16), kernel)
+    cotangent = draw(*out.shape)
+    want = back(cotangent)
+    got = back_half(cotangent.astype(jnp.bfloat16))
+    assert [leaf.dtype.name for leaf in got] == ["bfloat16", "float32"]
+    np.testing.assert_array_equal(half, out.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(got[0], want[0].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(got[1], want[1])

@@ -343,12 +343,7 @@ def test_initial_scales_are_official_slates():
         ({"initial_positions": "flat"}, "one of normal, smooth, got 'flat'"),
         ({"num_heads": 3}, "width must be a multiple of its heads, got 8 and 3"),
         ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
-        ({"attention": "flash"}, "attention must be one of xla, cudnn, got 'flash'"),
-        ({"attention": "cudnn"}, "no dropout on its weights: set attention_dropout=0"),
-        (
-            {"attention": "cudnn", "attention_dropout": 0.0},
-            "needs heads of a multiple of 8 features, got 4",
-        ),
+        ({"kernels": "flash"}, "kernels must be one of auto, xla, pallas, got 'flash'"),
         ({"solver": {"name": "newton"}}, "model.solver.name must be one of anderson"),
         ({"adjoint": {"name": "none"}}, "model.adjoint.name must be one of adaptive"),
         (
@@ -382,7 +377,7 @@ def test_decoder_dropout_needs_a_key():
         HEADS,
         dropout=0.5,
         attention_dropout=0.5,
-        attention="xla",
+        kernels="xla",
         remat=False,
         rngs=nnx.Rngs(0),
     )

@@ -9,12 +9,15 @@ import subprocess
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from implicit_slots.drawing import grids
 from implicit_slots.report import render
 from implicit_slots.report.comparison import write_comparison
 from implicit_slots.report.page import write_report
 from implicit_slots.report.plots import COLOURS
+from implicit_slots.report.predictions import Shown, write_predictions
+from implicit_slots.report.predictions import picture as picture_of
 
 pytestmark = pytest.mark.slow  # a real browser
 
@@ -44,6 +47,7 @@ def pages(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     rng = np.random.default_rng(0)
     workdirs = []
+    picture = rng.integers(0, 255, size=(120, 1900, 3)).astype(np.uint8)
     for seed in range(2):
         workdir = root / f"seed{seed}"
         folder = workdir / "evaluation" / "test"
@@ -83,11 +87,22 @@ def pages(tmp_path_factory):
                 {"file": "wide.png", "title": "Wide", "caption": "A picture."}
             ],
         }
-        picture = rng.integers(0, 255, size=(120, 1900, 3)).astype(np.uint8)
         grids.save_png(picture, folder / "wide.png")
         (folder / "metrics.json").write_text(json.dumps(record))
         workdirs.append(workdir)
+    wide = picture_of(Image.fromarray(picture))
+    shown = [Shown(40 * "name" + "/x", dict.fromkeys(("image", "masks"), wide))]
+    predicted = write_predictions(
+        root,
+        shown,
+        heading="What a model makes",
+        note="A note.",
+        command="python " + 40 * "--config.a.key=value ",
+        left_out=[f"file {40 * 'name'} cannot be read (not a picture)"],
+        more=1,
+    )
     return {
+        "predictions": predicted,
         "report": write_report(workdirs[0]),
         "comparison": write_comparison(workdirs, root / "report.html"),
     }
@@ -130,7 +145,7 @@ def luminance(colour):
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on the PATH")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["report", "comparison"])
+@pytest.mark.parametrize("name", ["report", "comparison", "predictions"])
 def test_a_page_fits_is_legible_and_shows_its_pictures(
     pages, name, scheme, size, tmp_path
 ):
@@ -147,7 +162,10 @@ def test_a_page_fits_is_legible_and_shows_its_pictures(
 def test_pages_need_nothing_else(pages):
     for path in pages.values():
         text = path.read_text()
-        assert not re.search(r'(src|href)="(?!data:|#)', text)
+        assert not re.search(r'src="(?!data:)', text)
+        # A page of predictions leads to the files beside it.
+        leads = re.findall(r'href="(?!data:|#)[^"]*"', text)
+        assert len(leads) == (3 if path.name == "index.html" else 0)
         assert "<script" not in text
 
 

@@ -7,6 +7,7 @@ import sys
 import zipfile
 
 import pytest
+from PIL import Image
 
 from implicit_slots.runtime import config_files
 from implicit_slots.runtime.config_files import find_config, provide_configs
@@ -62,8 +63,8 @@ def test_configurations_import_each_other_from_everywhere(own, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_the_configurations(tmp_path):
-    """Its own command, in another folder, finds them."""
+def test_a_wheel_holds_configurations_a_model_and_a_command(tmp_path):
+    """Its own commands, in another folder, find them."""
     pytest.importorskip("hatchling")
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     done = subprocess.run(
@@ -74,23 +75,33 @@ def test_a_wheel_holds_the_configurations(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
+    installed, work = tmp_path / "installed", tmp_path / "work"
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "installed")
+        archive.extractall(installed)
         top = {name.split("/")[0] for name in archive.namelist()}
     assert {name.split("-")[0] for name in top} == {"implicit_slots"}
-    (tmp_path / "work").mkdir()
-    command = [
-        *[sys.executable, "-m", "implicit_slots.main", "--config=configs/clevr.py"],
-        "--config.sed=1",
-    ]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path / "work",
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stderr == (
+    (points,) = installed.glob("*.dist-info/entry_points.txt")
+    assert "implicit-slots = implicit_slots.__main__:main" in points.read_text()
+    work.mkdir()
+
+    def command(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "implicit_slots", *arguments],
+            cwd=work,
+            env={**os.environ, "PYTHONPATH": str(installed)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    wrong = command("--config=configs/clevr.py", "--config.sed=1")
+    assert wrong.stderr == (
         "error: the configuration has no key sed; did you mean seed?\n"
     )
+    Image.new("RGB", (90, 60), "gray").save(work / "mine.png")
+    done = command("--mode=predict", "--workdir=scenes", "--images=.", "--out=out")
+    assert done.returncode == 0, done.stderr
+    names = {"index.html", "mine.masks.png", "mine.npz", "mine.overlay.png"}
+    assert {file.name for file in (work / "out").iterdir()} == names
+    with Image.open(work / "out" / "mine.masks.png") as masks:
+        assert masks.size == (90, 60)

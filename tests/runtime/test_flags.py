@@ -2,7 +2,7 @@
 
 import pytest
 
-from implicit_slots.runtime.flags import flag_value, refuse_rest, without
+from implicit_slots.runtime.flags import flag_value, nearest, refuse_rest, without
 
 ARGUMENTS = ["main", "--workdir", "a", "--mode=train", "--workdir=b=c", "-seed", "1"]
 
@@ -27,3 +27,22 @@ def test_the_rest_of_a_value_with_a_space_is_refused(capsys):
         refuse_rest(["main", "images"])
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith("error: 'images' is no flag; put quotes")
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("model.solvr.max_steps", ["model.solver.max_steps"]),
+        ("model.solver.maxsteps", ["model.solver.max_steps"]),
+        ("modl.seed", ["model.seed"]),
+        ("sed", ["seed"]),
+        ("seed.x", ["seed"]),
+        # A section was left out, or is another.
+        ("max_steps", ["model.solver.max_steps", "model.adjoint.solver.max_steps"]),
+        ("optimizer.batch_size", ["batch_size"]),
+        ("zzz", []),
+    ],
+)
+def test_the_nearest_key_is_named(key, meant):
+    known = ("seed", "batch_size", "model.seed", "model.adjoint.solver.max_steps")
+    assert nearest(key, (*known, "model.solver.max_steps")) == meant

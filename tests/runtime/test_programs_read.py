@@ -172,6 +172,53 @@ def test_kernels_of_a_loop_are_counted_by_its_passes_and_slices_by_their_size():
     ]
 
 
+FLAT = """HloModule f, num_partitions=1
+
+%part (a: f32[100]) -> f32[8] {
+  %a = f32[100]{0} parameter(0)
+  ROOT %s = f32[8]{0} slice(%a), slice={[8:16]}
+}
+
+ENTRY %main (p: f32[100]) -> f32[8] {
+  %p = f32[100]{0} parameter(0)
+  ROOT %x = f32[8]{0} fusion(%p), kind=kLoop, calls=%part
+}
+"""
+
+
+def test_of_an_array_that_is_only_sliced_the_slice_is_read():
+    assert [kernel.bytes for kernel in read_kernels(FLAT)] == [2 * 4 * 8]
+
+
+ON_CHIP = """HloModule f, num_partitions=1
+
+ENTRY %main (p: f32[100]) -> f32[8] {
+  %p = f32[100]{0:T(128)} parameter(0)
+  %c = (f32[100]{0:T(128)S(1)}, f32[100]{0:T(128)}, u32[]{:S(2)}) copy-start(%p)
+  %d = f32[100]{0:T(128)S(1)} copy-done(%c)
+  %s = ((f32[100]{0:T(128)}), f32[8]{0:T(128)S(1)}, s32[]{:T(128)}) slice-start(%p)
+  %e = f32[8]{0:T(128)S(1)} slice-done(%s)
+  ROOT %x = f32[8]{0:T(128)} fusion(%d, %e), kind=kLoop, calls=%part
+}
+
+%part (a: f32[100], b: f32[8]) -> f32[8] {
+  %a = f32[100]{0} parameter(0)
+  %b = f32[8]{0} parameter(1)
+  %s = f32[8]{0} slice(%a), slice={[8:16]}
+  ROOT %t = f32[8]{0} add(%s, %b)
+}
+"""
+
+
+def test_what_a_tpu_keeps_on_the_chip_is_not_moved():
+    """Once it is there."""
+    moved = {kernel.operation: kernel.bytes for kernel in read_kernels(ON_CHIP)}
+    counters = 4
+    assert moved["copy-start"] == 4 * 100 + counters
+    assert moved["slice-start"] == 4 * 8 + counters
+    assert moved["fusion"] == 4 * 8
+
+
 def test_the_installed_compilers_kernels_are_read():
     """A product reads two matrices and writes one, in a loop of three passes."""
 

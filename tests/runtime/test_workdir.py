@@ -82,3 +82,14 @@ def test_a_run_of_frozen_features_is_read_with_its_own_keys_alone(tmp_path):
     (tmp_path / "config.json").write_text(config.to_json())
     found = read_config(tmp_path / "config.json")
     assert found.model.keys() == config.model.keys()
+
+
+def test_keys_that_are_gone_are_left_out_and_those_that_are_new_mean_their_absence(
+    tmp_path,
+):
+    model = {"name": "slate", "attention": "xla", "width": 3}
+    old = {"name": "old", "model": model, "data": {"name": "scenes"}}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config = read_config(tmp_path / "config.json")
+    assert "attention" not in config.model and config.model.width == 3
+    assert config.model.tokenizer == "dvae" and config.optimize_programs is True

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -13,8 +14,11 @@ import numpy as np
 import pytest
 
 from configs import scenes
+from implicit_slots.runtime import devices as mesh_devices
 from implicit_slots.runtime.metric_writers import read_metrics
-from implicit_slots.training.checkpoint import load
+from implicit_slots.training import plan
+from implicit_slots.training.parts import build_parts
+from implicit_slots.training.pretrained import load
 from implicit_slots.training.run import run
 
 pytestmark = pytest.mark.slow  # several real processes
@@ -111,6 +115,60 @@ def test_a_step_sends_the_gradient_and_gathered_parameters_alone(single):
         sent = single[f"{devices}/replicated/1"]["sent"]
         assert sent == pytest.approx(ring, rel=0.02)
     assert 1.5 * 0.7 < single["4/fsdp/1"]["sent"] < 1.5 * 1.5 * 1.02
+
+
+def partitioned_in_bfloat16(folder: str) -> None:
+    """What a process with two devices does: writes the program of a step by layout."""
+    mesh_devices.SMALLEST_SPLIT = 64
+    for layout in ("replicated", "fsdp"):
+        config = scenes.get_config("tokens-smoke")
+        config.update(precision="bfloat16", sharding=layout, batch_size=4)
+        parts = build_parts(config, "plan")
+        given = parts.state_shapes(), plan.train_batch(config, parts.mesh)
+        # As XLA splits it, before a CPU's compiler makes float32 of all sums.
+        wanted = {"xla_dump_hlo_pass_re": "^spmd-partitioning$"}
+        written = {"xla_dump_to": f"{folder}/{layout}"} | wanted
+        parts.steps.train.trace(*given).lower().compile(written)
+
+
+def test_gradients_are_summed_over_devices_in_float32(tmp_path):
+    call = f"import test_devices as t; t.partitioned_in_bfloat16({str(tmp_path)!r})"
+    around = environment(2)
+    around["PYTHONPATH"] += f"{os.pathsep}{HERE}"
+    subprocess.run([sys.executable, "-c", call], env=around, check=True)
+    for layout in ("replicated", "fsdp"):
+        (file,) = (tmp_path / layout).glob("*.after_spmd-partitioning.*")
+        program = file.read_text()
+        assert "bf16" in program
+        sums = re.findall(r" = (.*) (?:all-reduce|reduce-scatter)\(", program)
+        sums = re.findall(r"\b([a-z]+\d+)\[", " ".join(sums))
+        assert len(sums) > 100 and set(sums) == {"f32"}
+
+
+def lowered_for_gpus() -> None:
+    """What a process with two devices does: hands a step to a GPU's compiler."""
+    config = scenes.get_config("tokens-smoke")
+    config.update(precision="bfloat16", batch_size=4)
+    config.model.update(dropout=0.1, attention_dropout=0.1)
+    parts = build_parts(config, "plan")
+    given = parts.state_shapes(), plan.train_batch(config, parts.mesh)
+    with mesh_devices.traced_for("gpu"):
+        traced = parts.steps.train.trace(*given)
+    print(traced.lower(lowering_platforms=("cuda",)).as_text())
+
+
+def test_kernels_are_split_over_gpus():
+    """XLA takes the rules by which they are."""
+    around = environment(2)
+    around["PYTHONPATH"] += f"{os.pathsep}{HERE}"
+    call = "import test_devices as t; t.lowered_for_gpus()"
+    command = [sys.executable, "-c", call]
+    done = subprocess.run(
+        command, env=around, check=True, stdout=subprocess.PIPE, text=True
+    )
+    rules = re.findall(r"op_sharding_rule<\(\[i, .*? need_replication=", done.stdout)
+    # Attention twice, cross-entropy and relaxed tokens, there and back.
+    assert len(rules) >= 8
 
 
 def test_four_processes_train_as_one(single):

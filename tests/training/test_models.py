@@ -20,9 +20,9 @@ from implicit_slots.evaluation.run import GROUPS, groups_of
 from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.training import replay, run
-from implicit_slots.training.checkpoint import load
 from implicit_slots.training.checks import check
 from implicit_slots.training.optimizer import build_optimizer
+from implicit_slots.training.pretrained import load
 from implicit_slots.training.state import TrainState, initial_state
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import math
 import pathlib
 from typing import Any
@@ -15,7 +16,7 @@ from implicit_slots.data.source import DataError
 from implicit_slots.runtime.config import flat
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.values import Flag, Number, Wholes
-from implicit_slots.training.checks import check
+from implicit_slots.training.checks import check, check_same_run
 from implicit_slots.training.values import KINDS
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -30,7 +31,7 @@ def configurations():
             try:
                 yield importlib.import_module(f"configs.{name}").get_config(variant)
             except ValueError as error:  # It has no such variant.
-                assert "variant must be one of" in str(error)
+                assert "there is no variant" in str(error)
 
 
 def changed(config, key, value) -> Any:
@@ -50,6 +51,17 @@ def test_every_key_is_declared_once_and_every_configuration_is_right():
         check(config, "train")
         used |= flat(config.to_dict()).keys()
     assert used == KINDS.keys()
+
+
+def test_a_run_goes_on_that_has_a_key_of_older_versions(tmp_path):
+    config = scenes.get_config("smoke")
+    old = config.to_dict()
+    old["model"]["attention"] = "xla"
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    check_same_run(config, tmp_path)
+    config.model.width = 9
+    with pytest.raises(UserError, match=r"its model\.width is 16, .* is 9; choose"):
+        check_same_run(config, tmp_path)
 
 
 def test_every_option_of_a_reader_is_declared():
