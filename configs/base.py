@@ -165,7 +165,7 @@ def set_prediction(name: str, data: Config) -> Config:
 
 
 def _of_locatello(name: str, data: Config, kind: str) -> Config:
-    """What the two models of Locatello et al. 2020 share."""
+    """What the models without a dVAE share: rate, schedule and keys."""
     config = get_config(name, data)
     config.model = model(kind)
     config.optimizer.learning_rate = 4e-4
@@ -178,15 +178,36 @@ def _of_locatello(name: str, data: Config, kind: str) -> Config:
     return config
 
 
+def feature_slots(name: str, data: Config) -> Config:
+    """Returns the default configuration of slots of frozen features (DINOSAUR).
+
+    The values are those of Seitzer et al. 2023 on COCO, with the MLP decoder and the
+    implicit gradient; the variant "vanilla" is theirs.
+
+    Args:
+      name: the run's name.
+      data: the data section.
+    """
+    config = _of_locatello(name, data, "feature_slots")
+    config.num_steps = 500_000
+    config.batch_size = 64
+    config.optimizer.update(
+        warmup_steps=10_000, half_life=100_000.0, clip="l2", clip_limit=1.0
+    )
+    config.features = ConfigDict()
+    config.features.weights = ""  # file of the transformer's, as it is published
+    return config
+
+
 def model(name: str) -> Config:
     """Section of a model: the arguments of its constructor and of its slot attention.
 
-    Their docstrings say what they mean: `SLATE`, `Autoencoder` and `SetPredictor` in
-    implicit_slots/models, and `SlotAttention` (its `mlp_size` and `num_heads` are
-    `slot_mlp_size` and `slot_heads` here).
+    Their docstrings say what they mean: `SLATE`, `Autoencoder`, `SetPredictor` and
+    `FeatureSlots` in implicit_slots/models, and `SlotAttention` (its `mlp_size` and
+    `num_heads` are `slot_mlp_size` and `slot_heads` here).
 
     Args:
-      name: "slate", "autoencoder" or "set_prediction".
+      name: a key of `implicit_slots.models.build.MODELS`.
     """
     arguments = defaults(name)
     iterations = arguments.pop("solver").max_steps

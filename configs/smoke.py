@@ -25,6 +25,9 @@ def set_smoke(config: Config) -> None:
         )
         if config.model.decoder_strides[0] > 1:
             config.model.decoder_strides = (2, 2)
+    elif config.model.name == "feature_slots":
+        config.features.weights = ""
+        config.model.update(vit="random", decoder_features=16, num_slots=3)
     else:
         config.model.update(features=8, head_size=16)
     config.data.resolution = 16

@@ -19,6 +19,7 @@ __all__ = [
     "BiCGSTAB",
     "Broyden",
     "Dense",
+    "FeatureSlots",
     "Implicit",
     "ImplicitJVP",
     "Neumann",
@@ -47,6 +48,7 @@ __all__ = [
 _HOMES = {
     "SLATE": "models.slate",
     "Autoencoder": "models.autoencoder",
+    "FeatureSlots": "models.feature_slots",
     "SetPredictor": "models.set_prediction",
     "SlotAttention": "models.slot_attention",
     "load": "training.pretrained",
@@ -56,6 +58,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from implicit_slots.fixed_point import *
     from implicit_slots.models.autoencoder import Autoencoder
+    from implicit_slots.models.feature_slots import FeatureSlots
     from implicit_slots.models.set_prediction import SetPredictor
     from implicit_slots.models.slate import SLATE
     from implicit_slots.models.slot_attention import SlotAttention

@@ -28,6 +28,7 @@ from implicit_slots.data.sets.multi_object import MultiObject
 from implicit_slots.data.sets.multi_object_files import LAYOUTS, split_sizes
 from implicit_slots.data.sets.shapestacks import ShapeStacks
 from implicit_slots.data.sets.tfds import Tfds
+from implicit_slots.data.sets.voc import Voc
 from implicit_slots.data.source import SPLITS, Batch, DataError, Example, Source
 from implicit_slots.runtime import processes
 from implicit_slots.runtime.config import Config, flat
@@ -135,6 +136,11 @@ SOURCES: Mapping[str, DataSet] = {
         Tfds,
         {"dataset": "coco/2017_panoptic"},
         {"train": 118_287, "validation": 5_000, "test": 5_000},
+    ),
+    "voc": DataSet(
+        Voc,
+        published={"train": 10_582, "validation": 1_449, "test": 1_449},
+        files="VOCdevkit/VOC2012/, from host.robots.ox.ac.uk/pascal/VOC/voc2012",
     ),
     "shapes3d": DataSet(
         Tfds,

@@ -19,6 +19,7 @@ from implicit_slots.evaluation.metrics.average_precision import (
     PrecisionRecall,
 )
 from implicit_slots.evaluation.metrics.segmentation import upsample
+from implicit_slots.models.build import model_class
 from implicit_slots.models.images import as_float
 from implicit_slots.runtime.workdir import writing
 
@@ -55,7 +56,7 @@ def draw_reconstructions(
     for name, title, caption in (
         ("attention", "Attention masks", "Masks and columns: slot attention's."),
         ("decoder", "Decoder masks", "Masks and columns: what the decoder reads."),
-    )[: 2 if "rendering" in findings.shown else 1]:
+    )[: 2 if hasattr(model_class(subject.config.model.name), "read") else 1]:
         picture = _grid(subject, rows, name)
         pictures.append(_save(folder, f"{name}_masks", picture, title, caption))
     for metric, better in (("attention/fg_ari", 1), ("slots/mse", -1)):

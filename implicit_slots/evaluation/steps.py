@@ -167,6 +167,8 @@ def judge(model: Any, image: jax.Array, encoded: Encoded) -> Any:
     by_name["decoder"] = forced.attention
     if (by_token := forced.cross_entropy) is not None:
         return by_name, by_token, by_token.sum(axis=(1, 2))
+    if not hasattr(model, "render"):
+        return by_name, None, jnp.zeros(len(image))
     error = (image - model.render(encoded.slots)) ** 2
     return by_name, None, error.mean(axis=(1, 2, 3))
 

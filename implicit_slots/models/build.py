@@ -28,6 +28,7 @@ from implicit_slots.fixed_point import (
     Unrolled,
 )
 from implicit_slots.models.autoencoder import Autoencoder
+from implicit_slots.models.feature_slots import FeatureSlots
 from implicit_slots.models.layers import set_precision
 from implicit_slots.models.set_prediction import SetPredictor
 from implicit_slots.models.slate import SLATE
@@ -35,10 +36,11 @@ from implicit_slots.models.slot_attention import SlotAttention
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.errors import InvalidValue
 
-MODELS: Mapping[str, type[SLATE | Autoencoder | SetPredictor]] = {
+MODELS: Mapping[str, type[SLATE | Autoencoder | SetPredictor | FeatureSlots]] = {
     "slate": SLATE,
     "autoencoder": Autoencoder,
     "set_prediction": SetPredictor,
+    "feature_slots": FeatureSlots,
 }
 
 SOLVERS = {"picard": Picard, "anderson": Anderson, "broyden": Broyden}

@@ -5,6 +5,7 @@ Layers begin as in their code (Keras): Glorot-uniform kernels, zero biases.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -193,10 +194,10 @@ def cells(side: int) -> tuple[Float[Array, "cells 2"], Float[Array, "cells waves
 
 
 class ImageSlots(nnx.Module):
-    """What the two models share: the encoder, and slot attention on its grid.
+    """What models share that make no tokens: slot attention on an encoder's grid.
 
     Args:
-      encoder: of the images.
+      encoder: of the images, or of their features: with `side` and `attended`.
       slots: makes slot attention from (input size, rngs=…).
       rngs: source of the initial parameters.
     """
@@ -206,12 +207,18 @@ class ImageSlots(nnx.Module):
 
     def __init__(
         self,
-        encoder: ImageEncoder,
+        encoder: Any,
         slots: Callable[..., SlotAttention],
         rngs: nnx.Rngs,
     ):
         self.encoder = encoder
         self.slot_attention = encoder.attended(slots, rngs=rngs)
+
+    def inputs(
+        self, image: Float[Array, "batch height width 3"]
+    ) -> Float[Array, "batch cells features"]:
+        """Returns what slot attention reads of images in [0, 1]."""
+        return self.encoder(image)
 
     def attend(
         self,
@@ -224,7 +231,7 @@ class ImageSlots(nnx.Module):
     ) -> SlotsOutput:
         """Returns the slots of images in [0, 1]; see `SlotAttention`."""
         return self.slot_attention(
-            self.encoder(image),
+            self.inputs(image),
             key=key,
             noise=noise,
             probe=probe,
@@ -239,7 +246,7 @@ class ImageSlots(nnx.Module):
         self, image: Float[Array, "batch height width 3"], key: Key[Array, ""]
     ) -> Problem:
         """Returns the fixed-point problem that images in [0, 1] pose slot attention."""
-        inputs = self.encoder(image)
+        inputs = self.inputs(image)
         return self.slot_attention.problem(
             inputs, self.slot_attention.start(inputs, key)
         )

@@ -68,12 +68,19 @@ OF_SLATE = (
     "model.tokenizer",
     "model.token_weighting",
 )
+# Those that every model has but slots of frozen features, which are younger.
+OF_CONVOLUTIONS = (
+    "model.encoder_kernels",
+    "model.encoder_padding",
+    "model.encoder_positions",
+    "model.position_scale",
+)
 # The same of folders of images alone.
 OF_FOLDERS = ("data.ignore_id",)
 # Keys of older versions that nothing needs any more.
 GONE = ("model.attention",)
 # Keys that name a file or folder; empty: none, or a default of the data set's.
-PATHS = ("data.path", "data.cache", "evaluation.inception")
+PATHS = ("data.path", "data.cache", "evaluation.inception", "features.weights")
 # Between the workdir and the file whose data section takes the place of the run's.
 SEPARATOR = "\n"
 
@@ -174,7 +181,7 @@ def absolute(config: Config) -> Config:
     config = config.copy_and_resolve_references()
     for key in PATHS:
         section, name = key.split(".")
-        if path := config[section].get(name):
+        if path := config.get(section, {}).get(name):
             config[section][name] = os.path.abspath(expand(path))
     return config
 
@@ -243,6 +250,8 @@ def read_config(path: pathlib.Path) -> Config:
     config: Config = ConfigDict(values)
     for key, value in ABSENT.items():
         if key in OF_SLATE and config.model.get("name") != "slate":
+            continue
+        if key in OF_CONVOLUTIONS and config.model.get("name") == "feature_slots":
             continue
         if key in OF_FOLDERS and config.data.get("name") != "folder":
             continue

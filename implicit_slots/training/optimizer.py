@@ -22,6 +22,8 @@ LOGGED = {
 }
 # What makes slots of an image, by the top-level keys of the models' parameters.
 OF_SLOTS = ("encoder", "encoder_norm", "encoder_mlp", "image_encoder", "slot_attention")
+# What no update changes, by the same.
+FROZEN = ("vit",)
 # (updates made, updates to make) -> a rate, or a factor on it.
 Schedule = Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike], Any]
 # Optax wants some tolerance; any smaller loss counts as better in official SLATE.
@@ -53,9 +55,9 @@ def build_optimizer(
     groups: dict[Hashable, optax.GradientTransformation] = {
         group: _adam(rate, num_steps) for group, rate in schedules(config, params)
     }
-    if DVAE in params and not _has_dvae(params):
-        groups[FIXED] = optax.set_to_zero()
     labels = {key: _group(config, params, key) for key in params}
+    if FIXED in labels.values():
+        groups[FIXED] = optax.set_to_zero()
     return optax.chain(_clipping(config, split), optax.partition(groups, labels))
 
 
@@ -63,6 +65,8 @@ def _group(config: Config, params: dict, key: str) -> str:
     """The group of a top-level key."""
     if key == DVAE:
         return DVAE if _has_dvae(params) else FIXED
+    if key in FROZEN:
+        return FIXED
     return SLOTS if key in OF_SLOTS and config.get(LOGGED[SLOTS], 0) else MAIN
 
 

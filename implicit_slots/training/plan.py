@@ -31,7 +31,7 @@ from implicit_slots.runtime.programs import (
     read_collectives,
     read_kernels,
 )
-from implicit_slots.runtime.topologies import Topology
+from implicit_slots.runtime.topologies import HERE, Topology, devices_of
 from implicit_slots.training.checks import check
 from implicit_slots.training.parts import build_parts
 from implicit_slots.training.state import TrainState
@@ -211,8 +211,9 @@ def out_of_memory(error: Exception, config: Config, workdir: pathlib.Path) -> st
       workdir: of the run.
     """
     reason = str(error).strip().split("\n")[0] or type(error).__name__
+    here = devices_of(HERE)
     return (
-        f"there is not enough memory ({reason}); {advice(config)}, or a smaller "
+        f"there is not enough memory ({reason}); {advice(config, here)}, or a smaller "
         "--config.batch_size; --mode=plan says what a step needs before it runs; "
         "another batch_size or accumulate takes another --workdir, all else resumes "
         f"{workdir}"

@@ -59,6 +59,7 @@ from implicit_slots.training.checkpoint import (
 )
 from implicit_slots.training.checks import check, check_same_run, crowding
 from implicit_slots.training.codebook import with_codebook
+from implicit_slots.training.frozen import read_frozen, with_frozen, with_standardised
 from implicit_slots.training.parts import Parts, build_parts
 from implicit_slots.training.precompile import compile_ahead
 from implicit_slots.training.state import TrainState, first_state
@@ -129,6 +130,8 @@ def train(
     """Trains from where the workdir is to the end; returns what summary.json holds."""
     config, mesh = parts.config, parts.mesh
     assert parts.train is not None
+    with processes.together():
+        frozen = read_frozen(config, parts.graphdef, parts.shapes, workdir)
     # Scenes are rendered on first use: the first ones while the model is built. A
     # failure here comes up again, in the loop.
     ThreadPoolExecutor(1).submit(parts.train.batch, np.arange(1))
@@ -149,7 +152,7 @@ def train(
             )
         )
         ahead = begin_to_compile(parts, validation, last)
-        state, so_far = first_or_latest(parts, workdir, last)
+        state, so_far = first_or_latest(parts, workdir, last, frozen)
         writes = processes.is_main()
         if writes:
             with writing(workdir):
@@ -253,9 +256,14 @@ def placed_first_state(parts: Parts) -> TrainState:
 
 
 def first_or_latest(
-    parts: Parts, workdir: pathlib.Path, checkpoints: Checkpoints
+    parts: Parts,
+    workdir: pathlib.Path,
+    checkpoints: Checkpoints,
+    frozen: dict[str, Any] | None,
 ) -> tuple[TrainState, SavedLoop]:
     """Returns the state to train from, and what its checkpoint held of the loop.
+
+    `frozen` is what the first state takes of `read_frozen`.
 
     Raises:
       UserError: if the run is past its end, or each of its checkpoints is damaged.
@@ -266,6 +274,8 @@ def first_or_latest(
     if found is None:
         assert parts.train is not None
         state = with_codebook(state, parts.train, config.seed)
+        state = with_frozen(state, frozen)
+        state = with_standardised(state, parts.graphdef, parts.train, config)
         return state, SavedLoop(window=[], best=None)
     state, so_far = found
     if int(state.step) > config.num_steps:

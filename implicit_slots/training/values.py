@@ -5,7 +5,7 @@ from typing import Any
 
 from implicit_slots.data import options
 from implicit_slots.data.source import SPLITS
-from implicit_slots.models import image_encoder, kernels, slate, slot_attention
+from implicit_slots.models import image_encoder, kernels, slate, slot_attention, vit
 from implicit_slots.models.build import (
     ADJOINTS,
     LINEAR_SOLVERS,
@@ -109,6 +109,10 @@ MODEL: Mapping[str, Kind] = {
     "decoder_order": OneOf(slate.ORDERS),
     "drop_tokens": SHARE,
     "token_weighting": SHARE,
+    # Slots of frozen features.
+    "vit": OneOf(tuple(vit.LAYOUTS)),
+    "vit_norm": Flag(),
+    "decoder_layers": DEPTH,
     # Autoencoder and set predictor.
     "features": SIZE,
     "decoder_features": SIZE,
@@ -127,6 +131,7 @@ KINDS: Mapping[str, Kind] = {
     "optimize_programs": Flag(),
     "precision": OneOf(tuple(PRECISIONS)),
     **_below("model", MODEL),
+    "features.weights": Place(),
     **options.KINDS,
     "optimizer.learning_rate": NOT_NEGATIVE,
     "optimizer.dvae_learning_rate": NOT_NEGATIVE,
@@ -198,6 +203,8 @@ NEEDED = (
 )
 # Those of SLATE's alone.
 OF_SLATE = ("temperature.", "optimizer.dvae_")
+# Those of slots of frozen features alone.
+OF_FEATURES = ("features.",)
 
 
 def check_keys(config: Config) -> None:
@@ -216,6 +223,7 @@ def check_keys(config: Config) -> None:
         for key in KINDS
         if not key.startswith(("data.", "model."))
         and (name == "slate" or not key.startswith(OF_SLATE))
+        and (name == "feature_slots" or not key.startswith(OF_FEATURES))
     ]
     for key in (*sorted(own), *NEEDED, *needed):
         if key not in values and key not in ABSENT:

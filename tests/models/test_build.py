@@ -6,7 +6,7 @@ from flax import nnx
 from small_slate import section
 
 from configs import base
-from implicit_slots import SLATE, Autoencoder, SetPredictor
+from implicit_slots import SLATE, Autoencoder, FeatureSlots, SetPredictor
 from implicit_slots.fixed_point import (
     GMRES,
     Adaptive,
@@ -34,6 +34,7 @@ MODELS = {
     SLATE: base.get_config,
     Autoencoder: base.autoencoder,
     SetPredictor: base.set_prediction,
+    FeatureSlots: base.feature_slots,
 }
 
 

@@ -340,7 +340,8 @@ def test_initial_scales_are_official_slates():
     [
         (
             {"name": "slaet"},
-            "name must be one of autoencoder, set_prediction, slate, got 'slaet'",
+            "name must be one of autoencoder, feature_slots, set_prediction, slate, "
+            "got 'slaet'",
         ),
         ({"initial_positions": "flat"}, "one of normal, smooth, got 'flat'"),
         ({"num_heads": 3}, "width must be a multiple of its heads, got 8 and 3"),

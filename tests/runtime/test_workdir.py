@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from configs import folder
+from configs import dinosaur_scenes, folder
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.workdir import (
     absolute,
@@ -74,6 +74,14 @@ def test_a_workdir_below_home_is_found(tmp_path, monkeypatch):
     assert json.loads(get_config("~").to_json()) == json.loads(config.to_json())
     with pytest.raises(ValueError, match="no folder of this machine"):
         get_config("gs://bucket/run")
+
+
+def test_a_run_of_frozen_features_is_read_with_its_own_keys_alone(tmp_path):
+    """It has no convolutions, whose keys older runs of other models lack."""
+    config = dinosaur_scenes.get_config("smoke")
+    (tmp_path / "config.json").write_text(config.to_json())
+    found = read_config(tmp_path / "config.json")
+    assert found.model.keys() == config.model.keys()
 
 
 def test_keys_that_are_gone_are_left_out_and_those_that_are_new_mean_their_absence(

@@ -7,7 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from configs import autoencoder_scenes, scenes, set_prediction_scenes
+from configs import (
+    autoencoder_scenes,
+    dinosaur_scenes,
+    scenes,
+    set_prediction_scenes,
+)
 from implicit_slots.data import registry
 from implicit_slots.evaluation.catalogue import describe
 from implicit_slots.evaluation.metrics.average_precision import THRESHOLDS
@@ -107,6 +112,30 @@ def predictor(tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_slots_of_frozen_features_train_evaluate_and_go_on(tmp_path):
+    """Features are standardised once, and no step changes the transformer."""
+    config = smoke(dinosaur_scenes)
+    config.update(checkpoint_every=2)
+    whole = tmp_path / "whole"
+    summary = run.run(config, whole)
+    record = run.run(config, whole, mode="evaluate")
+    assert {"validation/feature_mse", "validation/decoder_fg_ari"} <= summary.keys()
+    assert not any("slot_mse" in name for name in summary)
+    for name in ("attention/fg_ari", "decoder/fg_ari", "decoder/mbo_class"):
+        assert record["metrics"][name]["count"] > 0
+    files = {picture["file"] for picture in record["pictures"]}
+    assert "decoder_masks.png" in files and "deletion.png" not in files
+    assert "Feature error" in (whole / "report.html").read_text()
+    before, end, again = halted_and_resumed(config, whole)
+    assert jax.tree.all(jax.tree.map(np.array_equal, end, again))
+    assert jax.tree.all(jax.tree.map(np.array_equal, end["vit"], before["vit"]))
+    assert not np.array_equal(end["vit"]["norm"]["scale"], np.ones(64))
+    assert not jax.tree.all(
+        jax.tree.map(np.array_equal, end["encoder"], before["encoder"])
+    )
+
+
+@pytest.mark.slow
 def test_the_autoencoder_logs_and_reports_its_decoders_masks(autoencoder):
     summary, record, lines, workdir = autoencoder
     (held_out,) = (line for line in lines if line["split"] == "validation")
@@ -146,12 +175,13 @@ def test_the_predictor_logs_and_reports_average_precision(predictor):
 def test_every_group_is_some_models_and_slate_predicts_nothing():
     by_model = {
         name: set(groups_of(name))
-        for name in ("slate", "autoencoder", "set_prediction")
+        for name in ("slate", "autoencoder", "set_prediction", "feature_slots")
     }
     assert set.union(*by_model.values()) == set(GROUPS)
     assert by_model["slate"] == by_model["autoencoder"] == {*GROUPS} - {"properties"}
     of_all = {"masks", "probes", "fixed_points"}
     assert by_model["set_prediction"] == {*of_all, "properties"}
+    assert by_model["feature_slots"] == of_all
 
 
 def test_data_that_a_model_cannot_learn_from_is_refused(tmp_path):
@@ -166,7 +196,7 @@ def test_data_that_a_model_cannot_learn_from_is_refused(tmp_path):
         check(config, "train")
     config = smoke(scenes)
     config.model.name = "sltae"
-    with pytest.raises(UserError, match="autoencoder, set_prediction"):
+    with pytest.raises(UserError, match="autoencoder, set_prediction, feature_slots"):
         check(config, "train")
 
 
