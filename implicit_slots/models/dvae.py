@@ -142,7 +142,8 @@ class DVAE(nnx.Module):
         *below, to_logits = self.encoder.layers
         first, *above = self.decoder.layers
         assert isinstance(to_logits, layers.Linear) and isinstance(first, Block)
-        features = nnx.Sequential(*below)(patches(image))
+        assert to_logits.bias is not None
+        features: jax.Array = nnx.Sequential(*below)(patches(image))
         batch, rows, columns, _ = features.shape
         of_tokens = first.convolution.kernel[...]
         read, tokens = relaxed_tokens.relax(

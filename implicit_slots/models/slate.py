@@ -254,8 +254,6 @@ class SLATE(TokenDecoder):
             key, 5
         )
         frozen = frozen or self.fixed_tokens
-        if temperature is None and not self.fixed_tokens:
-            raise InvalidValue("a model with a dVAE needs a temperature")
         if frozen or self.hard or not pallas.use(self.kernels):
             token_logits = self.dvae.encode(image)
             if frozen:
@@ -266,11 +264,15 @@ class SLATE(TokenDecoder):
                 targets = noise.categorical(key_hard, still)
             if self.fixed_tokens:
                 reconstruction = self.dvae.decode_ids(targets)
+            elif temperature is None:
+                raise InvalidValue("a model with a dVAE needs a temperature")
             else:
                 relaxed = gumbel_softmax(
                     token_logits, temperature, key_relaxed, hard=self.hard
                 )
                 reconstruction = self.dvae.decode(relaxed)
+        elif temperature is None:
+            raise InvalidValue("a model with a dVAE needs a temperature")
         else:
             reconstruction, targets = self.dvae.relax(
                 image, temperature, key_relaxed, key_hard

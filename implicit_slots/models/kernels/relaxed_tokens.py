@@ -37,6 +37,11 @@ class _Sizes(NamedTuple):
         return tiles.side(self.leaving, 256)
 
 
+def _sizes(x, to_logits, of_tokens):
+    entering, vocab = to_logits.shape
+    return _Sizes(x.shape[1], entering, vocab, of_tokens.shape[1])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def relax(
     x: Float[Array, "batch tokens entering"],
@@ -112,7 +117,7 @@ _RULE = "b t d, d v, v, v e, i, j k, b t"
 @functools.cache
 def _read(interpret):
     def run(x, to_logits, bias, of_tokens, *rest):
-        s = _Sizes(x.shape[1], *to_logits.shape, of_tokens.shape[1])
+        s = _sizes(x, to_logits, of_tokens)
         specs = _specs(s)
         batch = len(x)
         return pl.pallas_call(
@@ -136,7 +141,7 @@ def _read(interpret):
 @functools.cache
 def _cotangents(interpret):
     def run(x, to_logits, bias, of_tokens, *rest):
-        s = _Sizes(x.shape[1], *to_logits.shape, of_tokens.shape[1])
+        s = _sizes(x, to_logits, of_tokens)
         specs = _specs(s)
         batch = len(x)
 
