@@ -276,7 +276,7 @@ def _work(plan: Plan) -> Iterable[str]:
     yield row
     if plan.cycles:
         cycles = _digits(plan.cycles / 1e6)
-        row = f"{cycles} million cycles by the compiler's own estimate"
+        row = f"{cycles} million cycles by the compiler's estimate and our kernels'"
         if chip and chip.clock:
             row += f": {_digits(1e3 * plan.cycles / chip.clock)} ms"
         yield row
