@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from implicit_slots.models import kernels as pallas
 from implicit_slots.models import layers, noise, products
 from implicit_slots.models.kernels import attention as fused_attention
+from implicit_slots.models.kernels import attention_tpu
+from implicit_slots.runtime.devices import platform
 from implicit_slots.runtime.errors import InvalidValue
 
 Heads = Float[Array, "batch _ heads head_dim"]
@@ -90,7 +92,14 @@ class MultiHeadAttention(nnx.Module):
         if seeds is not None and self.attention_dropout > 0:
             shape = (len(x), self.num_heads, x.shape[1], source.shape[1])
             words = noise.grid_words(seeds[0], seeds[1], shape)
-        if pallas.use(self.kernels):
+        if platform() == "tpu" and attention_tpu.runs(self.kernels, len(x)):
+            read: jax.Array = attention_tpu.attend(
+                *self._project(x, source),
+                words,
+                self.attention_dropout,
+                memory is None,
+            )
+        elif pallas.use(self.kernels):
             read = self._attend_fused(x, memory, words)
         else:
             q, k, v = self._project(x, source)

@@ -67,6 +67,26 @@ class Block(nnx.Module):
         return products.relu(self.norm(rows))
 
 
+class ToPixels(layers.Linear):
+    """`pixel_shuffle` and a dense layer, in the other order.
+
+    The layer maps each of the four pixels of a cell in its place, and what moves are
+    the few channels that come out: sixty-four of them were copied several times.
+    """
+
+    def __call__(
+        self, x: Float[Array, "batch height width features"]
+    ) -> Float[Array, "batch double_height double_width outputs"]:
+        """Maps groups of four channels to 2x2 pixels."""
+        assert self.bias is not None
+        cell = jnp.eye(4)
+        return pixel_shuffle(
+            self.affine(
+                x, jnp.kron(self.kernel[...], cell), jnp.repeat(self.bias[...], 4)
+            )
+        )
+
+
 class DVAE(nnx.Module):
     """Encoder to log-probabilities over the vocabulary, decoder from (relaxed) tokens.
 
@@ -87,8 +107,10 @@ class DVAE(nnx.Module):
         self.decoder = nnx.Sequential(
             Block(vocab_size, features, rngs=rngs),
             *self._upsample(features, rngs),
-            *self._upsample(features, rngs),
-            layers.Linear(features, 3, full_output=True, rngs=rngs),
+            *self._upsample(features, rngs)[:-1],
+            # In this one's place, so that parameters keep their names.
+            lambda x: x,
+            ToPixels(features, 3, full_output=True, rngs=rngs),
         )
 
     @staticmethod

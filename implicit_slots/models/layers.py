@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Key
 
 from implicit_slots.models import noise, products
 from implicit_slots.models.products import add_bias, convolve, dense, relu
+from implicit_slots.runtime.devices import platform
 from implicit_slots.runtime.errors import InvalidValue
 
 # PyTorch's default for LayerNorm and group_norm; Flax's is 1e-6.
@@ -57,14 +58,25 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
         """Maps each vector of the last axis."""
-        kernel = self.kernel[...]
-        # XLA's CPU compiler transposes a cotangent of more than two axes in memory
-        # before the product that gives the kernel's gradient.
-        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype or kernel.dtype)
-        rows = dense(rows, kernel, full=self.full_output)
-        if self.bias is not None:
-            rows = add_bias(rows, self.bias[...])
-        return rows.reshape(*x.shape[:-1], kernel.shape[1])
+        return self.affine(
+            x, self.kernel[...], None if self.bias is None else self.bias[...]
+        )
+
+    def affine(
+        self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None
+    ) -> jax.Array:
+        """Maps each vector by these parameters, in this layer's precision."""
+        grid = x.shape[:-1]
+        x = x.astype(self.dtype or kernel.dtype)
+        if platform() != "tpu":
+            # XLA's CPU compiler transposes a cotangent of more than two axes in memory
+            # before the product that gives the kernel's gradient. Its TPU compiler has
+            # tokens innermost, an image's own, and would lay them out anew.
+            x = x.reshape(-1, x.shape[-1])
+        y = dense(x, kernel, full=self.full_output)
+        if bias is not None:
+            y = add_bias(y, bias)
+        return y.reshape(*grid, kernel.shape[1])
 
 
 def set_precision(model: nnx.Module, precision: str) -> None:

@@ -86,8 +86,13 @@ def kept_of_grid(
     One round of the hash an entry, of its row's word and its column's: any part of the
     grid can be made by itself, within a kernel too.
     """
-    words = _mix(rows[..., None] ^ jnp.expand_dims(columns, range(rows.ndim)))
-    return is_kept(words, rate)
+    words = rows[..., None] ^ jnp.expand_dims(columns, range(rows.ndim))
+    return kept_of_words(words, rate)
+
+
+def kept_of_words(words: UInt32[Array, "*grid"], rate: float) -> Bool[Array, "*grid"]:
+    """Returns the same of the exclusive or of each entry's row's and column's word."""
+    return is_kept(_mix(words), rate)
 
 
 def gumbel(key: Seed, shape: tuple[int, ...]) -> Float[Array, "..."]:

@@ -100,25 +100,26 @@ _with_kernel.defvjp(_with_kernel_forward, _with_kernel_backward)
 
 
 def dense(
-    rows: Float[Array, "rows inputs"],
+    x: Float[Array, "*grid inputs"],
     kernel: Float[Array, "inputs outputs"],
     *,
     full: bool = False,
-) -> Float[Array, "rows outputs"]:
+) -> Float[Array, "*grid outputs"]:
     """Returns their product; the kernel's gradient has its dtype all through.
 
     Args:
-      rows: float32, or bfloat16, which is then multiplied.
+      x: float32, or bfloat16, which is then multiplied.
       kernel: float32.
-      full: whether the result is float32 whatever the rows are.
+      full: whether the result is float32 whatever x is.
     """
-    if rows.dtype == kernel.dtype:
+    if x.dtype == kernel.dtype:
         # Not `_with_kernel`: the fixed point's step is also differentiated forward, and
         # backward in the precision that surrounds it.
-        return rows @ row_major(kernel)
-    multiply = functools.partial(product, "ni,io->no") if full else jnp.matmul
-    gradient = functools.partial(product, "ni,no->io")
-    return _with_kernel(multiply, gradient, rows, kernel)
+        return x @ row_major(kernel)
+    grid = "abcd"[: x.ndim - 1]
+    whole = functools.partial(product, f"{grid}i,io->{grid}o")
+    gradient = functools.partial(product, f"{grid}i,{grid}o->io")
+    return _with_kernel(whole if full else jnp.matmul, gradient, x, kernel)
 
 
 def convolve(

@@ -18,6 +18,9 @@ SHARDINGS = ("replicated", "fsdp")
 SMALLEST_SPLIT = 2**12
 
 _traced_for = contextvars.ContextVar("traced_for", default="")
+_batch_mesh: contextvars.ContextVar[jax.sharding.Mesh | None] = contextvars.ContextVar(
+    "batch_mesh", default=None
+)
 
 
 def find_devices() -> None:
@@ -57,6 +60,21 @@ def traced_for(kind: str) -> Iterator[None]:
         yield
     finally:
         _traced_for.reset(token)
+
+
+def batch_mesh() -> jax.sharding.Mesh | None:
+    """The devices that the batch of what is traced is split over, where it is known."""
+    return _batch_mesh.get()
+
+
+@contextlib.contextmanager
+def batch_over(mesh: jax.sharding.Mesh | None) -> Iterator[None]:
+    """What is traced within has its batch split over these devices."""
+    token = _batch_mesh.set(mesh)
+    try:
+        yield
+    finally:
+        _batch_mesh.reset(token)
 
 
 def build_mesh(

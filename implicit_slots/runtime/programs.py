@@ -46,6 +46,9 @@ _CALLED = re.compile(
 _DEVICE_COUNTS = ("num_partitions", "replica_count")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+# What a kernel of ours says of itself; what is around it has the same metadata.
+_KERNEL_CYCLES = re.compile(r'"kernel_cycles":"(\d+)"')
+_KERNEL_METADATA = re.compile(r"kernel_metadata=\{\n(.*)\n\}")
 _OPERAND = re.compile(r"%([\w.-]+)")
 _NAME = re.compile(r'op_name="([^"]*)"')
 # What a library's call may use beside its operands, and mostly does not.
@@ -127,7 +130,8 @@ class Kernel(NamedTuple):
       bytes: of all that it reads of the device's memory and writes to it; what a TPU
         keeps on the chip is left out. Of an array that it only takes a slice of, or
         writes a slice into, the slice's.
-      cycles: that the compiler expects of it; 0 where it does not say.
+      cycles: that the compiler expects of it, or of a kernel in Pallas what its
+        metadata say as "kernel_cycles"; 0 where nothing is said.
       times: how often a run of the program launches it.
     """
 
@@ -145,7 +149,7 @@ class _Program:
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
         entry, found = None, []
-        for line in text.splitlines():
+        for line in _KERNEL_METADATA.sub(r"kernel_metadata={\1}", text).splitlines():
             if header := _COMPUTATION.match(line):
                 found = self.computations[header[2]] = []
                 entry = header[2] if header[1] else entry
@@ -249,7 +253,8 @@ def read_kernels(text: str) -> list[Kernel]:
                 written = sum(array_bytes(inner.get(root.operands[1], "")))
         name = _NAME.search(instruction.rest)
         frame = _FRAME.search(instruction.rest)
-        cycles = _CYCLES.search(instruction.rest)
+        says = _KERNEL_CYCLES if operation == "custom-call" else _CYCLES
+        cycles = says.search(instruction.rest)
         found.append(
             Kernel(
                 name[1] if name else "",

@@ -18,7 +18,7 @@ from implicit_slots.models.build import model_class
 from implicit_slots.models.images import as_float
 from implicit_slots.runtime.compiling import Bound, bind
 from implicit_slots.runtime.config import Config
-from implicit_slots.runtime.devices import gathered, placed, replicated
+from implicit_slots.runtime.devices import batch_over, gathered, placed, replicated
 from implicit_slots.runtime.prng import Given, Purpose, purpose_key
 from implicit_slots.training import nonfinite, penalties
 from implicit_slots.training.optimizer import (
@@ -233,9 +233,10 @@ def gradient_of(
 
     # The probe's gradient is what the backward solve did, if there is one.
     probe = model.backward_probe(len(batch["image"]))
-    (gradient, backward), (losses, stats) = jax.grad(
-        loss_of, argnums=(0, 1), has_aux=True
-    )(params, probe)
+    with batch_over(setup.mesh):
+        (gradient, backward), (losses, stats) = jax.grad(
+            loss_of, argnums=(0, 1), has_aux=True
+        )(params, probe)
     stops = model.slot_attention.solver.stops
     return gradient, losses, forward_stats(stats, stops) | backward_stats(backward)
 

@@ -19,7 +19,7 @@ from small_slate import (
 )
 
 from implicit_slots.fixed_point import Neumann, Picard, Unrolled
-from implicit_slots.models import dvae, noise
+from implicit_slots.models import dvae, layers, noise
 from implicit_slots.models.build import build_model, split_model
 from implicit_slots.models.token_decoder import with_bos
 from implicit_slots.models.transformer import TransformerDecoder
@@ -106,6 +106,15 @@ def test_decoding_ids_is_decoding_one_hot(compiled):
         one_hot,
     )
     assert relative_error(got, want) < 1e-6
+
+
+def test_pixels_are_those_of_the_layer_after_the_shuffle():
+    layer = dvae.ToPixels(5, 3, full_output=True, rngs=nnx.Rngs(0))
+    assert layer.bias is not None
+    layer.bias[...] = jnp.arange(3.0)
+    x = jax.random.normal(jax.random.key(0), (2, 3, 2, 20))
+    want = layers.Linear.__call__(layer, dvae.pixel_shuffle(x))
+    assert jnp.allclose(layer(x), want, atol=1e-6)
 
 
 def test_pixel_shuffle_is_pytorchs():

@@ -242,3 +242,24 @@ def test_a_ring_sends():
     assert Collective("reduce-scatter", 80, 4).sent == 60
     assert Collective("collective-permute", 80, 4).sent == 80
     assert Collective("all-reduce", 80, 1).sent == 0
+
+
+PALLAS = """HloModule f, num_partitions=1
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %x = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"kernel_cycles":"444"
+}}, metadata={op_name="jit(f)/attend"}, backend_config={"custom_call_config":{}}
+  ROOT %y = f32[8]{0} copy(%x), frontend_attributes={kernel_metadata={
+"kernel_cycles":"444"
+}}, metadata={op_name="jit(f)/attend"}, backend_config={"estimated_cycles":"30"}
+}
+"""  # noqa: E501
+
+
+def test_a_kernel_in_pallas_says_its_cycles_and_what_is_around_it_has_its_own():
+    assert read_kernels(PALLAS) == [
+        Kernel("jit(f)/attend", "", "custom-call", 2 * 4 * 8, 444, 1),
+        Kernel("jit(f)/attend", "", "copy", 2 * 4 * 8, 30, 1),
+    ]

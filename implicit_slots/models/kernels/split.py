@@ -5,6 +5,9 @@ from typing import Any
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import PartitionSpec
+
+from implicit_slots.runtime.devices import DATA_AXIS, batch_mesh
 
 
 def over_batch(function: Callable[..., Any], rule: str) -> Callable[..., Any]:
@@ -32,4 +35,30 @@ def over_batch(function: Callable[..., Any], rule: str) -> Callable[..., Any]:
         sharding_rule=rule,
         need_replication_factors=tuple(others),
     )
+    return split
+
+
+def on_each_device(function: Callable[..., Any], rule: str) -> Callable[..., Any]:
+    """As `over_batch`, on the devices of `batch_mesh`: the TPU's compiler asks nobody.
+
+    Args:
+      function: as there.
+      rule: as there; `b` is the first axis of an array or none.
+    """
+    taken, given = (
+        tuple(
+            PartitionSpec(DATA_AXIS) if "b" in array.split() else PartitionSpec()
+            for array in side.split(",")
+        )
+        for side in rule.split("->")
+    )
+
+    def split(*arrays):
+        mesh = batch_mesh()
+        if mesh is None or mesh.size == 1:
+            return function(*arrays)
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=taken, out_specs=given, check_vma=False
+        )(*arrays)
+
     return split
