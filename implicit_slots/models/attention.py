@@ -245,7 +245,8 @@ class MultiHeadAttention(nnx.Module):
     ) -> Heads:
         weights = self._weigh(q, k, mask)
         if words is not None:
-            kept = noise.kept_of_grid(*words, self.attention_dropout)
+            rows, columns = words
+            kept = noise.kept_of_grid(rows, columns, self.attention_dropout)
             weights = jnp.where(kept, weights / (1 - self.attention_dropout), 0)
         return layers.product("bhts,bshd->bthd", weights.astype(v.dtype), v)
 

@@ -168,7 +168,7 @@ class DVAE(nnx.Module):
         features: jax.Array = nnx.Sequential(*below)(patches(image))
         batch, rows, columns, _ = features.shape
         of_tokens = first.convolution.kernel[...]
-        read, tokens = relaxed_tokens.relax(
+        read, tokens = relaxed_tokens.relax(  # pyright: ignore
             features.reshape(batch, rows * columns, -1).astype(
                 to_logits.dtype or of_tokens.dtype
             ),

@@ -197,7 +197,7 @@ def save_pretrained(
     portable = config.copy_and_resolve_references()
     for key in PATHS:
         section, name = key.split(".")
-        if portable[section].get(name):
+        if section in portable and portable[section].get(name):
             portable[section][name] = ""
     text = card(portable, count_parameters(params), numbers or {}, folder.name)
     try:

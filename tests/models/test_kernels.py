@@ -56,7 +56,8 @@ def plain_attention(q, k, v, words, rate):
         logits = jnp.where(seen, logits, -jnp.inf)
     weights = nnx.softmax(logits, axis=-1)
     if words is not None:
-        kept = noise.kept_of_grid(*words, rate)
+        rows, columns = words
+        kept = noise.kept_of_grid(rows, columns, rate)
         weights = jnp.where(kept, weights / (1 - rate), 0)
     return jnp.einsum("bhts,bshd->bthd", weights, v)
 
@@ -83,19 +84,18 @@ def test_attention(target, source, dtype, rate):
     *qkv, d_read = draw(0, *((batch, n, heads, dim) for n in sizes))
     shape = batch, heads, target, source or target
     keys = jax.random.split(jax.random.key(1))
-    words = noise.grid_words(*keys, shape) if rate else None
+    words = noise.grid_words(keys[0], keys[1], shape) if rate else None
 
     def fused(*qkv):
         q, k, v = (x.astype(dtype) for x in qkv)
         if source is None:
-            arrays = jnp.stack([q, k, v], 2), None
-        else:
-            arrays = q[:, :, None], jnp.stack([k, v], 2)
-        return attend(*arrays, words, rate, INTERPRET)
+            return attend(jnp.stack([q, k, v], 2), None, words, rate, INTERPRET)
+        memory = jnp.stack([k, v], 2)
+        return attend(q[:, :, None], memory, words, rate, INTERPRET)
 
     def plain(*qkv):
-        rounded = (x.astype(dtype).astype(jnp.float32) for x in qkv)
-        return plain_attention(*rounded, words, rate)
+        q, k, v = (x.astype(dtype).astype(jnp.float32) for x in qkv)
+        return plain_attention(q, k, v, words, rate)
 
     close(*both(fused, plain, qkv, d_read), dtype)
 
@@ -105,15 +105,13 @@ def test_attention_drops_the_same_weights():
     length, rate = 16, 0.5
     q, k, _ = draw(0, *[(1, length, 1, length)] * 3)
     v = jnp.eye(length)[None, :, None]
-    words = noise.grid_words(
-        *jax.random.split(jax.random.key(0)), (1, 1, length, length)
-    )
+    keys = jax.random.split(jax.random.key(0))
+    rows, columns = noise.grid_words(keys[0], keys[1], (1, 1, length, length))
     packed = jnp.stack([q, 0 * k, v], 2)
-    read = attend(packed, None, words, rate, INTERPRET)[0, :, 0]
-    kept = np.asarray(noise.kept_of_grid(*words, rate))[0, 0] & np.tri(
-        length, dtype=bool
-    )
-    assert np.array_equal(np.asarray(read) > 0, kept)
+    read = np.asarray(attend(packed, None, (rows, columns), rate, INTERPRET))
+    kept = np.asarray(noise.kept_of_grid(rows, columns, rate))[0, 0]
+    kept = kept & np.tri(length, dtype=bool)
+    assert np.array_equal(read[0, :, 0] > 0, kept)
     assert 0.4 < kept.sum() / np.tri(length).sum() < 0.6
 
 
@@ -165,7 +163,8 @@ def test_relaxed_tokens(tokens, features, vocab, dtype):
         return x @ to_logits + bias[None, None]
 
     def fused(x, *weights):
-        return relax(x.astype(dtype), *weights, temperature, seeds, INTERPRET)[0]
+        x = x.astype(dtype)
+        return relax(x, *weights, temperature, seeds, INTERPRET)[0]  # pyright: ignore
 
     def plain(x, to_logits, bias, of_tokens):
         soft = gumbel_softmax(logits(x, to_logits, bias), temperature, seeds[0])
@@ -174,9 +173,8 @@ def test_relaxed_tokens(tokens, features, vocab, dtype):
     arguments = x, to_logits, bias, of_tokens
     close(*both(fused, plain, arguments, d_read), dtype)
     with jax.default_matmul_precision("highest"):
-        tokens = relax(x.astype(dtype), *arguments[1:], temperature, seeds, INTERPRET)[
-            1
-        ]
+        halves = x.astype(dtype), *arguments[1:]
+        _, tokens = relax(*halves, temperature, seeds, INTERPRET)  # pyright: ignore
         noisy = logits(x, to_logits, bias)
     noisy += noise.gumbel(seeds[1], noisy.shape)
     assert np.array_equal(tokens, noisy.argmax(-1))

@@ -137,7 +137,7 @@ def test_too_little_memory_says_what_to_set(tmp_path):
     assert plan.out_of_memory(error, config, tmp_path) == (
         "there is not enough memory (RESOURCE_EXHAUSTED: Out of memory: 9 GB); try "
         "--config.precision=bfloat16, --config.model.remat=True, "
-        "--config.accumulate=2, --config.sharding=fsdp, or more devices, or a smaller "
+        "--config.accumulate=2, or more devices, or a smaller "
         "--config.batch_size; --mode=plan says what a step needs before it runs; "
         "another batch_size or accumulate takes another --workdir, all else resumes "
         f"{tmp_path}"

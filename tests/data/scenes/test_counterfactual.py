@@ -90,9 +90,14 @@ def test_an_object_takes_its_shadow_along_and_leaves_the_rest(source, batch):
 def test_objects_may_be_removed_one_by_one_per_image(source, batch):
     places = np.arange(COUNT) % OBJECTS
     images = source.without(np.arange(COUNT), only(places))
-    arguments = {"min_objects": 2, "max_objects": OBJECTS, "resolution": RESOLUTION}
     expected = rendering.render_batch(
-        0, "test", np.arange(COUNT, dtype=np.int32), keep=~only(places), **arguments
+        0,
+        "test",
+        np.arange(COUNT, dtype=np.int32),
+        min_objects=2,
+        max_objects=OBJECTS,
+        resolution=RESOLUTION,
+        keep=~only(places),
     )
     np.testing.assert_array_equal(images, jax.device_get(expected["image"]))
     there = batch["objects"]["present"][np.arange(COUNT), places]
