@@ -52,5 +52,4 @@ KINDS: Mapping[str, Kind] = {
     "data.min_objects": Whole(1, MOST_OBJECTS),
     "data.zoom": Number(1.0, 100.0, closed="[]"),
     "data.with_masks": Flag(),
-    "data.shift": Text(),
 }

@@ -144,5 +144,5 @@ def test_too_little_memory_says_what_to_set(tmp_path):
     )
     config.precision, config.model.remat, config.accumulate = "bfloat16", True, 4
     said = plan.out_of_memory(MemoryError(), config, tmp_path)
-    start = "there is not enough memory (MemoryError); try --config.accumulate=8, --c"
+    start = "there is not enough memory (MemoryError); try --config.accumulate=8, or m"
     assert said.startswith(start)
