@@ -273,9 +273,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
         """Maps each vector of the last axis."""
-        # As a matrix: XLA's GPU compiler then makes bias and ReLU in the product.
-        rows = x.reshape(-1, x.shape[-1])
-        return self.leave(relu(self.enter(rows))).astype(x.dtype).reshape(x.shape)
+        return self.leave(relu(self.enter(x))).astype(x.dtype)
 
 
 class GRUCell(nnx.Module):

@@ -3,6 +3,7 @@
 Whoever can use one asks `use`; all have a plain path beside them that is equal.
 """
 
+from implicit_slots.models.kernels.tiles import triton
 from implicit_slots.runtime.devices import platform
 
 # "auto": kernels where they run; "xla": none; "pallas": everywhere, interpreted where
@@ -12,7 +13,8 @@ KERNELS = ("auto", "xla", "pallas")
 
 def use(kernels: str) -> bool:
     """Whether to call the kernels, by one of `KERNELS`."""
-    return kernels == "pallas" or (kernels == "auto" and not interpreted())
+    run = triton is not None and not interpreted()
+    return kernels == "pallas" or (kernels == "auto" and run)
 
 
 def interpreted() -> bool:

@@ -9,7 +9,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, UInt32
 
 from implicit_slots.models import noise
@@ -111,7 +110,7 @@ def _join(rate, epsilon, interpret):
                 statistics,
                 statistics,
             ],
-            compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+            compiler_params=tiles.triton.CompilerParams(num_warps=4, num_stages=2),
             interpret=interpret,
             name="add_norm",
         )(x, branch, seed, numbers, scale, bias)
@@ -140,7 +139,7 @@ def _cotangents(rate, branch_dtype, interpret):
                 jax.ShapeDtypeStruct(total.shape, branch_dtype),
                 jax.ShapeDtypeStruct((batch, blocks, 2, dim), jnp.float32),
             ],
-            compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+            compiler_params=tiles.triton.CompilerParams(num_warps=4, num_stages=2),
             interpret=interpret,
             name="add_norm_backward",
         )(total, seed, numbers, scale, means, roots, d_total, d_normed)
@@ -221,6 +220,6 @@ def _cotangents_kernel(shape, rate, total_ref, seed_ref, *refs):
     parts = jax.lax.fori_loop(0, TOKENS // ROWS, add, (zeros, zeros))
     for index, part in enumerate(parts):
         inside = jnp.arange(_wide(dim)) < dim
-        triton.store(
+        tiles.triton.store(
             parts_ref.at[jnp.int32(index), pl.ds(0, _wide(dim))], part, mask=inside
         )

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, UInt32
 
 from implicit_slots.models import noise
@@ -172,7 +171,7 @@ def _read(static):
                 jax.ShapeDtypeStruct((batch, p.target, heads, dim), inputs[0].dtype),
                 jax.ShapeDtypeStruct((batch, heads, p.target), jnp.float32),
             ],
-            compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+            compiler_params=tiles.triton.CompilerParams(num_warps=4, num_stages=2),
             interpret=static.interpret,
             name="attention",
         )(*inputs)
@@ -195,7 +194,7 @@ def _cotangents(static):
             out_shape=[
                 jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs[: len(arrays)]
             ],
-            compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+            compiler_params=tiles.triton.CompilerParams(num_warps=4, num_stages=2),
             interpret=static.interpret,
             name="attention_backward",
         )(*inputs)

@@ -11,7 +11,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from implicit_slots.models.kernels import tiles
@@ -73,7 +72,7 @@ def _losses(interpret):
             in_specs=[_features(x), _whole(kernel), numbers],
             out_specs=[numbers, numbers],
             out_shape=[jax.ShapeDtypeStruct((batch, length), jnp.float32)] * 2,
-            compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+            compiler_params=tiles.triton.CompilerParams(num_warps=4, num_stages=2),
             interpret=interpret,
             name="cross_entropy",
         )(x, kernel, targets)
@@ -94,7 +93,7 @@ def _cotangents(interpret):
             in_specs=[_features(x), _whole(kernel), *[numbers] * 3],
             out_specs=[pl.BlockSpec((None, *shape), lambda i, b, j: (b, 0, 0))],
             out_shape=[jax.ShapeDtypeStruct((batch, length, vocab), x.dtype)],
-            compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+            compiler_params=tiles.triton.CompilerParams(num_warps=4, num_stages=2),
             interpret=interpret,
             name="cross_entropy_backward",
         )(x, kernel, targets, sums, d_loss)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int, UInt32
 
 from implicit_slots.models import noise
@@ -130,7 +129,7 @@ def _read(interpret):
                 jax.ShapeDtypeStruct((batch, s.length), jnp.int32),
                 jax.ShapeDtypeStruct((batch, s.length), jnp.float32),
             ],
-            compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+            compiler_params=tiles.triton.CompilerParams(num_warps=4, num_stages=2),
             interpret=interpret,
             name="relaxed_tokens",
         )(x, to_logits, bias, of_tokens, *rest)
@@ -165,7 +164,7 @@ def _cotangents(interpret):
                 of_examples(s.vocab),
                 of_examples(s.vocab, s.leaving),
             ],
-            compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
+            compiler_params=tiles.triton.CompilerParams(num_warps=4, num_stages=1),
             interpret=interpret,
             name="relaxed_tokens_backward",
         )(x, to_logits, bias, of_tokens, *rest)
