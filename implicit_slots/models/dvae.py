@@ -108,8 +108,7 @@ class DVAE(nnx.Module):
             Block(vocab_size, features, rngs=rngs),
             *self._upsample(features, rngs),
             *self._upsample(features, rngs)[:-1],
-            # In this one's place, so that parameters keep their names.
-            lambda x: x,
+            unchanged,  # In its place, so that parameters keep their names.
             ToPixels(features, 3, full_output=True, rngs=rngs),
         )
 
@@ -192,6 +191,11 @@ class DVAE(nnx.Module):
         first, *rest = self.decoder.layers
         assert isinstance(first, Block)
         return nnx.Sequential(*rest)(first.of_ids(ids))
+
+
+def unchanged(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """Returns x."""
+    return x
 
 
 def patches(
