@@ -439,6 +439,7 @@ def test_the_most_probable_tokens_are_those_of_float64():
     assert np.array_equal(tokens, want)
 
 
+@pytest.mark.slow
 def test_scenes_are_drawn_as_without_optimisations():
     """But for pixels at whose centre an edge lies within rounding."""
 

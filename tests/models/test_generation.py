@@ -83,6 +83,7 @@ def test_the_most_probable_of_one_is_greedy(compiled, slots, greedy):
     assert np.array_equal(cold, greedy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_first_tokens_are_drawn_from_the_tempered_distribution(compiled, slots, top_k):
     count, temperature = 4096, 0.5

@@ -256,6 +256,7 @@ def test_shapes_and_attention(output):
     assert np.all(np.isfinite(output.stats.residual))
 
 
+@pytest.mark.slow
 def test_variants_start_from_the_same_parameters_and_give_the_same_values(
     compiled, images, output
 ):
@@ -310,6 +311,7 @@ def test_parameter_count_is_official_slates():
     assert count == encoder + decoder + slots + transformer + tokens
 
 
+@pytest.mark.slow
 def test_initial_scales_are_official_slates():
     """Bounds of the uniform draws and spread of the normal ones, per tensor."""
     width, blocks = 64, 3

@@ -138,6 +138,7 @@ def test_the_first_state_is_that_of_the_model():
         assert relative_error(ours, theirs) < FLOAT32
 
 
+@pytest.mark.slow
 def test_a_run_compiles_each_of_its_programs_once(tmp_path):
     """What was compiled ahead is found, with shapes and shardings of the calls."""
     compiled = []

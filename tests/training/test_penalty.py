@@ -165,6 +165,7 @@ def test_models_take_each_penalty_with_and_without_the_other(module, weights, na
     assert {name for name in losses if name.startswith("penalty")} == names
 
 
+@pytest.mark.slow
 def test_a_penalty_that_is_not_finite_skips_the_step(monkeypatch):
     """Also where the gradient is finite. It is logged, and `loss` is without it."""
     monkeypatch.setattr(

@@ -123,6 +123,7 @@ def test_a_loss_that_fails_is_named_before_the_gradients(compiled):
     assert checks[int(after.faults.check)] == "the loss cross_entropy"
 
 
+@pytest.mark.slow
 def test_the_group_whose_gradient_fails_first_is_named(monkeypatch):
     """All losses are finite, and the backward pass through the masks is not."""
 

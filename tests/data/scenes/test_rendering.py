@@ -186,6 +186,7 @@ def test_splits_share_one_compilation_and_are_each_their_own(batch, monkeypatch)
         np.testing.assert_allclose(attributes["position"], scene.position, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_zoom_shows_the_middle_of_a_larger_picture(drawn):
     scene = jax.tree.map(lambda leaf: jnp.asarray(leaf[:8]), drawn)
 
