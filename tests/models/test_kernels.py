@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from reference import FLOAT32
 from small_slate import section
 
 from implicit_slots.models import kernels as pallas
@@ -18,7 +19,7 @@ from implicit_slots.models.kernels.relaxed_tokens import relax
 
 # Relative, of values and gradients: float32 sums in another order; bfloat16 rounded
 # at other places.
-TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 1e-2}
+TOLERANCE = {jnp.float32: 5e-6, jnp.bfloat16: 1e-2}
 INTERPRET = jax.default_backend() != "gpu"
 
 
@@ -27,11 +28,11 @@ def draw(count, *shapes):
     return [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
 
 
-def close(found, wanted, dtype):
+def close(found, wanted, tolerance):
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         one, other = (np.asarray(x, np.float64) for x in (one, other))
         distance = np.linalg.norm(one - other)
-        assert distance <= TOLERANCE[dtype] * np.linalg.norm(other)
+        assert distance <= tolerance * np.linalg.norm(other)
 
 
 def both(kernel, plain, arguments, d_out):
@@ -97,7 +98,7 @@ def test_attention(target, source, dtype, rate):
         q, k, v = (x.astype(dtype).astype(jnp.float32) for x in qkv)
         return plain_attention(q, k, v, words, rate)
 
-    close(*both(fused, plain, qkv, d_read), dtype)
+    close(*both(fused, plain, qkv, d_read), TOLERANCE[dtype])
 
 
 def test_attention_drops_the_same_weights():
@@ -135,7 +136,7 @@ def test_cross_entropy(tokens, dim, vocab, dtype):
         logits = jax.nn.log_softmax(x @ kernel)
         return -jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
 
-    close(*both(fused, plain, (x, kernel), d_loss), dtype)
+    close(*both(fused, plain, (x, kernel), d_loss), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_relaxed_tokens(tokens, features, vocab, dtype):
         return soft @ of_tokens.astype(dtype).astype(jnp.float32)
 
     arguments = x, to_logits, bias, of_tokens
-    close(*both(fused, plain, arguments, d_read), dtype)
+    close(*both(fused, plain, arguments, d_read), TOLERANCE[dtype])
     with jax.default_matmul_precision("highest"):
         halves = x.astype(dtype), *arguments[1:]
         _, tokens = relax(*halves, temperature, seeds, INTERPRET)  # pyright: ignore
@@ -207,7 +208,7 @@ def test_add_norm(tokens, dim, dtype, rate):
         norm.scale[...], norm.bias[...] = scale, bias
         return total, norm(total)
 
-    close(*both(fused, plain, (x, branch, scale, bias), tuple(d_out)), dtype)
+    close(*both(fused, plain, (x, branch, scale, bias), tuple(d_out)), TOLERANCE[dtype])
 
 
 @pytest.mark.slow
@@ -235,9 +236,12 @@ def test_slate_with_kernels_equals_slate_without(deterministic, monkeypatch):
             return sum(one.sum() for one in output.losses.values())
 
         with jax.default_matmul_precision("highest"):
-            return jax.jit(jax.value_and_grad(loss))(params)
+            value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+        # Together: some have a gradient of zero but for rounding.
+        leaves = [leaf.reshape(-1) for leaf in jax.tree.leaves(gradient)]
+        return value, jnp.concatenate(leaves)
 
-    close(losses("pallas"), losses("xla"), jnp.float32)
+    close(losses("pallas"), losses("xla"), FLOAT32)
 
 
 def test_kernels_run_on_gpus_alone():
