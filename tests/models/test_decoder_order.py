@@ -47,6 +47,7 @@ def decoded(model, ids, slots, order):
     return model.decode(model.reordered(embedded, order), slots, order=order)
 
 
+@pytest.mark.slow
 def test_row_by_row_is_one_of_the_orders(shuffled, case):
     ids, slots, _ = case
     rows = shuffled(decoded, ids, slots, jnp.arange(TOKENS))
@@ -77,6 +78,7 @@ def test_generation_asks_row_by_row(shuffled, case):
     assert np.array_equal(ids, np.asarray(logits).argmax(axis=-1))
 
 
+@pytest.mark.slow
 def test_the_order_is_drawn_in_training_alone(shuffled):
     images = jnp.asarray(
         np.random.default_rng(2).uniform(size=(BATCH, RESOLUTION, RESOLUTION, 3)),

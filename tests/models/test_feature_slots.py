@@ -89,6 +89,7 @@ def test_masks_share_every_patch_out_and_mix_the_slots_features(parts):
     np.testing.assert_allclose(left[1][:, ::2], right[1], atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_features_squared_error_and_leaves_them_as_they_are(parts):
     """The gradient reaches everything but the transformer, and no update that."""
     graphdef, params = parts

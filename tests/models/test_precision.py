@@ -111,6 +111,7 @@ def test_slots_are_the_same_whatever_the_precision():
     np.testing.assert_array_equal(half, full)
 
 
+@pytest.mark.slow
 def test_generation_runs_in_bfloat16():
     compiled = build("bfloat16")
     slots = jnp.ones((2, 3, 6))

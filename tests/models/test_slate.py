@@ -133,6 +133,7 @@ def test_gumbel_softmax_draws_the_distribution():
     assert np.allclose(hard.mean(0), probabilities, atol=0.03)
 
 
+@pytest.mark.slow
 def test_hard_gumbel_softmax_passes_the_soft_gradient():
     log_probs = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
     weights = jnp.array([[1.0, 2.0, 5.0]])
@@ -272,6 +273,7 @@ def test_variants_start_from_the_same_parameters_and_give_the_same_values(
         assert relative_error(got.losses[name], want) < FLOAT32
 
 
+@pytest.mark.slow
 def test_smooth_positions_make_neighbours_alike():
     config = section(initial_positions="smooth", position_scale=0.5, width=32)
     table = initial(config)["positions"]
@@ -384,6 +386,7 @@ def test_image_size_must_be_divisible_by_four():
         build_model(section(), resolution=18, seed=0)
 
 
+@pytest.mark.slow
 def test_decoder_dropout_needs_a_key():
     decoder = TransformerDecoder(
         1,

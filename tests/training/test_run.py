@@ -195,6 +195,7 @@ def test_more_objects_than_slots_are_noted(most, kept, slots, said):
     assert bool(note) == bool(said) and said in note
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run():
     """Other parameters, other batches, other noise; each of all three."""
     one, other = (

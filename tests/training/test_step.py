@@ -72,6 +72,7 @@ def test_the_average_follows_the_parameters(compiled):
     assert not same(state.ema, state.params)
 
 
+@pytest.mark.slow
 def test_rates_are_multiplied_by_the_plateaus_scale(compiled):
     train, state, _ = compiled
     halved = state._replace(plateau=state.plateau._replace(scale=jnp.float32(0.5)))

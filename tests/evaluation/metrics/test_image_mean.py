@@ -36,6 +36,7 @@ def test_the_mean_of_no_image_is_nan_also_on_the_host():
         assert np.isnan(jax.device_get(ImageMean.empty()).compute())
 
 
+@pytest.mark.slow
 def test_foreground_ari_is_the_mean_over_images_that_have_a_foreground():
     rng = np.random.default_rng(5)
     true = rng.integers(0, 5, (8, 16, 16)).astype(np.int32)
