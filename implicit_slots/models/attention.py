@@ -10,8 +10,6 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from implicit_slots.models import kernels as pallas
 from implicit_slots.models import layers, noise, products
-from implicit_slots.models.kernels import attention as fused_attention
-from implicit_slots.models.kernels import attention_tpu
 from implicit_slots.runtime.devices import platform
 from implicit_slots.runtime.errors import InvalidValue
 
@@ -92,7 +90,9 @@ class MultiHeadAttention(nnx.Module):
         if seeds is not None and self.attention_dropout > 0:
             shape = (len(x), self.num_heads, x.shape[1], source.shape[1])
             words = noise.grid_words(seeds[0], seeds[1], shape)
-        if platform() == "tpu" and attention_tpu.runs(self.kernels, len(x)):
+        if platform() == "tpu" and pallas.use_on_tpus(self.kernels, len(x)):
+            from implicit_slots.models.kernels import attention_tpu
+
             read: jax.Array = attention_tpu.attend(
                 *self._project(x, source),
                 words,
@@ -127,7 +127,7 @@ class MultiHeadAttention(nnx.Module):
         q, k, v = self._project(x, memory)
         mask = None if present is None else present[:, None, None]
         weights = self._weigh(q, k, mask)
-        read = layers.product("bhts,bshd->bthd", weights.astype(v.dtype), v)
+        read = products.product("bhts,bshd->bthd", weights.astype(v.dtype), v)
         output = self.project_o(read.reshape(x.shape)).astype(x.dtype)
         return output, weights.mean(axis=1)
 
@@ -175,11 +175,11 @@ class MultiHeadAttention(nnx.Module):
         return self._recall(x, q, known, seen), known
 
     def _recall(self, x, q, known, seen=None):
-        logits = layers.product("bhd,bhsd->bhs", q * q.shape[-1] ** -0.5, known.keys)
+        logits = products.product("bhd,bhsd->bhs", q * q.shape[-1] ** -0.5, known.keys)
         if seen is not None:
             logits = jnp.where(seen, logits, -jnp.inf)
         weights = nnx.softmax(logits, axis=-1).astype(q.dtype)
-        read = layers.product("bhs,bhsd->bhd", weights, known.values)
+        read = products.product("bhs,bhsd->bhd", weights, known.values)
         return self.project_o(read.reshape(x.shape)).astype(x.dtype)
 
     def _project(
@@ -194,6 +194,8 @@ class MultiHeadAttention(nnx.Module):
     def _attend_fused(
         self, x: jax.Array, memory: jax.Array | None, words: tuple | None
     ) -> jax.Array:
+        from implicit_slots.models.kernels import attention as fused_attention
+
         q, k, v = self.project_q, self.project_k, self.project_v
         if memory is None:
             target, source = self._side_by_side(x, q, k, v), None
@@ -248,10 +250,10 @@ class MultiHeadAttention(nnx.Module):
             rows, columns = words
             kept = noise.kept_of_grid(rows, columns, self.attention_dropout)
             weights = jnp.where(kept, weights / (1 - self.attention_dropout), 0)
-        return layers.product("bhts,bshd->bthd", weights.astype(v.dtype), v)
+        return products.product("bhts,bshd->bthd", weights.astype(v.dtype), v)
 
     def _weigh(self, q: Heads, k: Heads, mask: jax.Array | None) -> jax.Array:
-        logits = layers.product("bthd,bshd->bhts", q * q.shape[-1] ** -0.5, k)
+        logits = products.product("bthd,bshd->bhts", q * q.shape[-1] ** -0.5, k)
         if mask is not None:
             logits = jnp.where(mask, logits, -jnp.inf)
         return nnx.softmax(logits, axis=-1)

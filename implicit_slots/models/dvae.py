@@ -7,7 +7,6 @@ from jaxtyping import Array, Float, Int, Key
 
 from implicit_slots.models import kernels as pallas
 from implicit_slots.models import layers, noise, products
-from implicit_slots.models.kernels import relaxed_tokens
 from implicit_slots.runtime.errors import InvalidValue
 
 # Pixels per token along each side: fixed by the architecture.
@@ -160,6 +159,8 @@ class DVAE(nnx.Module):
           key_tokens: of the drawn tokens, which are others than
             `noise.categorical` draws of it.
         """
+        from implicit_slots.models.kernels import relaxed_tokens
+
         *below, to_logits = self.encoder.layers
         first, *above = self.decoder.layers
         assert isinstance(to_logits, layers.Linear) and isinstance(first, Block)

@@ -5,15 +5,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from implicit_slots.models import noise, products
+from implicit_slots.models import noise
 from implicit_slots.models.products import add_bias, convolve, dense, relu
 from implicit_slots.runtime.devices import platform
 from implicit_slots.runtime.errors import InvalidValue
 
 # PyTorch's default for LayerNorm and group_norm; Flax's is 1e-6.
 NORM_EPSILON = 1e-5
-
-product = products.product
 
 POSITION_KINDS = ("normal", "smooth")
 # What products are made in; None: as their parameters are.

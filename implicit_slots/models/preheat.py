@@ -3,7 +3,7 @@
 from flax import nnx
 from jaxtyping import Array, Float
 
-from implicit_slots.models import layers
+from implicit_slots.models import layers, products
 
 
 class Preheat(nnx.Module):
@@ -37,9 +37,9 @@ class Preheat(nnx.Module):
         """Returns the slots with what they read of the inputs added."""
         inputs = self.norm_inputs(inputs)
         queries, keys = self.project_q(slots), self.project_k(inputs)
-        logits = layers.product("bkd,bnd->bkn", queries, keys)
+        logits = products.product("bkd,bnd->bkn", queries, keys)
         shares = nnx.softmax(logits * slots.shape[-1] ** -0.5, axis=-1)
         values = self.project_v(inputs)
-        read = layers.product("bkn,bnd->bkd", shares.astype(values.dtype), values)
+        read = products.product("bkn,bnd->bkd", shares.astype(values.dtype), values)
         slots = slots + read.astype(slots.dtype)
         return slots + self.mlp(self.norm_mlp(slots))

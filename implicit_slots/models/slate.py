@@ -305,11 +305,7 @@ class SLATE(TokenDecoder):
         if deterministic:
             features, masks = self.watch(shown, slots.slots)
         else:
-            features = self.decoder(
-                self.asking(shown, order),
-                self.slot_projection(slots.slots),
-                key=key_decoder,
-            )
+            features = self.features(shown, slots.slots, key=key_decoder, order=order)
         cross_entropy = self.cross_entropy(features, asked, weighted=not deterministic)
         if self.token_weighting and not deterministic:
             cross_entropy = cross_entropy * self.weights()[asked]

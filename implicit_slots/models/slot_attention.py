@@ -24,7 +24,7 @@ from implicit_slots.fixed_point import (
     coupling_norm,
     fixed_point,
 )
-from implicit_slots.models import layers
+from implicit_slots.models import layers, products
 from implicit_slots.models.outputs import SlotsOutput
 from implicit_slots.models.preheat import Preheat
 from implicit_slots.runtime.errors import InvalidValue
@@ -100,10 +100,10 @@ class SlotAttentionStep(nnx.Module):
         # x · (W_kᵀ q) and (weightsᵀ x) · W_v: there are hundreds of inputs and a few
         # slots, so what belongs to the slots is projected, not every input. Forward
         # and backward together take half to three quarters of the time (1 head).
-        seen_from_inputs = layers.product(
+        seen_from_inputs = products.product(
             "bkhd,ihd->bkhi", queries, self._kernel(self.project_k)
         )
-        logits = layers.product(
+        logits = products.product(
             "bni,bkhi->bnhk",
             inputs[..., : self.key_size],
             seen_from_inputs * queries.shape[-1] ** -0.5,
@@ -114,8 +114,8 @@ class SlotAttentionStep(nnx.Module):
         weights = attention + self.epsilon
         total = weights.sum(axis=1, keepdims=True)
         weights = weights / (total + self.damping if self.damping else total)
-        read = layers.product("bnhk,bni->bkhi", weights, inputs)
-        updates = layers.product("bkhi,ihd->bkhd", read, self._kernel(self.project_v))
+        read = products.product("bnhk,bni->bkhi", weights, inputs)
+        updates = products.product("bkhi,ihd->bkhd", read, self._kernel(self.project_v))
         slots = self.gru(updates.reshape(slots.shape), slots)
         slots = slots + self.mlp(self.norm_mlp(slots))
         return slots, attention.sum(axis=2).swapaxes(1, 2)

@@ -12,7 +12,6 @@ from implicit_slots.models import generation
 from implicit_slots.models import kernels as pallas
 from implicit_slots.models.generation import BOS
 from implicit_slots.models.image_encoder import on_grid
-from implicit_slots.models.kernels import cross_entropy as fused
 from implicit_slots.models.outputs import Reading
 from implicit_slots.models.patch_tokenizer import PatchTokenizer
 from implicit_slots.models.products import examples_apart
@@ -73,9 +72,20 @@ class TokenDecoder(nnx.Module):
           weighted: see `token_logits`.
           order: places of the tokens that are asked for; row by row if not given.
         """
-        read = self.asking(embedded, order)
-        features = self.decoder(read, self.slot_projection(slots), key=key)
+        features = self.features(embedded, slots, key=key, order=order)
         return self.token_logits(features, weighted=weighted)
+
+    def features(
+        self,
+        embedded: Float[Array, "batch tokens dim"],
+        slots: Float[Array, "batch slots slot_dim"],
+        *,
+        key: Key[Array, ""] | None = None,
+        order: Int[Array, " tokens"] | None = None,
+    ) -> Float[Array, "batch tokens dim"]:
+        """Returns what `decode` makes its logits of; the arguments are its own."""
+        read = self.asking(embedded, order)
+        return self.decoder(read, self.slot_projection(slots), key=key)
 
     def watch(
         self,
@@ -150,6 +160,8 @@ class TokenDecoder(nnx.Module):
         """Returns the cross-entropy of tokens, in nats; arguments of `token_logits`."""
         corrected = self.token_weighting and not weighted
         if pallas.use(self.kernels) and not corrected:
+            from implicit_slots.models.kernels import cross_entropy as fused
+
             kernel = self.out.kernel[...]
             features = features.astype(self.out.dtype or kernel.dtype)
             return fused.cross_entropy(features, kernel, targets, pallas.interpreted())

@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 from implicit_slots.models import kernels as pallas
 from implicit_slots.models import layers, noise
 from implicit_slots.models.attention import KeysValues, MultiHeadAttention
-from implicit_slots.models.kernels.add_norm import add_norm
 from implicit_slots.runtime.errors import InvalidValue
 
 # Of a block's dropouts: two of the weights of each attention, one of each branch.
@@ -165,6 +164,8 @@ def join(
     if branch is None:
         return x, norm(x)
     if pallas.use(kernels):
+        from implicit_slots.models.kernels.add_norm import add_norm
+
         return add_norm(
             x,
             branch,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from implicit_slots.models import layers
+from implicit_slots.models import layers, products
 from implicit_slots.runtime.errors import InvalidValue
 
 EPSILON = 1e-6  # of every LayerNorm, in both repositories
@@ -91,9 +91,9 @@ class Block(nnx.Module):
     def _attend(self, x):
         heads = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, -1)
         q, k, v = heads[:, :, 0], heads[:, :, 1], heads[:, :, 2]
-        logits = layers.product("bthd,bshd->bhts", q * q.shape[-1] ** -0.5, k)
+        logits = products.product("bthd,bshd->bhts", q * q.shape[-1] ** -0.5, k)
         weights = nnx.softmax(logits, axis=-1).astype(v.dtype)
-        read = layers.product("bhts,bshd->bthd", weights, v)
+        read = products.product("bhts,bshd->bthd", weights, v)
         return self.out(read.reshape(x.shape)).astype(x.dtype)
 
 

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from reference import FLOAT32
+from several_devices import run_on_devices
 from small_slate import section
 
 from implicit_slots.models import kernels as pallas
@@ -209,6 +211,41 @@ def test_add_norm(tokens, dim, dtype, rate):
         return total, norm(total)
 
     close(*both(fused, plain, (x, branch, scale, bias), tuple(d_out)), TOLERANCE[dtype])
+
+
+def on_two_devices():
+    """What a process with two devices does: the noise of an image is its own."""
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    x, branch, scale, bias = draw(0, (2, 20, 24), (2, 20, 24), (24,), (24,))
+    to_logits, of_tokens = draw(1, (24, 50), (50, 10))
+    seeds = noise.seeds(jax.random.key(1), 2)
+
+    @jax.jit
+    def run(x, branch):
+        def made(x, branch):
+            packed = jnp.stack([x, branch, x], 2).reshape(2, 20, 3, 3, 8)
+            words = noise.grid_words(seeds[0], seeds[1], (2, 3, 20, 20))
+            joined = add_norm(x, branch, seeds[0], scale, bias, 0.3, 1e-5, True)
+            read = attend(packed, None, words, 0.3, True)
+            of_image = x, to_logits, jnp.zeros(50), of_tokens, jnp.float32(0.7)
+            relaxed, tokens = relax(*of_image, seeds, True)  # pyright: ignore
+            losses = cross_entropy(x, to_logits, tokens, True)
+            return joined, read, relaxed, losses
+
+        out, pull = jax.vjp(made, x, branch)
+        return out, pull(jax.tree.map(jnp.ones_like, out))
+
+    whole = run(x, branch)
+    split = run(*jax.device_put((x, branch), rows))
+    assert split[0][1].sharding.is_equivalent_to(rows, 4)
+    for one, other in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_each_device_works_on_its_images():
+    run_on_devices(2, "test_kernels", "on_two_devices")
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from several_devices import run_on_devices
 
+from implicit_slots.models import kernels as pallas
 from implicit_slots.models import noise
 from implicit_slots.models.kernels import attention_tpu
 from implicit_slots.models.kernels.split import on_each_device
@@ -111,26 +113,28 @@ def test_bfloat16_is_multiplied_and_float32_is_summed():
 
 
 def test_kernels_run_on_tpus_where_the_batch_s_devices_are_known_and_divide_it():
-    assert not attention_tpu.runs("auto", 4)
+    assert not pallas.use_on_tpus("auto", 4)
     with batch_over(build_mesh(1, devices=jax.devices()[:1])):
-        assert attention_tpu.runs("auto", 4)
-        assert not attention_tpu.runs("xla", 4)
+        assert pallas.use_on_tpus("auto", 4)
+        assert not pallas.use_on_tpus("xla", 4)
 
 
-@pytest.mark.slow
-def test_each_device_works_on_its_images():
-    devices = jax.devices()[:2]
-    if len(devices) < 2:
-        pytest.skip("needs two devices")
+def on_two_devices():
+    """What a process with two devices does: each works on its images."""
     arrays, words = problem(20, 20, 2, 8, RATE)
 
     def run():
         return [one for one, _ in both(arrays, words, RATE, True)]
 
-    with batch_over(build_mesh(2, devices=devices)):
+    with batch_over(build_mesh(2, devices=jax.devices())):
         split = run()
     for one, other in zip(split, run(), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_each_device_works_on_its_images():
+    run_on_devices(2, "test_kernels_tpu", "on_two_devices")
 
 
 def test_a_function_of_the_batch_alone_is_run_whole_without_devices():

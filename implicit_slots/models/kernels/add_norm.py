@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, UInt32
 
 from implicit_slots.models import noise
 from implicit_slots.models.kernels import tiles
-from implicit_slots.models.kernels.split import over_batch
+from implicit_slots.models.kernels.split import numbers, over_batch
 
 # Tokens of a program, and of those that it holds at a time.
 TOKENS, ROWS = 64, 16
@@ -50,7 +50,7 @@ def add_norm(
 
 def _forward(x, branch, seed, scale, bias, rate, epsilon, interpret):
     run = _join(0.0 if seed is None else rate, epsilon, interpret)
-    total, normed, means, roots = run(x, branch, _words(seed), _numbers(x), scale, bias)
+    total, normed, means, roots = run(x, branch, _words(seed), numbers(x), scale, bias)
     return (total, normed), (total, branch[:0], seed, scale, means, roots)
 
 
@@ -60,7 +60,7 @@ def _backward(rate, epsilon, interpret, kept, cotangents):
     rate = 0.0 if seed is None else rate
     run = _cotangents(rate, like_branch.dtype, interpret)
     d_x, d_branch, parts = run(
-        total, _words(seed), _numbers(total), scale, means, roots, d_total, d_normed
+        total, _words(seed), numbers(total), scale, means, roots, d_total, d_normed
     )
     d_scale, d_bias = parts.sum(axis=(0, 1))
     return d_x, d_branch, None, d_scale, d_bias
@@ -71,11 +71,6 @@ add_norm.defvjp(_forward, _backward)
 
 def _words(seed):
     return jnp.zeros(2, jnp.uint32) if seed is None else seed
-
-
-def _numbers(x):
-    """Of the tokens, over the whole batch: the noise depends on them."""
-    return jax.lax.iota(jnp.uint32, x.shape[0] * x.shape[1]).reshape(x.shape[:2])
 
 
 def _specs(x):

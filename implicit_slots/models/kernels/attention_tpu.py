@@ -18,24 +18,12 @@ from jaxtyping import Array, Float, UInt32
 
 from implicit_slots.models import noise
 from implicit_slots.models.kernels.split import on_each_device
-from implicit_slots.runtime.devices import batch_mesh
 
 Heads = Float[Array, "batch _ heads head_dim"]
 Words = tuple[UInt32[Array, "batch heads target"], UInt32[Array, " source"]]
 
 # Of a register; queries and keys of a tile.
 LANES = 128
-
-
-def runs(kernels: str, batch: int) -> bool:
-    """Whether to call it on a TPU: the batch's devices must be known, and divide it.
-
-    Args:
-      kernels: see `implicit_slots.models.kernels`.
-      batch: examples.
-    """
-    mesh = batch_mesh()
-    return kernels != "xla" and mesh is not None and batch % mesh.size == 0
 
 
 class _Static(NamedTuple):

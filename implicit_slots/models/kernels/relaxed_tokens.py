@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from implicit_slots.models import noise
 from implicit_slots.models.kernels import tiles
-from implicit_slots.models.kernels.split import over_batch
+from implicit_slots.models.kernels.split import numbers, over_batch
 
 ROWS, COLUMNS = 64, 64
 
@@ -74,7 +74,7 @@ def _forward(x, to_logits, bias, of_tokens, temperature, seeds, interpret):
     halves = [kernel.astype(x.dtype) for kernel in (to_logits, of_tokens)]
     temperature = jnp.asarray(temperature, jnp.float32)
     y, tokens, sums = _read(interpret)(
-        x, halves[0], bias, halves[1], temperature[None], seeds, _numbers(x)
+        x, halves[0], bias, halves[1], temperature[None], seeds, numbers(x)
     )
     kept = x, to_logits, bias, of_tokens, temperature, seeds, y, sums
     return (y, tokens), kept
@@ -90,7 +90,7 @@ def _backward(interpret, kept, cotangents):
         halves[1],
         temperature[None],
         seeds,
-        _numbers(x),
+        numbers(x),
         y,
         sums,
         cotangents[0],
@@ -103,11 +103,6 @@ def _backward(interpret, kept, cotangents):
 
 
 relax.defvjp(_forward, _backward)
-
-
-def _numbers(x):
-    """Of the tokens, over the whole batch: the noise depends on them."""
-    return jax.lax.iota(jnp.uint32, x.shape[0] * x.shape[1]).reshape(x.shape[:2])
 
 
 _RULE = "b t d, d v, v, v e, i, j k, b t"

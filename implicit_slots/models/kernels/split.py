@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Shaped, UInt32
 
 from implicit_slots.runtime.devices import DATA_AXIS, batch_mesh
 
@@ -36,6 +38,14 @@ def over_batch(function: Callable[..., Any], rule: str) -> Callable[..., Any]:
         need_replication_factors=tuple(others),
     )
     return split
+
+
+def numbers(x: Shaped[Array, "batch tokens dim"]) -> UInt32[Array, "batch tokens"]:
+    """Numbers of tokens over the whole batch, which a device has its share of.
+
+    Noise is a hash of them: a kernel knows its own share alone.
+    """
+    return jax.lax.iota(jnp.uint32, x.shape[0] * x.shape[1]).reshape(x.shape[:2])
 
 
 def on_each_device(function: Callable[..., Any], rule: str) -> Callable[..., Any]:
