@@ -47,9 +47,14 @@ from implicit_slots.fixed_point import (
     diagnostics,
     fixed_point,
 )
+from implicit_slots.models.autoencoder import Autoencoder
 from implicit_slots.models.build import build_model
 from implicit_slots.models.images import as_float
-from implicit_slots.models.slate import SLATE
+from implicit_slots.models.set_prediction import (
+    SetPredictor,
+    encode_objects,
+    set_distance,
+)
 from implicit_slots.models.slot_attention import Problem
 from implicit_slots.models.token_decoder import with_bos
 from implicit_slots.runtime.files import expand
@@ -98,28 +103,41 @@ class Case(NamedTuple):
         return Case(Problem(f, params, x, z0), g)
 
 
-def build_case(model: SLATE, image: jax.Array) -> Case:
-    """The fixed-point problem of the images, and the cross-entropy's cotangent."""
+def build_case(model: Any, image: jax.Array, objects: Any = None) -> Case:
+    """The fixed-point problem of images, and what the decoder asks of the slots there.
+
+    Args:
+      model: any whose slots are a fixed point.
+      image: in [0, 1].
+      objects: those to be seen, which a set predictor is asked for.
+    """
     graphdef, params = nnx.split(model)
 
     @jax.jit
-    def build(params, image):
+    def build(params, image, objects):
         model = nnx.merge(graphdef, params)
         problem = model.slot_problem(image, jax.random.key(0))
-        ids = model.dvae.encode(image).argmax(axis=-1).reshape(len(image), -1)
-        embedded = model.embed(with_bos(ids))[:, :-1]
         solver = model.slot_attention.solver
         slots = fixed_point(*problem, solver=solver, adjoint=Neumann()).value
+        asked = jax.grad(lambda slots: objective(model, image, objects, slots))
+        return problem[1:], asked(slots)
 
-        def cross_entropy(slots):
-            logits = nnx.log_softmax(model.decode(embedded, slots), axis=-1)
-            return -jnp.take_along_axis(logits, ids[..., None], axis=-1).sum()
-
-        return problem[1:], jax.grad(cross_entropy)(slots)
-
-    (step_params, x, z0), g = build(params, image)
+    (step_params, x, z0), g = build(params, image, objects)
     f = model.slot_problem(image[:1], jax.random.key(0)).f
     return Case(Problem(f, step_params, x, z0), g)
+
+
+def objective(model: Any, image: jax.Array, objects: Any, slots: jax.Array):
+    """What a model is trained for, of slots, summed over images."""
+    if isinstance(model, SetPredictor):
+        target = encode_objects(objects, slots.shape[1])
+        return set_distance(model.predict(slots), target).sum()
+    if isinstance(model, Autoencoder):
+        return jnp.sum((image - model.mix(slots).image) ** 2)
+    ids = model.dvae.encode(image).argmax(axis=-1).reshape(len(image), -1)
+    embedded = model.embed(with_bos(ids))[:, :-1]
+    logits = nnx.log_softmax(model.decode(embedded, slots), axis=-1)
+    return -jnp.take_along_axis(logits, ids[..., None], axis=-1).sum()
 
 
 def compare_forward(case: Case, names: list[str], steps: int) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from implicit_slots.runtime.files import write_atomically
 NAMES = (
     *("fig3_solvers", "table3_reconstruction", "fig5_tricks", "fig6_iterations"),
     *("fig7_properties", "fig8_discovery", "fig9_deletion", "fig10_locality"),
-    *("fig11_neumann_terms", "basins"),
+    *("fig11_neumann_terms", "fig12_long", "basins", "starts", "backward_passes"),
 )
 STUDIES: tuple[study.Study, ...] = tuple(
     importlib.import_module(f"experiments.studies.{name}").STUDY for name in NAMES

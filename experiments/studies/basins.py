@@ -29,7 +29,7 @@ AT, COUNTS = "iterations at test time", sorted({*ITERATIONS, 7})
 
 def arms(scale: str) -> list[Arm]:
     """Both gradients."""
-    return scales.both(scales.trained_slate(scale), "fixed_points", "iterations")
+    return scales.slates(scale, "fixed_points", "iterations")
 
 
 def growth(table: Table) -> Iterator[Measurement]:

@@ -56,7 +56,12 @@ def style(place: int) -> dict[str, Any]:
     """Colour and dash of the line in this place; past five, paler and with a marker."""
     colour, dash = LINES[place % len(LINES)]
     again = place // len(LINES)
-    return {"color": colour, "ls": dash, "marker": ("", "o", "s", "^")[again], "ms": 3}
+    return {
+        "color": colour,
+        "ls": dash,
+        "marker": ("", "o", "s", "^")[again % 4],
+        "ms": 3,
+    }
 
 
 def middle(curves: Iterable[Curve]) -> Curve:
@@ -105,12 +110,20 @@ def along(
     return draw
 
 
-def by_arm(metric: str, label: str, **settings: Any) -> Panel:
-    """The last value of every run, by arm: a dot a run, a cross where it diverged."""
+def by_arm(metric: str, label: str, *, beginning: str = "", **settings: Any) -> Panel:
+    """The last value of every run, by arm: a dot a run, a cross where it diverged.
+
+    Args:
+      metric: of which.
+      label: of the axis, with unit.
+      beginning: of the names of the arms that are drawn, left out below the axis.
+      settings: of the axes.
+    """
 
     def draw(axis: "Axes", table: Table) -> None:
-        names = table.arms()
-        for place, arm in enumerate(names):
+        arms = [arm for arm in table.arms() if arm.startswith(beginning)]
+        names = [arm.removeprefix(beginning) for arm in arms]
+        for place, arm in enumerate(arms):
             values = np.array(list(table.last(arm, metric).values()))
             known = values[np.isfinite(values)]
             colour, lost = LINES[0][0], LINES[1][0]
@@ -122,7 +135,7 @@ def by_arm(metric: str, label: str, **settings: Any) -> Panel:
                 x = place + 0.12 * count
                 axis.plot(x, 0.97, "x", color=lost, transform=above)
         axis.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=7)
-        axis.set_xlim(-0.5, len(names) - 0.5)
+        axis.set_xlim(-0.5, max(len(names), 1) - 0.5)
         axis.set(ylabel=label, **settings)
 
     return draw

@@ -40,10 +40,13 @@ NATS = "cross-entropy, nats per image"
 
 def arms(scale: str) -> list[Arm]:
     """Both gradients, and implicit with each remedy."""
-    base = scales.trained_slate(scale)
+    base, implicit = scales.slate(scale), scales.gradients(scale)["implicit"]
     remedies = {name: REMEDIES[name] for name in TRIED_AT.get(scale, tuple(REMEDIES))}
-    tried = [scales.arm(base, n, changes, ["masks"]) for n, changes in remedies.items()]
-    return [*scales.both(base, "masks", "pictures"), *tried]
+    tried = [
+        scales.arm(base, name, implicit | changes, ["masks"])
+        for name, changes in remedies.items()
+    ]
+    return [*scales.slates(scale, "masks", "pictures"), *tried]
 
 
 def remedy(name: str) -> tuple[Rule, Rule]:

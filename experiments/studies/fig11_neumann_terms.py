@@ -20,7 +20,6 @@ import numpy as np
 
 from experiments.studies import drawing, scales, study
 from experiments.studies.runs import Arm
-from experiments.studies.scales import VANILLA
 from experiments.studies.statistics import Rule
 from experiments.studies.table import Measurement, Table
 
@@ -35,17 +34,20 @@ LOSS, SAME_TIME = "cross_entropy", "cross_entropy at equal time"
 
 def arms(scale: str) -> list[Arm]:
     """One to eight terms, the exact gradient, and vanilla."""
-    base = scales.slate(scale)
+    base, gradients = scales.slate(scale), scales.gradients(scale)
+    implicit = gradients["implicit"]
     more = [
-        scales.arm(base, f"{k} terms", {"model.adjoint.terms": k})
+        scales.arm(base, f"{k} terms", implicit | {"model.adjoint.terms": k})
         for k in TERMS
         if scale != "smoke"
     ]
     return [
-        scales.arm(base, ONE, probes=["gradients"]),
+        scales.arm(base, ONE, implicit, ["gradients"]),
         *more,
-        scales.arm(base, "exact", NEARLY_EXACT if scale == "paper" else EXACT),
-        scales.arm(base, "vanilla", VANILLA),
+        scales.arm(
+            base, "exact", implicit | (NEARLY_EXACT if scale == "paper" else EXACT)
+        ),
+        scales.arm(base, "vanilla", gradients["vanilla"]),
     ]
 
 

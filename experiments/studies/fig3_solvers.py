@@ -15,7 +15,6 @@ Cost: cpu 15 runs of two and a half minutes on a core; gpu 15 runs (not measured
 from experiments.studies import scales, study
 from experiments.studies.drawing import along, by_arm
 from experiments.studies.runs import Arm
-from experiments.studies.scales import VANILLA
 from experiments.studies.statistics import Rule
 
 FORWARD = {"model.solver.name": "broyden"}
@@ -31,9 +30,9 @@ CROSS_ENTROPY = "cross_entropy"
 
 def arms(scale: str) -> list[Arm]:
     """The paper's five pairs of solvers."""
-    base = scales.slate(scale)
+    base, gradients = scales.slate(scale), scales.gradients(scale)
     pairs = {
-        "vanilla": VANILLA,
+        "vanilla": {},
         "IN": {},
         "BN": FORWARD,
         "IB": BACKWARD,
@@ -41,7 +40,10 @@ def arms(scale: str) -> list[Arm]:
     }
     if scale == "smoke":
         pairs = {name: pairs[name] for name in ("vanilla", "IN", "BB")}
-    return [scales.arm(base, name, changes) for name, changes in pairs.items()]
+    return [
+        scales.arm(base, name, gradients.get(name, gradients["implicit"]) | changes)
+        for name, changes in pairs.items()
+    ]
 
 
 STUDY = study.Study(

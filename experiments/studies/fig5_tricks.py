@@ -19,7 +19,6 @@ from typing import Any
 from experiments.studies import drawing, scales, study
 from experiments.studies.drawing import along
 from experiments.studies.runs import Arm
-from experiments.studies.scales import VANILLA
 from experiments.studies.statistics import Rule
 
 NO_CLIPPING = {"optimizer.clip": "none"}
@@ -48,7 +47,7 @@ def arms(scale: str) -> list[Arm]:
             {**gradient, **changes},
             ["pictures"] if "clipping" in suffix else [],
         )
-        for name, gradient in (("vanilla", VANILLA), ("implicit", {}))
+        for name, gradient in scales.gradients(scale).items()
         for suffix, changes in left_out.items()
     ]
 

@@ -16,17 +16,14 @@ from typing import Any
 
 from experiments.studies import drawing, scales, study
 from experiments.studies.runs import Arm
-from experiments.studies.scales import VANILLA
 from experiments.studies.statistics import Rule
 
-GRADIENTS = {"vanilla": VANILLA, "implicit": {}}
 COUNTS = {
     "smoke": (7,),
-    "cpu": (1, 3, 7, 15),
-    "folder": (1, 3, 7, 15),
     "gpu": (1, 2, 3, 5, 7, 11, 15),
     "paper": (1, 2, 3, 5, 7, 11, 15),
 }
+FEW = (1, 3, 7, 15)
 
 SPARED = "implicit does not care how many iterations are made"
 WORSE = "vanilla gets worse with more"
@@ -40,8 +37,8 @@ def arms(scale: str) -> list[Arm]:
         scales.arm(
             base, f"{name}@{count}", {**changes, "model.solver.max_steps": count}
         )
-        for name, changes in GRADIENTS.items()
-        for count in COUNTS[scale]
+        for name, changes in scales.gradients(scale).items()
+        for count in COUNTS.get(scale, FEW)
     ]
 
 

@@ -36,7 +36,7 @@ AT_CROSS_ENTROPY = (SPILL, LEFT_SPILL, "counterfactual_error", "predictability")
 def arms(scale: str) -> list[Arm]:
     """Both gradients."""
     probes = ("deletion", "masks", "fixed_points", "slots_left")
-    return scales.both(scales.trained_slate(scale), *probes)
+    return scales.slates(scale, *probes)
 
 
 def matched(table: Table) -> Iterator[Measurement]:

@@ -10,24 +10,34 @@ run is changed.
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from experiments.benchmarks.solver_comparison import build_case, gradient_quality
+from experiments.benchmarks.solver_comparison import (
+    Case,
+    build_case,
+    gradient_quality,
+    spectra,
+)
 from experiments.studies.drawing import MASKS
 from experiments.studies.runs import PROBE_FOLDER
 from implicit_slots.data import registry
-from implicit_slots.data.source import DataError, Source
+from implicit_slots.data.batches import TrainBatches
+from implicit_slots.data.source import Batch, DataError, Source
 from implicit_slots.evaluation import groups
 from implicit_slots.evaluation.findings import Findings, Subject
-from implicit_slots.evaluation.steps import build_evaluation_steps
+from implicit_slots.evaluation.metrics.segmentation import score_masks
+from implicit_slots.evaluation.steps import build_evaluation_steps, judge
 from implicit_slots.fixed_point import GMRES, Adjoint, Implicit, Neumann, Unrolled
 from implicit_slots.models.build import build, model_class, split_model
 from implicit_slots.models.images import as_float
@@ -38,7 +48,11 @@ from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import build_mesh
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import expand, write_atomically
+from implicit_slots.runtime.prng import Purpose, purpose_key
 from implicit_slots.training import checkpoint, pretrained
+from implicit_slots.training.codebook import with_codebook
+from implicit_slots.training.parts import build_parts
+from implicit_slots.training.state import first_state
 
 Rows = Iterable[tuple[int, str, float | None]]  # step, metric, value
 Probe = Callable[[pathlib.Path], Rows]
@@ -55,6 +69,10 @@ NUM_IMAGES = 4  # in pictures; of gradients, whose oracle forms each one's Jacob
 ITERATIONS = (1, 2, 3, 5, 10, 20, 50, 100)
 # How many initial slots an image is tried with.
 STARTS = (1, 3, 10)
+# And when each start is iterated on as far.
+BREADTHS, DEPTHS = (1, 3, 10), (3, 7, 15, 50)
+# Of timing: rounds, and steps of a turn.
+ROUNDS, TURN = 10, 10
 
 
 def subject(config: Config, model: Any) -> Subject:
@@ -113,12 +131,120 @@ def gradients(workdir: pathlib.Path) -> Rows:
     """Cosine to the exact gradient and relative error, at each checkpoint's slots."""
     for step in checkpoint.saved_steps(workdir):
         config, model = pretrained.load(workdir, step)
-        image = images_of(registry.build(config.data, "validation"))
-        case = build_case(model, image)
+        case = case_of(config, model)
         for name, adjoint in GRADIENTS.items():
             found = gradient_quality(case, adjoint, model.slot_attention.solver)
             for quantity in ("cosine", "relative_error", "ratio"):
                 yield step, f"{quantity}: {name}", float(np.median(found[quantity]))
+
+
+def case_of(config: Config, model: Any) -> Case:
+    """What the first images ask of a model's slots."""
+    batch = registry.build(config.data, "validation").batch(np.arange(NUM_IMAGES))
+    return build_case(
+        model, as_float(jnp.asarray(batch["image"])), batch.get("objects")
+    )
+
+
+def own_gradient(workdir: pathlib.Path) -> Rows:
+    """The same of the gradient that a run was trained with, and ρ(J) at its slots."""
+    for step in checkpoint.saved_steps(workdir):
+        config, model = pretrained.load(workdir, step)
+        case, slots = case_of(config, model), model.slot_attention
+        found = gradient_quality(case, slots.adjoint, slots.solver)
+        for quantity in ("cosine", "relative_error", "ratio"):
+            yield step, f"own_{quantity}", float(np.median(found[quantity]))
+        for quantity, values in spectra(case, slots.solver).items():
+            yield step, f"own_{quantity}", float(np.median(values))
+
+
+def cost(workdir: pathlib.Path) -> Rows:
+    """Time of a run's training step by one with one term, in turns, and its memory."""
+    config, _ = pretrained.load(workdir)
+    one_term = config.copy_and_resolve_references()
+    one_term.model.adjoint.update(name="neumann", terms=1)
+    rounds = {"own": step_of(config), "one_term": step_of(one_term)}
+    seconds: dict[str, list[float]] = {name: [] for name in rounds}
+    for _ in range(ROUNDS + 1):
+        for name, (run, _) in rounds.items():
+            began = time.perf_counter()
+            jax.block_until_ready([run() for _ in range(TURN)])
+            seconds[name].append((time.perf_counter() - began) / TURN)
+    own, other = (np.array(seconds[name][1:]) for name in rounds)  # The first warms up.
+    step = checkpoint.saved_steps(workdir)[-1]
+    yield step, "time_ratio", float(np.median(own / other))
+    yield step, "step_ms", 1e3 * float(np.median(own))
+    yield step, "step_mb", rounds["own"][1] / 2**20
+
+
+def step_of(config: Config) -> tuple[Callable[[], Any], int]:
+    """A training step, and the bytes of its temporary buffers."""
+    parts = build_parts(config, "train")
+    assert parts.train is not None
+    state = first_state(config, parts.optimizer)
+    state = [with_codebook(state, parts.train, config.seed)]
+    batch = TrainBatches(parts.train, config.batch_size, config.seed)[0]
+    compiled: Any = parts.steps.train.compile(state[0], batch)
+
+    def run():
+        state[0], logged = parts.steps.train(state[0], batch)
+        return logged
+
+    return run, compiled.memory_analysis().temp_size_in_bytes
+
+
+def breadth(workdir: pathlib.Path) -> Rows:
+    """Masks of one of several initial slots, however many iterations are made.
+
+    One is chosen by the residual of its slots, which needs neither labels nor a
+    decoder, by what the decoder loses from its slots, or by the truth, which is the
+    most that a choice can give.
+    """
+    config, model = pretrained.load(workdir)
+    if config.model.initial_slots in LEARNED:
+        return  # All starts are one.
+    source = registry.build(config.data, "validation")
+    batch = source.batch(
+        np.arange(min(config.evaluation.masks.num_images, len(source)))
+    )
+    step = checkpoint.saved_steps(workdir)[-1]
+    params = split_model(model)[1]
+    for depth in DEPTHS:
+        config.model.solver.max_steps = depth
+        scores_of = jax.jit(functools.partial(one_start, build(config), config))
+        keys = (
+            purpose_key(config.seed, Purpose.EVALUATE, n) for n in range(BREADTHS[-1])
+        )
+        found = [jax.tree.map(np.asarray, scores_of(params, batch, k)) for k in keys]
+        scores = {name: np.stack([one[name] for one in found]) for name in found[0]}
+        for count in BREADTHS:
+            first = {name: values[:count] for name, values in scores.items()}
+            chosen = {
+                "residual": first["residual"].argmin(axis=0),
+                "loss": first["loss"].argmin(axis=0),
+                "truth": first["fg_ari"].argmax(axis=0),
+            }
+            for rule, start in chosen.items():
+                for name in (*MASKS, "residual"):
+                    value = np.take_along_axis(first[name], start[None], axis=0).mean()
+                    yield step, f"{name} by {rule} of {count}@{depth}", float(value)
+
+
+def one_start(
+    model: Any, config: Config, params: Any, batch: Batch, key: jax.Array
+) -> dict[str, jax.Array]:
+    """Scores of attention's masks, the residual and the loss, image by image."""
+    model = nnx.merge(split_model(model)[0], params)
+    image = as_float(batch["image"])
+    encoded = model.encode(image, key=key)
+    f, step, x, _ = model.slot_problem(image, key)
+    after = f(step, x, encoded.slots)
+    gap = jnp.linalg.norm(after - encoded.slots, axis=(1, 2))
+    by_name, _, loss = judge(model, image, encoded)
+    true, most = batch["segmentation"], config.data.max_objects
+    found = score_masks(by_name["attention"], true, max_true=most)
+    residual = gap / jnp.linalg.norm(after, axis=(1, 2))
+    return {n: found[n] for n in MASKS} | {"residual": residual, "loss": loss}
 
 
 def iterations(workdir: pathlib.Path) -> Rows:
@@ -208,6 +334,9 @@ PROBES: Mapping[str, Probe] = {
     "fixed_points": group("fixed_points", last=True),
     "properties": group("properties", last=True),
     "gradients": gradients,
+    "own_gradient": own_gradient,
+    "cost": cost,
+    "breadth": breadth,
     "iterations": iterations,
     "starts": starts,
     "pictures": pictures,

@@ -211,9 +211,11 @@ def train_all(
         for arm in arms
         for seed in seeds
     ]
-    # Two arms may be one configuration, which is run once; their probes may differ.
+    # Two arms may be one configuration, which is run once; their probes may differ. All
+    # arms of a seed come before the next seed: there is something to compare early, and
+    # runs side by side do not compile the same program.
     by_place: dict[pathlib.Path, dict[pathlib.Path, list[str]]] = {}
-    for arm, seed, workdir in plan:
+    for arm, seed, workdir in sorted(plan, key=lambda one: seeds.index(one[1])):
         by_place.setdefault(workdir, {}).update(commands(arm, seed, workdir))
     todo = {
         workdir: left

@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,6 +61,7 @@ class Study:
       panels: of the figure.
       more: further figures, by their files' names.
       derive: measurements that are computed from others; the rules may name them.
+      first_seed: of the runs; a search has seeds of its own.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Study:
     panels: tuple[Panel, ...]
     more: Mapping[str, Callable[[Table], "Figure"]] = field(default_factory=dict)
     derive: Callable[[Table], Iterable[Measurement]] = lambda table: ()
+    first_seed: int = 0
 
     def draw(self, table: Table) -> "Figure":
         """Makes the figure."""
@@ -101,6 +104,8 @@ def command(
     add("--out", type=expand, help="default: runs/studies/SCALE; runs lie in it")
     add("--seeds", type=_positive, help="how many, from 0; default: of scale")
     add("--jobs", type=_positive, help="at a time; default: one a core, one on a GPU")
+    only = "names of arms that are made, with * and ?; default: all"
+    add("--arms", type=lambda text: text.split(","), default=["*"], help=only)
     changes = "a key of every run's configuration: --set data.path=DIR"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=changes)
     options = parser.parse_args(argv)
@@ -158,11 +163,15 @@ def execute(
       start: how a command is run.
     """
     out, changes = options.out, settings(options.set)
-    seeds = range(options.seeds or SEEDS[options.scale])
+    first = study.first_seed
+    seeds = range(first, first + (options.seeds or SEEDS[options.scale]))
     arms = [
         arm._replace(changes={**arm.changes, **changes})
         for arm in study.arms(options.scale)
+        if any(fnmatchcase(arm.name, pattern) for pattern in options.arms)
     ]
+    if not arms:
+        raise UserError(f"--arms names none of {study.name}'s arms")
     print(f"{study.title} ({options.scale})", flush=True)
     done = runs.train_all(arms, seeds, out / "runs", jobs=options.jobs, start=start)
     table = measure(study, done)
@@ -197,6 +206,7 @@ def page(study: Study, options: argparse.Namespace, table: Table) -> str:
     command = ["python", "-m", f"experiments.studies.{study.name}"]
     command += [f"--scale={options.scale}"]
     command += [f"--seeds={options.seeds}"] if options.seeds else []
+    command += [f"--arms={','.join(options.arms)}"] if options.arms != ["*"] else []
     command += [f"--set={pair}" for pair in options.set]
     summaries = [read_summary(one.workdir) for one in table.done]
     versions = next((s["versions"] for s in summaries if "versions" in s), {})

@@ -26,7 +26,7 @@ SHOWN = ("slots/mse", "dvae/mse", "slots/psnr", "slots/frechet_random", "slots/f
 
 def arms(scale: str) -> list[Arm]:
     """Both gradients."""
-    return scales.both(scales.trained_slate(scale), "rendering", "pictures")
+    return scales.slates(scale, "rendering", "pictures")
 
 
 STUDY = study.Study(

@@ -18,12 +18,16 @@ from scipy import stats
 
 from experiments.studies import all as all_studies
 from experiments.studies import (
+    backward_passes,
     drawing,
+    fig3_solvers,
     fig7_properties,
     fig9_deletion,
     probes,
+    rates,
     runs,
     scales,
+    starts,
     study,
 )
 from experiments.studies.runs import Arm
@@ -195,7 +199,8 @@ def test_every_study_ends_in_a_figure_a_table_and_a_verdict(smoke):
         with (out / f"{one.name}.csv").open() as file:
             rows = list(csv.DictReader(file))
         arms = {arm.name for arm in one.arms("smoke")}
-        assert {row["arm"] for row in rows} == arms
+        measured_of = {row["arm"] for row in rows if row["split"] != "derived"}
+        assert measured_of == arms
         assert all(math.isfinite(float(row["value"] or 0)) for row in rows)
         measured = {row["metric"] for row in rows}
         # Those that decide too, of arms that are there; FID needs weights.
@@ -246,6 +251,13 @@ def test_a_folder_is_one_configuration_and_a_command_makes_it(tmp_path):
         runs.resolve(scales.arm(base, "a", {"model.adjoint.termz": 2}), 0)
 
 
+def derived(one):
+    """What a study compares that is no run: choices among the slots of one."""
+    if one is not starts.STUDY:
+        return set()
+    return {rule.a for rule in one.rules} | {rule.b for rule in one.rules}
+
+
 @pytest.mark.parametrize("scale", scales.SCALES)
 def test_every_arm_is_a_configuration_at_every_scale(scale):
     for one in all_studies.STUDIES:
@@ -257,14 +269,110 @@ def test_every_arm_is_a_configuration_at_every_scale(scale):
         assert len({arm.name for arm in arms}) == len(arms)
         named = {rule.a for rule in one.rules} | {rule.b for rule in one.rules}
         # Small scales leave some out, and say of their rules "not measured".
-        assert scale in ("smoke", "cpu", "folder") or named <= {
-            arm.name for arm in arms
-        }
+        few = scale in ("smoke", "cpu", "tokens", "folder")
+        assert few or named <= {arm.name for arm in arms} | derived(one)
         for arm in arms:
             assert set(arm.probes) <= probes.PROBES.keys()
             config = runs.resolve(arm, 1)
             assert config.seed == 1
             check(config, "train")
+
+
+def test_all_arms_of_a_seed_come_before_the_next_seed(tmp_path):
+    base, made = scales.slate("smoke"), []
+
+    def start(command, log, place):
+        del log, place
+        flags = dict(part[2:].split("=", 1) for part in command[3:])
+        made.append((flags["config.seed"], flags.get("config.model.adjoint.terms")))
+        workdir = pathlib.Path(flags["workdir"])
+        workdir.mkdir()
+        (workdir / "summary.json").write_text("{}")
+        return 0
+
+    arms = [
+        scales.arm(base, f"{terms} terms", {"model.adjoint.terms": terms})
+        for terms in (2, 3)
+    ]
+    done = runs.train_all(arms, [5, 4], tmp_path, jobs=1, start=start)
+    assert made == [("5", "2"), ("5", "3"), ("4", "2"), ("4", "3")]
+    # What is returned is in the arms' order.
+    assert [(one.arm, one.seed) for one in done][:2] == [("2 terms", 5), ("2 terms", 4)]
+
+
+def test_some_arms_alone_and_a_search_with_seeds_of_its_own(tmp_path):
+    flags, commands = ["--scale=smoke", "--jobs=1", f"--out={tmp_path}"], []
+
+    def stopped(command, log, place):
+        del place
+        commands.append(command)
+        log.write_text("stopped\n")
+        return runs.STOPPED
+
+    with pytest.raises(SystemExit, match="goes on where it was"):
+        study.main(fig3_solvers.STUDY, [*flags, "--arms=B?"], start=stopped)
+    assert "--config.model.solver.name=broyden" in commands[0]
+    with pytest.raises(SystemExit, match="names none of fig3_solvers's arms"):
+        study.main(fig3_solvers.STUDY, [*flags, "--arms=bb"], start=stopped)
+    with pytest.raises(SystemExit, match="goes on"):
+        study.main(rates.STUDY, flags, start=stopped)
+    assert "--config.seed=100" in commands[-1]
+
+
+def test_rates_are_multiplied_and_the_dvaes_stays():
+    config = runs.resolve(scales.arm(scales.slate("cpu"), "a"), 0)
+    found = scales.rates(scales.slate("cpu"), 2.0)
+    assert found == {
+        "optimizer.learning_rate": 2 * config.optimizer.learning_rate,
+        "optimizer.slots_learning_rate": 2 * config.optimizer.slots_learning_rate,
+    }
+    vanilla, implicit = scales.gradients("cpu").values()
+    assert vanilla["model.adjoint.name"] == "unrolled" and (
+        "model.adjoint.name" not in implicit
+    )
+    ratio = implicit["optimizer.learning_rate"] / vanilla["optimizer.learning_rate"]
+    assert ratio == pytest.approx(scales.BEST["cpu"][1] / scales.BEST["cpu"][0])
+
+
+def test_at_equal_time_a_slower_pass_is_read_earlier():
+    arms = ("SLATE: 1 term", "SLATE: 8 terms", "autoencoder: 1 term")
+    rows = [
+        Measurement(arm, 0, step, "validation", "fg_ari", step / 10)
+        for arm in arms
+        for step in (0, 5, 10)
+    ]
+    rows += [
+        Measurement(arm, 0, 10, "probe", "time_ratio", ratio)
+        for arm, ratio in zip(arms, (1.0, 2.0, 3.0), strict=True)
+    ]
+    done = tuple(runs.Done(arm, 0, pathlib.Path(), "") for arm in arms)
+    found = backward_passes.in_time(Table(tuple(rows), done))
+    # By the fastest of the same model.
+    assert {row.arm: (row.step, row.value) for row in found} == {
+        "SLATE: 1 term": (10, 1.0),
+        "SLATE: 8 terms": (5, 0.5),
+        "autoencoder: 1 term": (10, 1.0),
+    }
+
+
+def test_choices_among_starts_are_compared_as_arms():
+    metrics = {"fg_ari by residual of 10@7": 0.9, "fg_ari by truth of 1@7": 0.7}
+    # Of a single start every rule is the same: it is taken once.
+    rows = [
+        Measurement("vanilla", 0, 5, "probe", name, value)
+        for name, value in ({**metrics, "fg_ari by loss of 1@7": 0.7}).items()
+    ]
+    found = tuple(starts.choices(Table(tuple(rows), ())))
+    assert {(row.arm, row.metric, row.value) for row in found} == {
+        ("vanilla, best of 10 by the residual, 7 iterations", "chosen fg_ari", 0.9),
+        ("vanilla, first start, 7 iterations", "chosen fg_ari", 0.7),
+    }
+    rule = next(r for r in starts.STUDY.rules if r.claim.startswith("vanilla: the res"))
+    table = Table(found, ())
+    effect = paired_effect(
+        *(table.last(a, rule.metric) for a in (rule.a, rule.b)), rule
+    )
+    assert effect is not None and effect.median == pytest.approx(0.2)
 
 
 def failing(code, *, replay=False, text="error: no room\n"):
