@@ -1,6 +1,7 @@
 """How large a study is: what the arms of each scale have in common; see README.md."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from experiments.studies.runs import Arm, resolve
 from implicit_slots.runtime.errors import UserError
@@ -83,7 +84,7 @@ def rates(base: Base, factor: float) -> dict[str, object]:
     return {f"optimizer.{name}": factor * optimizer[name] for name in names}
 
 
-def gradients(scale: str) -> dict[str, dict[str, object]]:
+def gradients(scale: str) -> dict[str, dict[str, Any]]:
     """Returns by name what makes either gradient of SLATE, each at its own rates."""
     factors = BEST.get(scale, (1.0, 1.0))
     both = {"vanilla": UNROLLED, "implicit": {}}
