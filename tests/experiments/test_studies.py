@@ -369,9 +369,8 @@ def test_choices_among_starts_are_compared_as_arms():
     }
     rule = next(r for r in starts.STUDY.rules if r.claim.startswith("vanilla: the res"))
     table = Table(found, ())
-    effect = paired_effect(
-        *(table.last(a, rule.metric) for a in (rule.a, rule.b)), rule
-    )
+    a, b = (table.last(arm, rule.metric) for arm in (rule.a, rule.b))
+    effect = paired_effect(a, b, rule)
     assert effect is not None and effect.median == pytest.approx(0.2)
 
 
