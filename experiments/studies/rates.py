@@ -3,11 +3,9 @@
 Claim: none of the paper's, which has one rate for both. A gradient that is judged at
     another one's best rate loses for that alone.
 Question: by what factor should the rates of encoder, slots and decoder be multiplied?
-Rule: for each gradient the smallest factor whose mean cross-entropy, over two seeds
-    that no other study has, is within 3 % of the lowest; what is found stands in
-    scales.py. Runs that diverge are worst. (Before the runs the rule said the lowest.
-    Implicit's lowest, three times the rates, is a little lower than twice, but its
-    iteration settles no more and its masks are worse.)
+Rule: for each gradient the factor with the lowest mean cross-entropy over two seeds
+    that no other study has; what is found stands in scales.py. Runs that diverge are
+    worst.
 Cost: cpu 16 runs of a minute and a half on a core.
 """
 
