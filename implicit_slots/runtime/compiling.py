@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ STANDARD = {
     "jax_numpy_dtype_promotion": "standard",
     "jax_numpy_rank_promotion": "allow",
 }
+# What JAX calls the time that XLA, or reading the cache, took for a program.
+COMPILED = "/jax/core/compile/backend_compile_duration"
 # XLA's older code for fusions is compiled twice as fast. Not every version has it.
 OLDER_FUSIONS = {"xla_cpu_use_fusion_emitters": False}
 
@@ -163,6 +166,22 @@ def compile_step(train: Bound, state: PyTree, batch: PyTree) -> Program:
             - memory.alias_size_in_bytes
         )
     return Program(seconds, (costs or {}).get("flops"), memory)
+
+
+@contextlib.contextmanager
+def told_of_compiling(tell: Callable[[float], None]) -> Iterator[None]:
+    """Tells the seconds of each compilation that this thread waits for meanwhile."""
+    thread = threading.get_ident()
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == COMPILED and threading.get_ident() == thread:
+            tell(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def enable_cache() -> None:

@@ -158,6 +158,14 @@ class Checkpoints:
         self._manager.close()
 
 
+def open_checkpoints(
+    workdir: pathlib.Path, name: str, keep: int | None
+) -> contextlib.closing[Checkpoints]:
+    """Opens a folder of checkpoints; `keep` as `Checkpoints` has it."""
+    with writing(workdir):
+        return contextlib.closing(Checkpoints(workdir / name, keep=keep))
+
+
 def restore(
     checkpoints: Checkpoints, like: TrainState, *, set_aside: bool
 ) -> tuple[TrainState, SavedLoop] | None:

@@ -19,7 +19,7 @@ from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import build_mesh, state_sharding
 from implicit_slots.training.checks import check_read
 from implicit_slots.training.optimizer import build_optimizer
-from implicit_slots.training.state import TrainState, initial_state
+from implicit_slots.training.state import TrainState, first_state, initial_state
 from implicit_slots.training.step import Steps, build_steps
 
 
@@ -104,3 +104,10 @@ def open_data(
     # Large enough?
     TrainBatches(train, config.batch_size, config.seed)
     return train, held_out
+
+
+def placed_first_state(parts: Parts) -> TrainState:
+    """The state before the first update, as it lies on the devices."""
+    state = first_state(parts.config, parts.optimizer)
+    placement = state_sharding(state, parts.mesh, parts.config.sharding)
+    return jax.device_put(state, placement)
