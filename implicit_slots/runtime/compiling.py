@@ -44,10 +44,25 @@ class Bound:
 
     function: Any
     given: PyTree
+    _lock: Any = dataclasses.field(
+        default_factory=threading.Lock, compare=False, repr=False
+    )
 
     def __call__(self, *arguments: Any) -> Any:
-        """Calls the function with `given` and the arguments."""
-        return self.function(self.given, *arguments)
+        """Calls the function with `given` and the arguments.
+
+        What another thread is compiling is waited for, not compiled twice.
+        """
+        if not self._lock.acquire(blocking=False):
+            began = time.perf_counter()
+            self._lock.acquire()
+            # For `told_of_compiling`: this thread waits as if it compiled.
+            waited = time.perf_counter() - began
+            jax.monitoring.record_event_duration_secs(COMPILED, waited)
+        try:
+            return self.function(self.given, *arguments)
+        finally:
+            self._lock.release()
 
     def trace(self, *arguments: Any) -> Any:
         """Traces for arguments, or their shapes; returns a `jax.stages.Traced`."""
@@ -61,7 +76,8 @@ class Bound:
         Returns:
           JAX's account of the program, `jax.stages.Compiled`.
         """
-        return self.trace(*arguments).lower().compile()
+        with self._lock:
+            return self.trace(*arguments).lower().compile()
 
 
 @contextlib.contextmanager

@@ -61,7 +61,6 @@ from implicit_slots.training.checkpoint import (
 )
 from implicit_slots.training.checks import check, check_same_run, crowding
 from implicit_slots.training.codebook import with_codebook
-from implicit_slots.training.evaluate import evaluate
 from implicit_slots.training.frozen import read_frozen, with_frozen, with_standardised
 from implicit_slots.training.parts import Parts, build_parts, placed_first_state
 from implicit_slots.training.precompile import compile_ahead
@@ -123,6 +122,9 @@ def run(
             like = first_state(config, parts.optimizer)
             return replay.run(config, workdir, parts.steps, like)
         if mode == "evaluate":
+            # Not at the top: a run that trains starts without what evaluates and draws.
+            from implicit_slots.training.evaluate import evaluate
+
             return evaluate(parts, workdir, checkpoint, command, shifted)
         return train(parts, workdir, command, began)
 
