@@ -1,4 +1,4 @@
-"""An evaluation of what a run trained, written to its workdir, drawn and reported."""
+"""A trained model on a split: every number, every picture, the report."""
 
 import datetime
 import pathlib
@@ -25,10 +25,10 @@ from implicit_slots.training.checkpoint import (
     open_checkpoints,
     restore,
 )
-from implicit_slots.training.parts import Parts, placed_first_state
+from implicit_slots.training.parts import Parts
 
 
-def evaluate(
+def run(
     parts: Parts,
     workdir: pathlib.Path,
     checkpoint: str,
@@ -50,7 +50,7 @@ def evaluate(
         raise nothing_to_evaluate(workdir)
     name = BEST_FOLDER if checkpoint == "best" else CHECKPOINT_FOLDER
     with open_checkpoints(workdir, name, None) as checkpoints:
-        found = restore(checkpoints, placed_first_state(parts), set_aside=False)
+        found = restore(checkpoints, parts.first_state(), set_aside=False)
     if found is None:
         raise nothing_to_evaluate(workdir)
     state, _ = found

@@ -61,6 +61,12 @@ class Parts(NamedTuple):
             state_sharding(state, self.mesh, config.sharding),
         )
 
+    def first_state(self) -> TrainState:
+        """The state before the first update, as it lies on the devices."""
+        state = first_state(self.config, self.optimizer)
+        placement = state_sharding(state, self.mesh, self.config.sharding)
+        return jax.device_put(state, placement)
+
 
 def build_parts(
     config: Config, mode: str, *, devices: Sequence[Any] | None = None
@@ -104,10 +110,3 @@ def open_data(
     # Large enough?
     TrainBatches(train, config.batch_size, config.seed)
     return train, held_out
-
-
-def placed_first_state(parts: Parts) -> TrainState:
-    """The state before the first update, as it lies on the devices."""
-    state = first_state(parts.config, parts.optimizer)
-    placement = state_sharding(state, parts.mesh, parts.config.sharding)
-    return jax.device_put(state, placement)

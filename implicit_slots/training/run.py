@@ -62,7 +62,7 @@ from implicit_slots.training.checkpoint import (
 from implicit_slots.training.checks import check, check_same_run, crowding
 from implicit_slots.training.codebook import with_codebook
 from implicit_slots.training.frozen import read_frozen, with_frozen, with_standardised
-from implicit_slots.training.parts import Parts, build_parts, placed_first_state
+from implicit_slots.training.parts import Parts, build_parts
 from implicit_slots.training.precompile import compile_ahead
 from implicit_slots.training.state import TrainState, first_state
 
@@ -123,9 +123,9 @@ def run(
             return replay.run(config, workdir, parts.steps, like)
         if mode == "evaluate":
             # Not at the top: a run that trains starts without what evaluates and draws.
-            from implicit_slots.training.evaluate import evaluate
+            from implicit_slots.training import evaluate
 
-            return evaluate(parts, workdir, checkpoint, command, shifted)
+            return evaluate.run(parts, workdir, checkpoint, command, shifted)
         return train(parts, workdir, command, began)
 
 
@@ -268,7 +268,7 @@ def first_or_latest(
       UserError: if the run is past its end, or each of its checkpoints is damaged.
     """
     config = parts.config
-    state = placed_first_state(parts)
+    state = parts.first_state()
     found = restore(checkpoints, state, set_aside=True)
     if found is None:
         assert parts.train is not None
