@@ -15,7 +15,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from implicit_slots.runtime import xla_warnings
+from implicit_slots.runtime import versions, xla_warnings
 from implicit_slots.runtime.allocator import keep_freed_memory
 from implicit_slots.runtime.config import flat
 from implicit_slots.runtime.errors import UserError
@@ -102,6 +102,9 @@ _STARTS = flags.DEFINE_integer(
 _SEEDS = flags.DEFINE_string(
     "seeds", None, "To train several runs, one after the other: their seeds, 0,1,2."
 )
+_JOBS = flags.DEFINE_integer(
+    "jobs", 1, "Of those runs, how many at a time, each on a core or GPU of its own."
+)
 _SWEEP = flags.DEFINE_multi_string(
     "sweep", [], "The same with config.KEY=VALUE,VALUE,…; as often as needed."
 )
@@ -119,6 +122,7 @@ _TOPOLOGY = flags.DEFINE_string(
 _SLICES = flags.DEFINE_integer(
     "slices", 1, "To plan: how many TPU slices, or hosts with GPUs."
 )
+flags.DEFINE_boolean("version", False, "Says the versions, and runs nothing.")
 flags.mark_flag_as_required("config")
 
 
@@ -141,6 +145,8 @@ def main(argv: list[str]) -> None:
     if _SEEDS.value is not None or _SWEEP.value:
         sys.exit(_sweep())
     evaluates = _MODE.value == "evaluate"
+    if _JOBS.value != 1:
+        sys.exit("error: --jobs is for --seeds and --sweep")
     several = workdirs(_WORKDIR.value or "", to_compare=evaluates)
     if len(several) > 1:
         sys.exit(_compare(several))
@@ -266,12 +272,12 @@ def _sweep() -> str | int:
     if _MODE.value != "train":
         return "error: --seeds and --sweep are for --mode=train, which evaluates too"
     config, rest = _CONFIG.value, sys.argv[1:]
-    for name in ("seeds", "sweep", "workdir"):
+    for name in ("seeds", "sweep", "jobs", "workdir"):
         rest = without(name, rest)
     try:
         values = sweep.values_of(_SEEDS.value, _SWEEP.value, config)
         workdir = _WORKDIR.value or os.path.join("runs", f"{config.name}-sweep")
-        return sweep.run(values, expand(workdir), rest)
+        return sweep.run(values, expand(workdir), rest, _JOBS.value)
     except UserError as error:
         return f"error: {error}"
 
@@ -300,6 +306,9 @@ def _compare(several: list[str]) -> str | int:
 
 def _parse(argv: list[str]) -> list[str]:
     """As `parse`; a run that is there brings its configuration."""
+    if "--version" in argv[1:] or "-version" in argv[1:]:
+        print(versions.sentence())
+        sys.exit()
     workdir = flag_value("workdir", argv)
     if flag_value("mode", argv) == "predict":
         argv = [argv[0], *_of_trained(workdir), *argv[1:]]

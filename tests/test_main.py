@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import platform
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -47,6 +49,7 @@ def command(*arguments, **environment):
         (["--data=x.py", "--config=configs/scenes.py"], 1, "--mode=evaluate"),
         (["--config=configs/scenes.py:vanila"], 1, "there are vanilla, vanilla1, "),
         (["--topology=h100", "--config=configs/scenes.py"], 1, "--mode=plan"),
+        ([BOXED, "--jobs=2"], 1, "--jobs is for --seeds and --sweep"),
         ([f"--config={ROOT}/configs/scenes.py:vanila"], 1, "vanila"),
         (["--config=configs/scenes.py", "--config.batch_size=x"], 2, "batch_size=x"),
         (["--config=configs/scenes.py", "--mode=dream"], 2, "mode"),
@@ -62,6 +65,19 @@ def test_bad_flags_are_one_sentence(arguments, code, sentence):
     assert result.returncode == code, result.stderr
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
     assert sentence in result.stderr
+
+
+def test_version_and_help_need_no_configuration_and_import_no_jax():
+    result = command("--version", PYTHONPROFILEIMPORTTIME="1")
+    assert result.returncode == 0, result.stderr
+    name, jax, python = result.stdout.strip().split(", ")
+    assert name == f"implicit_slots {metadata.version('implicit_slots')}"
+    assert jax == f"JAX {metadata.version('jax')}"
+    assert python == f"Python {platform.python_version()}"
+    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
+    assert "implicit_slots.runtime.versions" in imported
+    assert not imported & {"jax", "numpy", "flax", "matplotlib"}
+    assert "--[no]version" in command("--help").stdout
 
 
 def test_bad_data_is_one_sentence_with_exit_code_1(tmp_path):

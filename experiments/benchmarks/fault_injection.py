@@ -43,6 +43,7 @@ STEPS, KEPT = 160, 3
 INTERVALS = {"log": 7, "checkpoint": 15, "validate": 40, "draw": 50}
 # Not compared: how long a run took and where it lay.
 CIRCUMSTANCES = {"steps_per_second", "data_wait", "command", "wall_seconds", "versions"}
+CIRCUMSTANCES |= {"goodput", "wall_time"}
 STARTING, STEPPING, SAVING, ENDING = "start-up", "stepping", "a checkpoint", "the end"
 # What there is no room for, and the kilobytes left when a checkpoint is complete.
 ROOMS = {

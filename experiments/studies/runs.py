@@ -8,26 +8,22 @@ wants one run alone finds its command in the log beside the folder.
 import hashlib
 import importlib
 import json
-import os
 import pathlib
 import queue
 import shlex
-import shutil
-import signal
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from implicit_slots.runtime.children import Children
 from implicit_slots.runtime.config import Config, flat
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import write_atomically
+from implicit_slots.runtime.signals import RESUME_ME
 from implicit_slots.runtime.workdir import (
     ABSENT,
     CONFIG_FILE,
@@ -40,12 +36,11 @@ OUTCOME_FILE = "outcome.json"
 PROBE_FOLDER = "probes"
 # Times the cross-entropy of guessing evenly: above it a run counts as diverged.
 LOST = 1.5
-STOPPED = 75  # what implicit_slots.main ends with when told to stop
 
-# What `launch` has started and not yet seen the end of.
-_children: list[subprocess.Popen] = []
-_starting = threading.RLock()  # Held meanwhile, so that none is missed.
-_told_to_stop = threading.Event()
+# What `launch` has started. A batch system tells only the process that it started
+# itself to stop.
+_children = Children()
+passing_on_signals = _children.told_to_stop
 
 # Starts a command, its output going to a file; returns the exit code.
 Launch = Callable[[Sequence[str], pathlib.Path, int], int]
@@ -143,43 +138,9 @@ def launch(command: Sequence[str], log: pathlib.Path, place: int) -> int:
       log: what its output is added to.
       place: which of the runs at a time this is, from 0; −1: it has all cores.
     """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if place >= 0 and len(cores) > 1 and shutil.which("taskset"):
-        command = ["taskset", "-c", str(cores[place % len(cores)]), *command]
     command = [sys.executable if part == "python" else part for part in command]
-    with log.open("a") as file, _starting:
-        if _told_to_stop.is_set():
-            return STOPPED
-        child = subprocess.Popen(command, stdout=file, stderr=file)
-        _children.append(child)
-    code = child.wait()
-    _children.remove(child)
-    # A run ends with STOPPED by itself, a probe has nothing to save.
-    return STOPPED if code == -signal.SIGTERM else code
-
-
-@contextmanager
-def passing_on_sigterm() -> Iterator[None]:
-    """Stops what `launch` has started when this process is told to stop.
-
-    A batch system tells only the process that it started itself. Where nothing runs,
-    the process ends as one that was interrupted.
-    """
-
-    def stop(*_: object) -> None:
-        _told_to_stop.set()
-        with _starting:
-            for child in tuple(_children):
-                child.terminate()
-        if not _children:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        _told_to_stop.clear()
+    with log.open("a") as file:
+        return _children.run(command, place=place, output=file)
 
 
 def train_all(
@@ -265,7 +226,7 @@ def _finish(
     workdir: pathlib.Path, marker: pathlib.Path, log: pathlib.Path, code: int
 ) -> None:
     """Writes down a divergence; raises `UserError` on what else went wrong."""
-    if code == STOPPED:
+    if code == RESUME_ME:
         raise UserError("told to stop; the same command goes on where it was")
     if code == 0 and marker.exists():
         return

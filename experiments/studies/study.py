@@ -113,7 +113,7 @@ def command(
     if not options.jobs:
         options.jobs = (os.cpu_count() or 1) if backend() == "cpu" else 1
     try:
-        with runs.passing_on_sigterm():
+        with runs.passing_on_signals():
             run(options)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

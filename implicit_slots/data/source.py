@@ -66,6 +66,14 @@ class Source(abc.ABC):
         """
         return self[0]
 
+    def once(self, indices: Int[np.ndarray, " batch"]) -> Batch:
+        """As `batch`, of a few examples from all over that are read this once.
+
+        A source that keeps what was dear to make need not keep these, nor what lies
+        beside them.
+        """
+        return self.batch(indices)
+
     def without(
         self,
         indices: Int[np.ndarray, " batch"],

@@ -18,6 +18,7 @@ from implicit_slots.report.evaluation import evaluations
 from implicit_slots.report.render import duration, number, render, to_number
 from implicit_slots.runtime.config import flat
 from implicit_slots.runtime.files import write_atomically
+from implicit_slots.runtime.goodput import PARTS, read_starts, repeated_steps, totals
 from implicit_slots.runtime.workdir import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
 
 EARLIER_PICTURES = 6
@@ -27,8 +28,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     """Writes `report.html` from what a run's directory holds.
 
     Reads `config.json` and, where they are there, `metrics.jsonl`, `summary.json`,
-    `images/step_*.png` and `evaluation/`. Values that are not finite are marked, not
-    drawn.
+    `goodput.json`, `images/step_*.png` and `evaluation/`. Values that are not finite
+    are marked, not drawn.
 
     Args:
       workdir: The run's directory.
@@ -48,6 +49,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     summary = json.loads(summary_path.read_text()) if finished else {}
     curves, unreadable = read_curves(workdir / METRICS_FILE)
     splits = sorted({split for by_split in curves.values() for split in by_split})
+    summary.pop("wall_time", None)  # The same, of goodput.json, is told in full.
     versions, command = summary.pop("versions", {}), summary.pop("command", None)
     page = render(
         "page.html.j2",
@@ -60,6 +62,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
         legend=[(kind_of(split), (), split) for split in splits],
         plots=plots(curves),
         unreadable=unreadable,
+        time=_time(workdir),
         command=command,
         versions=versions,
         config=json.dumps(config, indent=2),
@@ -96,6 +99,24 @@ def _shown(name: str, value: Any) -> str:
     if name == "wall_seconds" and math.isfinite(found):
         return duration(found)
     return number(found)
+
+
+def _time(workdir: pathlib.Path) -> dict[str, Any]:
+    """Where the time of all starts went: what a sentence and a table say of it."""
+    starts = read_starts(workdir)
+    seconds = totals(starts)
+    whole = sum(seconds.values())
+    rows = [
+        (part.replace("_", " "), taken, taken / whole, PARTS[part])
+        for part, taken in seconds.items()
+        if whole
+    ]
+    return {
+        "whole": whole,
+        "starts": len(starts),
+        "repeated": repeated_steps(starts),
+        "rows": sorted(rows, key=lambda row: -row[1]),
+    }
 
 
 def _pictures(paths: Sequence[pathlib.Path]) -> list[dict[str, Any]]:

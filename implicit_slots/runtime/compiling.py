@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ STANDARD = {
     "jax_numpy_dtype_promotion": "standard",
     "jax_numpy_rank_promotion": "allow",
 }
+# What JAX calls the time that XLA, or reading the cache, took for a program.
+COMPILED = "/jax/core/compile/backend_compile_duration"
 # XLA's older code for fusions is compiled twice as fast. Not every version has it.
 OLDER_FUSIONS = {"xla_cpu_use_fusion_emitters": False}
 
@@ -41,10 +44,25 @@ class Bound:
 
     function: Any
     given: PyTree
+    _lock: Any = dataclasses.field(
+        default_factory=threading.Lock, compare=False, repr=False
+    )
 
     def __call__(self, *arguments: Any) -> Any:
-        """Calls the function with `given` and the arguments."""
-        return self.function(self.given, *arguments)
+        """Calls the function with `given` and the arguments.
+
+        What another thread is compiling is waited for, not compiled twice.
+        """
+        if not self._lock.acquire(blocking=False):
+            began = time.perf_counter()
+            self._lock.acquire()
+            # For `told_of_compiling`: this thread waits as if it compiled.
+            waited = time.perf_counter() - began
+            jax.monitoring.record_event_duration_secs(COMPILED, waited)
+        try:
+            return self.function(self.given, *arguments)
+        finally:
+            self._lock.release()
 
     def trace(self, *arguments: Any) -> Any:
         """Traces for arguments, or their shapes; returns a `jax.stages.Traced`."""
@@ -58,7 +76,8 @@ class Bound:
         Returns:
           JAX's account of the program, `jax.stages.Compiled`.
         """
-        return self.trace(*arguments).lower().compile()
+        with self._lock:
+            return self.trace(*arguments).lower().compile()
 
 
 @contextlib.contextmanager
@@ -163,6 +182,22 @@ def compile_step(train: Bound, state: PyTree, batch: PyTree) -> Program:
             - memory.alias_size_in_bytes
         )
     return Program(seconds, (costs or {}).get("flops"), memory)
+
+
+@contextlib.contextmanager
+def told_of_compiling(tell: Callable[[float], None]) -> Iterator[None]:
+    """Tells the seconds of each compilation that this thread waits for meanwhile."""
+    thread = threading.get_ident()
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == COMPILED and threading.get_ident() == thread:
+            tell(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def enable_cache() -> None:

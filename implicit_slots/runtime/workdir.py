@@ -22,6 +22,7 @@ from implicit_slots.runtime.files import expand, lock_file
 LOCK_FILE = ".lock"
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
+GOODPUT_FILE = "goodput.json"
 EVALUATION_FOLDER = "evaluation"
 EVALUATION_FILE = "metrics.json"  # of one evaluation, below EVALUATION_FOLDER/LABEL
 CONFIG_FILE = "config.json"

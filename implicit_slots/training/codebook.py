@@ -64,7 +64,8 @@ def draw_patches(train: Source, count: int, seed: int) -> np.ndarray:
     num_images = min(len(train), max(count // in_image, 1) * 2)
     chosen = np.sort(generator.choice(len(train), num_images, replace=False))
     parts = np.array_split(chosen, -(-num_images // IMAGES_AT_ONCE))
-    images = (jnp.asarray(train.batch(part)["image"]) for part in parts)
-    found = [np.asarray(patches(as_float(image))) for image in images]
-    points = np.concatenate([part.reshape(-1, PATCH) for part in found])
+    images = np.concatenate([train.once(part)["image"] for part in parts])
+    # One program: each operation by itself would be one.
+    cut = jax.jit(lambda image: patches(as_float(image)))
+    points = np.asarray(cut(images)).reshape(-1, PATCH)
     return points[generator.permutation(len(points))[:count]]

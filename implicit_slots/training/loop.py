@@ -6,7 +6,7 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 
 import jax
@@ -33,6 +33,7 @@ from implicit_slots.runtime import processes
 from implicit_slots.runtime.compiling import Program, compile_step
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.errors import UserError
+from implicit_slots.runtime.goodput import Starts, WallTime
 from implicit_slots.runtime.metric_writers import MetricWriter
 from implicit_slots.runtime.preemption import Notice, Preempted
 from implicit_slots.runtime.progress import Progress
@@ -64,7 +65,8 @@ class Run:
       checkpoints: the latest ones of this workdir.
       best: the one of the lowest validation loss.
       writer: of this workdir.
-      began: when the run began, by `time.perf_counter`.
+      wall: counts where the time goes.
+      starts: keeps that for all starts of the workdir.
       program: of the train step, where it is being compiled already.
     """
 
@@ -78,7 +80,8 @@ class Run:
     checkpoints: Checkpoints
     best: Checkpoints
     writer: MetricWriter
-    began: float
+    wall: WallTime
+    starts: Starts
     program: Future[Program] | None = None
 
 
@@ -151,9 +154,12 @@ class _Loop:
         self._window: list[metrics.Collection] = []
 
     def run(self) -> TrainState:
-        run, end = self._run, self._run.config.num_steps
+        run, end, wall = self._run, self._run.config.num_steps, self._run.wall
         logged = None
         for step in range(self._start + 1, end + 1):
+            repeated = step <= run.starts.furthest
+            wall.turn_to("repeated" if repeated else "steps")
+            waited = self._batches.waited
             if self._notice.reached(step):
                 self._look_for_faults()
                 self._save(step - 1)
@@ -166,13 +172,16 @@ class _Loop:
             except DataError:
                 self._save_alone(step - 1)
                 raise
+            if not repeated:
+                wall.move(self._batches.waited - waited, "data_wait")
             untrained = None
             if step == self._start + 1:
-                program = (
-                    compile_step(run.steps.at(step).train, self._state, batch)
-                    if run.program is None
-                    else run.program.result()
-                )
+                with wall.part("compile"):
+                    program = (
+                        compile_step(run.steps.at(step).train, self._state, batch)
+                        if run.program is None
+                        else run.program.result()
+                    )
                 self._progress.write(str(program))
                 if self._start == 0:
                     # The step gives the old state up, and the picture of what
@@ -186,13 +195,15 @@ class _Loop:
             self._trace.after(step, logged)
             if step == self._start + 1:
                 jax.block_until_ready(self._state)
-                seconds = time.perf_counter() - run.began
+                seconds = time.perf_counter() - wall.began
                 self._progress.write(f"first step done {seconds:.1f} s after the start")
                 if untrained is not None:
-                    draw(run, untrained, 0)
+                    with wall.part("pictures"):
+                        draw(run, untrained, 0)
                 self._progress.restart(step)
             self._due(step)
             self._progress.advance()
+        wall.turn_to("other")
         return self._state
 
     def _due(self, step: int) -> None:
@@ -222,34 +233,42 @@ class _Loop:
             self._window, self._earlier = [], []
             self._log(step, "train", values)
         if validates:
-            with self._progress.paused():
+            with self._aside("validation"):
                 values = validate(
                     run.validation, self._state.evaluated, self._state.step
                 )
                 self._log(step, "validation", values)
                 self._validated(step, values["loss"])
         if due(config.diagnostics.every):
-            with self._progress.paused():
+            with self._aside("validation"):
                 values = diagnose(run.validation, self._state.evaluated)
                 self._write(step, "validation", values)
         for group in groups_of(config.model.name):
             if due(config.evaluation[group].every):
-                with self._progress.paused():
+                with self._aside("validation"):
                     values = measure_group(run, self._state.evaluated, group)
                     self._write(step, "validation", values)
         if due(config.draw_every):
-            with self._progress.paused():
+            with self._aside("pictures"):
                 draw(run, self._state.evaluated, step)
         if saves:
-            with self._progress.paused():
+            with self._aside("checkpoints"):
                 self._save(step)
+        run.starts.note(step)
+
+    @contextlib.contextmanager
+    def _aside(self, part: str) -> Iterator[None]:
+        """Takes what happens meanwhile out of the step rate; counts it as `part`."""
+        with self._progress.paused(), self._run.wall.part(part):
+            yield
 
     def _log(self, step: int, split: str, values: dict[str, float]) -> None:
         self._progress.say(step, split, values)
         self._write(step, split, values)
 
     def _write(self, step: int, split: str, values: dict[str, float]) -> None:
-        self._run.writer.write(step, split, values)
+        with self._run.wall.part("other"):
+            self._run.writer.write(step, split, values)
         for sentence in self._alarms.check(step, split, values):
             self._progress.write(f"alarm: {sentence}")
 
@@ -262,7 +281,8 @@ class _Loop:
         if math.isfinite(loss) and (self._best is None or loss < self._best):
             self._best = loss
             if step not in run.best.steps():
-                run.best.save(self._state, self._record())
+                with run.wall.part("checkpoints"):
+                    run.best.save(self._state, self._record())
 
     def _look_for_faults(self) -> None:
         """Reports skipped steps; stops the run after too many in a row."""
@@ -285,7 +305,8 @@ class _Loop:
     def _save(self, step: int) -> None:
         """Saves the state after `step`, unless that is done."""
         if step != self._saved:
-            self._run.checkpoints.save(self._state, self._record())
+            with self._run.wall.part("checkpoints"):
+                self._run.checkpoints.save(self._state, self._record())
             self._saved = step
 
     def _save_alone(self, step: int) -> None:

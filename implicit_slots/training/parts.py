@@ -19,7 +19,7 @@ from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import build_mesh, state_sharding
 from implicit_slots.training.checks import check_read
 from implicit_slots.training.optimizer import build_optimizer
-from implicit_slots.training.state import TrainState, initial_state
+from implicit_slots.training.state import TrainState, first_state, initial_state
 from implicit_slots.training.step import Steps, build_steps
 
 
@@ -60,6 +60,12 @@ class Parts(NamedTuple):
             state,
             state_sharding(state, self.mesh, config.sharding),
         )
+
+    def first_state(self) -> TrainState:
+        """The state before the first update, as it lies on the devices."""
+        state = first_state(self.config, self.optimizer)
+        placement = state_sharding(state, self.mesh, self.config.sharding)
+        return jax.device_put(state, placement)
 
 
 def build_parts(

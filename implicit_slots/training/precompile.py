@@ -28,7 +28,10 @@ def compile_ahead(
     *,
     batch_size: int,
 ) -> Future[Program]:
-    """Begins to compile the train step, and beside it what draws and validates.
+    """Begins to compile the train step, and after it what draws and validates.
+
+    One after the other, in the order of their first calls: XLA compiles each with all
+    cores, and whatever is compiled beside the train step delays the first step.
 
     Args:
       steps: the compiled functions that train.
@@ -44,22 +47,17 @@ def compile_ahead(
     held_out = batch_shapes(validation.source, at_once(validation.config), mesh)
     held_out = {name: held_out[name] for name in MEASURED if name in held_out}
 
-    def others() -> None:
-        validation.steps.reconstruct.compile(state.evaluated, held_out["image"], 0)
-        validation.steps.validate.compile(state.evaluated, state.step, held_out, 0)
-
-    def step() -> Program:
-        batch = batch_shapes(train, batch_size, mesh)
-        del batch["mask"]
-        program = compile_step(steps.train, state, batch)
-        if steps.frozen is not None:
-            pool.submit(compile_step, steps.frozen.train, state, batch)
-        return program
-
-    # The interpreter waits for these threads when it ends, as XLA wants it to.
-    pool = ThreadPoolExecutor(2, "compile")
-    pool.submit(others)
-    return pool.submit(step)
+    batch = batch_shapes(train, batch_size, mesh)
+    del batch["mask"]
+    # The interpreter waits for this thread when it ends, as XLA wants it to.
+    pool = ThreadPoolExecutor(1, "compile")
+    program = pool.submit(compile_step, steps.train, state, batch)
+    measure = validation.steps
+    pool.submit(measure.reconstruct.compile, state.evaluated, held_out["image"], 0)
+    pool.submit(measure.validate.compile, state.evaluated, state.step, held_out, 0)
+    if steps.frozen is not None:
+        pool.submit(compile_step, steps.frozen.train, state, batch)
+    return program
 
 
 def batch_shapes(source: Source, size: int, mesh: jax.sharding.Mesh) -> PyTree:

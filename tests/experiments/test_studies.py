@@ -34,6 +34,7 @@ from experiments.studies.runs import Arm
 from experiments.studies.statistics import Rule, judge, paired_effect, sentence
 from experiments.studies.table import Measurement, Table, as_csv
 from implicit_slots.runtime.errors import UserError
+from implicit_slots.runtime.signals import RESUME_ME
 from implicit_slots.training import run
 from implicit_slots.training.checks import check
 
@@ -410,19 +411,19 @@ def test_runs_that_fail_are_told_from_runs_that_diverge(tmp_path):
 def test_being_told_to_stop_is_passed_on_to_what_was_started(tmp_path):
     log = tmp_path / "log"
     wait = ["python", "-c", "print('here', flush=True); import time; time.sleep(60)"]
-    with runs.passing_on_sigterm(), ThreadPoolExecutor(1) as pool:
+    with runs.passing_on_signals(), ThreadPoolExecutor(1) as pool:
         code = pool.submit(runs.launch, wait, log, 0)
         for _ in range(600):
             if log.exists() and log.read_text():
                 break
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert code.result(timeout=30) == runs.STOPPED
+        assert code.result(timeout=30) == RESUME_ME
         # And nothing else begins.
-        assert runs.launch(["python", "-c", "print('again')"], log, 0) == runs.STOPPED
+        assert runs.launch(["python", "-c", "print('again')"], log, 0) == RESUME_ME
     assert log.read_text() == "here\n"
     # Where nothing runs, it ends.
-    with pytest.raises(KeyboardInterrupt), runs.passing_on_sigterm():
+    with pytest.raises(KeyboardInterrupt), runs.passing_on_signals():
         os.kill(os.getpid(), signal.SIGTERM)
     assert runs.launch(["python", "-c", "print('again')"], log, -1) == 0
     assert log.read_text() == "here\nagain\n"

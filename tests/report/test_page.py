@@ -51,9 +51,16 @@ def whole_run(workdir):
         "validation/fg_ari": 0.87654,
         "train/loss": 5.0,
         "wall_seconds": 4321.0,
+        "wall_time": {"steps": 90.0, "repeated": 30.0},
         "versions": {"jax": "0.10.2"},
         "command": "python -m implicit_slots.main --config=configs/scenes.py",
     }
+    workdir.mkdir(exist_ok=True)
+    starts = [
+        {"after": 0, "step": 150, "seconds": {"steps": 60.0}},
+        {"after": 100, "step": 2000, "seconds": {"repeated": 30.0, "steps": 30.0}},
+    ]
+    (workdir / "goodput.json").write_text(json.dumps(starts))
     return write_run(workdir, records, summary, pictures=range(0, 1000, 100))
 
 
@@ -65,11 +72,16 @@ def test_says_what_was_run_and_how_it_ended(tmp_path):
     assert "Loss train 5 what is minimised" in page.text
     assert "Time 1 h 12 min" in page.text
     assert "jax 0.10.2" in page.text
+    assert "2 min 0 s in 2 starts; 50 steps were made again." in page.text
+    assert "steps 1 min 30 s 75.0 % training steps, each counted once" in page.text
+    assert "repeated 0 min 30 s 25.0 % steps that an earlier start had" in page.text
+    assert "wall_time" not in page.text
     assert "python -m implicit_slots.main --config=configs/scenes.py" in page.text
     assert page.headings == [
         "Final numbers",
         "Pictures",
         "Curves",
+        "Where the time went",
         "Run it again",
         "Versions",
     ]

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -54,6 +55,25 @@ def test_a_runs_arithmetic_is_jaxs_usual_one_in_every_thread():
     finally:
         for name, value in before.items():
             jax.config.update(name, getattr(value, "value", value))
+
+
+def test_a_call_waits_for_the_thread_that_compiles_and_counts_as_compiling():
+    traced, told = [], []
+
+    def slowly(given, x):
+        traced.append(x)
+        time.sleep(0.1)
+        return given * x
+
+    function, x = compiling.bind(slowly, np.float32(3)), np.float32(2)
+    with ThreadPoolExecutor(1) as thread, compiling.told_of_compiling(told.append):
+        compiled = thread.submit(function.compile, x)
+        while not traced:
+            time.sleep(0.001)
+        assert function(x) == 6
+        compiled.result()
+    assert len(traced) == 1
+    assert told[0] > 0.05
 
 
 @pytest.mark.parametrize("environment", ["", "/dev/null/cache"])

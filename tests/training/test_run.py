@@ -17,6 +17,7 @@ from implicit_slots.data.batches import TrainBatches
 from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import write_json
+from implicit_slots.runtime.goodput import read_starts
 from implicit_slots.runtime.metric_writers import MetricWriter, read_metrics
 from implicit_slots.runtime.prng import Purpose, purpose_key
 from implicit_slots.runtime.workdir import LOCK_FILE
@@ -69,6 +70,21 @@ def test_a_run_leaves_what_the_contract_says(finished):
         "step_00000000.png",
         "step_00000020.png",
     ]
+
+
+def test_the_time_of_a_run_is_accounted_for(finished):
+    workdir, summary = finished
+    ((one),) = read_starts(workdir)
+    assert (one["after"], one["step"]) == (0, 20)
+    assert one["seconds"] == summary["wall_time"]
+    whole = sum(summary["wall_time"].values())
+    assert whole == pytest.approx(summary["wall_seconds"], abs=0.1)
+    assert summary["goodput"] == pytest.approx(
+        one["seconds"]["steps"] / whole, abs=1e-4
+    )
+    spent = {part for part, seconds in one["seconds"].items() if seconds > 0}
+    expected = {"start", "compile", "steps", "validation", "pictures", "checkpoints"}
+    assert expected <= spent and "repeated" not in spent
 
 
 def test_metrics_say_what_happened(finished):
@@ -156,6 +172,10 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(finished, tmp_path):
         assert picture.read_bytes() == (stopped / "images" / picture.name).read_bytes()
     for key in ("validation/loss", "validation/fg_ari", "validation/slot_mse"):
         assert resumed[key] == finished[1][key]
+    # Steps 11 to 20 were made before: none of this start's counts as one.
+    starts = read_starts(stopped)
+    assert [(start["after"], start["step"]) for start in starts] == [(0, 20), (10, 20)]
+    assert starts[1]["seconds"]["repeated"] > 0 == starts[1]["seconds"]["steps"]
 
 
 @pytest.mark.slow

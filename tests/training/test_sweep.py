@@ -2,13 +2,17 @@
 
 import csv
 import json
+import os
 import signal
+import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from ml_collections import ConfigDict
 
+from implicit_slots.runtime import children
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.signals import RESUME_ME
 from implicit_slots.training import sweep
@@ -48,7 +52,7 @@ def test_runs_that_are_done_are_not_done_again(tmp_path, monkeypatch, capsys):
     calls = []
     codes = {}
 
-    def launch(arguments):
+    def launch(_, arguments, *__):
         name = next(a for a in arguments if "workdir" in a).rpartition("/")[2]
         mode = "evaluate" if "--mode=evaluate" in arguments else "train"
         calls.append((mode, name))
@@ -94,30 +98,92 @@ def test_runs_that_are_done_are_not_done_again(tmp_path, monkeypatch, capsys):
         sweep.run(values, tmp_path / "seed=1", [])
 
 
-def test_a_run_is_told_to_stop_once_and_waited_for(tmp_path, monkeypatch):
+def test_runs_at_a_time_have_places_and_logs_of_their_own(
+    tmp_path, monkeypatch, capsys
+):
+    """Two at a time: as long as both are on, a third waits for either's place."""
+    both, seen = threading.Barrier(2, timeout=20), []
+
+    def launch(children, arguments, workdir, place):
+        if "--mode=evaluate" in arguments:
+            return 0
+        seen.append((workdir.name, place))
+        both.wait()
+        return 3 if workdir.name == "seed=2" else 0
+
+    monkeypatch.setattr(sweep, "launch", launch)
+    for name in ("write_table", "write_comparison"):
+        monkeypatch.setattr(sweep, name, lambda *_: None)
+    values = {"seed": ["0", "1", "2", "3"]}
+    assert sweep.run(values, tmp_path, [], jobs=2) == 1
+    assert sorted(place for _, place in seen) == [0, 0, 1, 1]
+    assert {name for name, _ in seen} == {f"seed={seed}" for seed in range(4)}
+    said = capsys.readouterr()
+    assert "run 2 of 4: seed=1 done after 0 s" in said.out
+    assert "run 3 of 4: seed=2 failed after 0 s" in said.out
+    log = tmp_path / "seed=2.log"
+    assert f"error: seed=2 failed; what it said is in {log}" in said.err
+
+
+def test_a_run_among_others_writes_to_its_log_on_one_core(tmp_path, monkeypatch):
+    code = "import os; print(sorted(os.sched_getaffinity(0)))"
+    (tmp_path / "say.py").write_text(f"import time; time.sleep(0.2); {code}")
+    monkeypatch.setattr(sweep, "MODULE", [str(tmp_path / "say.py")])
+    for place in (0, 1):
+        assert sweep.launch(children.Children(), [], tmp_path / "out" / "a", place) == 0
+    cores = sorted(os.sched_getaffinity(0))
+    first, second = cores[0], cores[1 % len(cores)]
+    log = (tmp_path / "out" / "a.log").read_text()
+    assert log == f"[{first}]\n[{second}]\n"
+
+
+def test_gpus_are_given_one_to_each(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-ab")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert children.visible_gpus() == []
+    children.check_jobs(3)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    assert children.visible_gpus() == ["2", "GPU-ab"]
+    (tmp_path / "say.py").write_text(
+        "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    )
+    monkeypatch.setattr(sweep, "MODULE", [str(tmp_path / "say.py")])
+    assert sweep.launch(children.Children(), [], tmp_path / "a", 1) == 0
+    assert (tmp_path / "a.log").read_text() == "GPU-ab\n"
+    for jobs in (0, 3):
+        with pytest.raises(UserError, match="must be 1 to 2, one on each GPU, got"):
+            sweep.run({"seed": ["0"]}, tmp_path / "b", [], jobs)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_is_told_to_stop_once_and_waited_for(jobs, tmp_path, monkeypatch):
     code = (
-        "import signal, sys, time\n"
+        "import os, signal, sys, time\n"
+        f"told = open({str(tmp_path)!r} + f'/told-{{os.getpid()}}', 'w')\n"
         "def stop(*_):\n"
-        f"    open({str(tmp_path / 'told')!r}, 'a').write('told,')\n"
+        "    told.write('told,')\n"
         "    time.sleep(0.2)\n"
-        f"    open({str(tmp_path / 'told')!r}, 'a').write('saved')\n"
+        "    told.write('saved')\n"
         "    sys.exit(0)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
-        f"open({str(tmp_path / 'ready')!r}, 'w')\n"
+        f"open({str(tmp_path)!r} + f'/ready-{{os.getpid()}}', 'w')\n"
         "time.sleep(20)\n"
     )
     (tmp_path / "stopping.py").write_text(code)
     monkeypatch.setattr(sweep, "MODULE", [str(tmp_path / "stopping.py")])
     # The test's own process is told, as a batch system does.
     teller = (
-        f"import os, time; ready = {str(tmp_path / 'ready')!r}\n"
-        "while not os.path.exists(ready): time.sleep(0.01)\n"
+        "import glob, os, time\n"
+        f"while len(glob.glob({str(tmp_path)!r} + '/ready-*')) < {jobs}:\n"
+        "    time.sleep(0.01)\n"
         "os.kill(os.getppid(), 15)\n"
     )
     before = signal.getsignal(signal.SIGTERM)
     began = time.monotonic()
-    with sweep.subprocess.Popen([sys.executable, "-c", teller]):
-        assert sweep.launch([]) == RESUME_ME
+    with subprocess.Popen([sys.executable, "-c", teller]):
+        values = {"seed": ["0", "1", "2"]}
+        assert sweep.run(values, tmp_path / "runs", [], jobs) == RESUME_ME
     assert time.monotonic() - began < 10
-    assert (tmp_path / "told").read_text() == "told,saved"
+    told = [file.read_text() for file in tmp_path.glob("told-*")]
+    assert told == ["told,saved"] * jobs
     assert signal.getsignal(signal.SIGTERM) == before

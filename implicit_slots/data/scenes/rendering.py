@@ -384,7 +384,7 @@ def render_batch(
     code = split_code(split)
     size = len(indices)
     if keep is None:
-        keep = jnp.ones((size, max_objects), bool)
+        keep = np.ones((size, max_objects), bool)
     if size == 1:
         # XLA inlines a loop of one turn, fuses it differently and so rounds some
         # pixels differently.

@@ -15,6 +15,10 @@ from implicit_slots.data.source import Batch, DataError, Example, Source
 # Scenes rendered at once. No more than a usual batch, so that neighbouring batches,
 # which different threads read, are different blocks and are rendered side by side.
 SCENES_BLOCK = 32
+# Renderers that are compiled, by what they are compiled for; the first call of each is
+# alone, so that no second thread compiles it, too.
+_COMPILED: set[tuple[Any, ...]] = set()
+_COMPILING = threading.Lock()
 # Ids fit into a byte; `batch` hands them out as the contract's int32.
 IDS = ("segmentation", "shadow")
 
@@ -135,6 +139,12 @@ class Scenes(Source):
         batch = jax.tree.map(lambda leaf: leaf[indices], self._kept)
         return batch | {k: batch[k].astype(np.int32) for k in IDS if k in batch}
 
+    def once(self, indices: Int[np.ndarray, " batch"]) -> Batch:
+        """As `Source.once`: renders these scenes, not the blocks that they lie in."""
+        if self._is_kept[indices // SCENES_BLOCK].all():
+            return self.batch(indices)
+        return self._rendered(indices, self._kept)
+
     def without(
         self,
         indices: Int[np.ndarray, " batch"],
@@ -146,17 +156,41 @@ class Scenes(Source):
           indices: of the scenes.
           removed: which of each one's `max_objects` objects to leave out.
         """
+        return self._rendered(indices, ("image",), keep=~removed)["image"]
+
+    def _rendered(
+        self,
+        indices: Int[np.ndarray, " batch"],
+        names: Collection[str],
+        keep: Bool[np.ndarray, "batch objects"] | None = None,
+    ) -> Batch:
+        """Renders scenes from anywhere; `keep` as in `rendering.render`."""
         # By whole blocks, as `batch` renders: the same program gives the same bytes.
         blocks = []
         for start in range(0, len(indices), SCENES_BLOCK):
             chunk = slice(start, start + SCENES_BLOCK)
             pad = SCENES_BLOCK - len(indices[chunk])
-            batch = self._render(
-                np.pad(indices[chunk], (0, pad), "edge"),
-                keep=~np.pad(removed[chunk], ((0, pad), (0, 0)), "edge"),
+            kept = {}
+            if keep is not None:
+                kept["keep"] = np.pad(keep[chunk], ((0, pad), (0, 0)), "edge")
+            batch = self._draw(np.pad(indices[chunk], (0, pad), "edge"), **kept)
+            whole = {name: batch[name] for name in names}
+            size = SCENES_BLOCK - pad
+            blocks.append(
+                jax.tree.map(lambda leaf, size=size: np.asarray(leaf)[:size], whole)
             )
-            blocks.append(np.asarray(batch["image"])[: SCENES_BLOCK - pad])
-        return np.concatenate(blocks)
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *blocks)
+
+    def _draw(self, indices: Int[np.ndarray, " batch"], **keep: Any) -> Batch:
+        """Renders a block; waits where another thread compiles what renders."""
+        split = {"split": ""}  # The splits share a program.
+        program = tuple((self._arguments | split).values())
+        if program in _COMPILED:
+            return self._render(indices, **keep)
+        with _COMPILING:
+            batch = self._render(indices, **keep)
+            _COMPILED.add(program)
+            return batch
 
     def _render(self, indices: Int[np.ndarray, " batch"], **keep: Any) -> Batch:
         # Whatever a program of the user's has set: the same bytes.
@@ -171,7 +205,7 @@ class Scenes(Source):
 
     def _fill(self, block: int) -> None:
         first = block * SCENES_BLOCK
-        rendered = self._render(np.arange(first, first + SCENES_BLOCK))
+        rendered = self._draw(np.arange(first, first + SCENES_BLOCK))
         rendered = {name: rendered[name] for name in self._kept}
         for room, leaf in zip(
             jax.tree.leaves(self._kept), jax.tree.leaves(rendered), strict=True

@@ -7,9 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from scipy.optimize import linear_sum_assignment
-from scipy.sparse import csgraph
-from scipy.spatial.distance import cdist
 
 from implicit_slots.evaluation.metrics.rand_index import adjusted_rand_index
 from implicit_slots.models.slot_attention import Problem
@@ -133,6 +130,8 @@ def find_basins(
       slots: of one image, from each start, after many iterations.
       residual: of the last iteration; above `CONVERGED` a start has not arrived.
     """
+    from scipy.sparse import csgraph  # A run that trains starts without SciPy.
+
     arrived = np.asarray(residual) <= CONVERGED
     labels = np.full(len(slots), -1)
     if not arrived.any():
@@ -153,6 +152,9 @@ def _distances(
     sets: Float[np.ndarray, "n slots dim"],
 ) -> Float[np.ndarray, "n n"]:
     """Relative distance of each pair of sets, in the best order of slots."""
+    from scipy.optimize import linear_sum_assignment
+    from scipy.spatial.distance import cdist
+
     size = np.sqrt(np.mean(np.sum(sets**2, axis=(1, 2))))
     distances = np.zeros((len(sets), len(sets)))
     for i in range(len(sets)):

@@ -1,10 +1,14 @@
 """Scenes without some of their objects, against the scenes with them."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import numpy as np
 import pytest
 
 from implicit_slots.data.scenes import rendering
+from implicit_slots.data.scenes import source as source_module
 from implicit_slots.data.scenes.source import Scenes
 from implicit_slots.data.source import Batch, Source
 
@@ -45,6 +49,66 @@ def test_removing_nothing_gives_the_images_own_bytes(source, batch):
     np.testing.assert_array_equal(
         source.without(indices[:1], removed[:1]), batch["image"][indices[:1]]
     )
+
+
+def test_scenes_read_once_are_rendered_without_their_neighbours(batch, monkeypatch):
+    scenes = Scenes(
+        split="test",
+        resolution=RESOLUTION,
+        train_size=1,
+        validation_size=1,
+        test_size=64 * 32,
+        min_objects=2,
+        max_objects=OBJECTS,
+    )
+    calls, render = [], scenes._render
+
+    def counted(indices, **keep):
+        calls.append(indices)
+        return render(indices, **keep)
+
+    monkeypatch.setattr(scenes, "_render", counted)
+    indices = np.array([3, *range(100, 2000, 50)])  # Of as many blocks.
+    found = scenes.once(indices)
+    assert len(calls) == 2 and not scenes._is_kept.any()
+    of_one = jax.tree.map(lambda leaf: leaf[0], found)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        of_one,
+        jax.tree.map(lambda leaf: leaf[3], batch),
+    )
+    kept = scenes.batch(indices[:3])
+    assert found["segmentation"].dtype == kept["segmentation"].dtype
+    assert np.array_equal(scenes.once(indices[:3])["image"], kept["image"])
+    assert len(calls) == 2 + 3  # Those that are kept are not rendered again.
+
+
+def test_one_thread_compiles_what_renders_and_others_wait(monkeypatch):
+    scenes = Scenes(
+        split="test",
+        resolution=RESOLUTION,
+        train_size=1,
+        validation_size=1,
+        test_size=COUNT,
+        min_objects=2,
+        max_objects=OBJECTS,
+    )
+    active, most = [], []
+
+    def render(indices, **keep):
+        active.append(indices)
+        most.append(len(active))
+        time.sleep(0.05)
+        active.pop()
+        return {"image": np.zeros((32, 16, 16, 3), np.uint8)}
+
+    monkeypatch.setattr(scenes, "_render", render)
+    monkeypatch.setattr(source_module, "_COMPILED", set())
+    with ThreadPoolExecutor(2) as pool:
+        [*pool.map(scenes._draw, [np.arange(32)] * 2)]
+        assert most == [1, 1]
+        [*pool.map(scenes._draw, [np.arange(32)] * 2)]
+    assert most == [1, 1, 1, 2]
 
 
 def test_removing_what_is_not_there_changes_nothing(source, batch):
