@@ -309,7 +309,7 @@ def test_some_arms_alone_and_a_search_with_seeds_of_its_own(tmp_path):
         del place
         commands.append(command)
         log.write_text("stopped\n")
-        return runs.STOPPED
+        return RESUME_ME
 
     with pytest.raises(SystemExit, match="goes on where it was"):
         study.main(fig3_solvers.STUDY, [*flags, "--arms=B?"], start=stopped)
