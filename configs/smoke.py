@@ -28,6 +28,7 @@ def set_smoke(config: Config) -> None:
     elif config.model.name == "feature_slots":
         config.features.weights = ""
         config.model.update(vit="random", decoder_features=16, num_slots=3)
+        config.model.update(decoder_blocks=1, decoder_heads=2)
     else:
         config.model.update(features=8, head_size=16)
     config.data.resolution = 16

@@ -328,12 +328,12 @@ def check_files(asked: Request, source: Prepared) -> None:
         if not _are_there(asked):
             return
         raise DataError(
-            f"the cache {asked.folder} was made from {source.manifest.get('path')} and "
-            f"cannot be compared with {asked.path}: {error}"
+            f"the cache {source.folder} was made from {source.manifest.get('path')} "
+            f"and cannot be compared with {asked.path}: {error}"
         ) from error
     if now != source.manifest.get("files"):
         raise DataError(
-            f"the cache {asked.folder} was made from other files than are in "
+            f"the cache {source.folder} was made from other files than are in "
             f"{asked.path or 'the default folder'} now; remove that "
             "cache and prepare it again, or name another with "
             "--config.data.cache=FOLDER"

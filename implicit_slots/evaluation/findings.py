@@ -21,7 +21,7 @@ from implicit_slots.runtime import processes
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import shard_batch
 
-READ = ("image", "segmentation", "shadow", "objects", "mask")
+READ = ("image", "features", "segmentation", "shadow", "objects", "mask")
 
 
 @dataclasses.dataclass(frozen=True)

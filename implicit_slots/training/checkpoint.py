@@ -274,3 +274,11 @@ def _reason(error: Exception) -> str:
         if os.strerror(known) in text:
             return os.strerror(known)
     return text.strip(": \n").split(":")[0].split("\n")[0][:80] or type(error).__name__
+
+
+def open_checkpoints(
+    workdir: pathlib.Path, name: str, keep: int | None
+) -> contextlib.closing[Checkpoints]:
+    """Opens a folder of checkpoints of a workdir; `keep` as `Checkpoints` has it."""
+    with writing(workdir):
+        return contextlib.closing(Checkpoints(workdir / name, keep=keep))

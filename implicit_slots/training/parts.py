@@ -18,8 +18,9 @@ from implicit_slots.models.build import (
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import build_mesh, state_sharding
 from implicit_slots.training.checks import check_read
+from implicit_slots.training.frozen import check_alike, is_cached, open_cached
 from implicit_slots.training.optimizer import build_optimizer
-from implicit_slots.training.state import TrainState, initial_state
+from implicit_slots.training.state import TrainState, first_state, initial_state
 from implicit_slots.training.step import Steps, build_steps
 
 
@@ -61,6 +62,12 @@ class Parts(NamedTuple):
             state_sharding(state, self.mesh, config.sharding),
         )
 
+    def first_state(self) -> TrainState:
+        """The state before the first update, as it lies on the devices."""
+        state = first_state(self.config, self.optimizer)
+        placement = state_sharding(state, self.mesh, self.config.sharding)
+        return jax.device_put(state, placement)
+
 
 def build_parts(
     config: Config, mode: str, *, devices: Sequence[Any] | None = None
@@ -95,7 +102,14 @@ def open_data(
         return None, {}
     if mode == "evaluate":
         split = config.evaluation.split
+        if is_cached(config):
+            return None, {split: open_cached(config, split)}
         return None, {split: registry.build(config.data, split)}
+    if is_cached(config):
+        features = open_cached(config, "train"), open_cached(config, "validation")
+        check_alike(*features)
+        TrainBatches(features[0], config.batch_size, config.seed)
+        return features[0], {"validation": features[1]}
     reads = model_class(config.model.name).reads
     held_out = {"validation": registry.build(config.data, "validation")}
     train = registry.build(config.data, "train", reads)

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from implicit_slots.data.source import Source
 from implicit_slots.evaluation.validation import MEASURED, HeldOut, at_once
+from implicit_slots.models.images import seen
 from implicit_slots.runtime.compiling import Program, compile_step
 from implicit_slots.runtime.devices import DATA_AXIS
 from implicit_slots.training.state import TrainState
@@ -45,7 +46,7 @@ def compile_ahead(
     held_out = {name: held_out[name] for name in MEASURED if name in held_out}
 
     def others() -> None:
-        validation.steps.reconstruct.compile(state.evaluated, held_out["image"], 0)
+        validation.steps.reconstruct.compile(state.evaluated, seen(held_out), 0)
         validation.steps.validate.compile(state.evaluated, state.step, held_out, 0)
 
     def step() -> Program:

@@ -1,11 +1,9 @@
 """One run, top to bottom: config, data, model, state, loop, report."""
 
 import contextlib
-import datetime
 import json
 import pathlib
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -13,14 +11,12 @@ import jax
 import numpy as np
 
 from implicit_slots.data import registry
+from implicit_slots.data.prepared.features import Features
 from implicit_slots.data.readers.frame_source import FrameSource
-from implicit_slots.evaluation import pictures, shifts
-from implicit_slots.evaluation import run as evaluation
-from implicit_slots.evaluation.findings import Subject
+from implicit_slots.evaluation import shifts
 from implicit_slots.evaluation.steps import build_evaluation_steps
 from implicit_slots.evaluation.validation import (
     HeldOut,
-    at_once,
     build_validation_steps,
     score,
     validate,
@@ -34,7 +30,7 @@ from implicit_slots.report.page import write_report
 from implicit_slots.runtime import compiling, preemption, processes
 from implicit_slots.runtime.compiling import Program
 from implicit_slots.runtime.config import Config
-from implicit_slots.runtime.devices import find_devices, replicated, state_sharding
+from implicit_slots.runtime.devices import find_devices
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import expand, write_atomically, write_json
 from implicit_slots.runtime.metric_writers import MetricWriter
@@ -42,24 +38,29 @@ from implicit_slots.runtime.versions import versions
 from implicit_slots.runtime.workdir import (
     ABSENT,
     CONFIG_FILE,
-    EVALUATION_FOLDER,
     SUMMARY_FILE,
     absolute,
     locked,
     read_summary,
     writing,
 )
-from implicit_slots.training import loop, replay
+from implicit_slots.training import evaluate, loop, replay
 from implicit_slots.training.checkpoint import (
     BEST_FOLDER,
     CHECKPOINT_FOLDER,
     Checkpoints,
     SavedLoop,
+    open_checkpoints,
     restore,
 )
 from implicit_slots.training.checks import check, check_same_run, crowding
 from implicit_slots.training.codebook import with_codebook
-from implicit_slots.training.frozen import read_frozen, with_frozen, with_standardised
+from implicit_slots.training.frozen import (
+    keep_transformer,
+    read_frozen,
+    with_frozen,
+    with_standardised,
+)
 from implicit_slots.training.parts import Parts, build_parts
 from implicit_slots.training.precompile import compile_ahead
 from implicit_slots.training.state import TrainState, first_state
@@ -120,7 +121,7 @@ def run(
             like = first_state(config, parts.optimizer)
             return replay.run(config, workdir, parts.steps, like)
         if mode == "evaluate":
-            return evaluate(parts, workdir, checkpoint, command, shifted)
+            return evaluate.run(parts, workdir, checkpoint, command, shifted)
         return train(parts, workdir, command, began)
 
 
@@ -144,6 +145,9 @@ def train(
     with contextlib.ExitStack() as stack:
         with processes.together():
             open_workdir(config, workdir, stack)
+            if isinstance(parts.train, Features) and processes.is_main():
+                with writing(workdir):
+                    keep_transformer(parts.train, workdir)
         last, best = (
             stack.enter_context(open_checkpoints(workdir, name, keep))
             for name, keep in (
@@ -217,14 +221,6 @@ def open_workdir(
             write_json(workdir / CONFIG_FILE, json.loads(config.to_json()))
 
 
-def open_checkpoints(
-    workdir: pathlib.Path, name: str, keep: int | None
-) -> contextlib.closing[Checkpoints]:
-    """Opens a folder of checkpoints; `keep` as `Checkpoints` has it."""
-    with writing(workdir):
-        return contextlib.closing(Checkpoints(workdir / name, keep=keep))
-
-
 def begin_to_compile(
     parts: Parts, validation: HeldOut, checkpoints: Checkpoints
 ) -> Future[Program] | None:
@@ -248,13 +244,6 @@ def begin_to_compile(
     )
 
 
-def placed_first_state(parts: Parts) -> TrainState:
-    """The state before the first update, as it lies on the devices."""
-    state = first_state(parts.config, parts.optimizer)
-    placement = state_sharding(state, parts.mesh, parts.config.sharding)
-    return jax.device_put(state, placement)
-
-
 def first_or_latest(
     parts: Parts,
     workdir: pathlib.Path,
@@ -269,7 +258,7 @@ def first_or_latest(
       UserError: if the run is past its end, or each of its checkpoints is damaged.
     """
     config = parts.config
-    state = placed_first_state(parts)
+    state = parts.first_state()
     found = restore(checkpoints, state, set_aside=True)
     if found is None:
         assert parts.train is not None
@@ -322,77 +311,3 @@ def summarise(parts: Parts, validation: HeldOut, state: TrainState) -> dict[str,
         values |= score(held_out, state.evaluated)
         summary |= {f"{split}/{name}": value for name, value in values.items()}
     return summary
-
-
-def evaluate(
-    parts: Parts,
-    workdir: pathlib.Path,
-    checkpoint: str,
-    command: str,
-    shifted: Sequence[str],
-) -> dict[str, Any]:
-    """Evaluates a trained model on a split, writes all of it down, and draws.
-
-    Where shifts are named, on those.
-
-    Returns:
-      What metrics.json holds.
-
-    Raises:
-      UserError: if the workdir has nothing to evaluate, or cannot be written.
-    """
-    config, mesh = parts.config, parts.mesh
-    if not (workdir / CHECKPOINT_FOLDER).is_dir():
-        raise nothing_to_evaluate(workdir)
-    name = BEST_FOLDER if checkpoint == "best" else CHECKPOINT_FOLDER
-    with open_checkpoints(workdir, name, None) as checkpoints:
-        found = restore(checkpoints, placed_first_state(parts), set_aside=False)
-    if found is None:
-        raise nothing_to_evaluate(workdir)
-    state, _ = found
-    processes.say(f"resumed {workdir} at step {int(state.step)}")
-    ((split, source),) = parts.held_out.items()
-    label = evaluation.label(config, workdir, checkpoint)
-    began = time.perf_counter()
-    subject = Subject(
-        config=config,
-        steps=build_evaluation_steps(parts.graphdef, config, mesh),
-        params=jax.device_put(state.evaluated, replicated(mesh)),
-        mesh=mesh,
-        source=source,
-        batch_size=at_once(config),
-    )
-    processes.say(f"evaluating {workdir} at step {int(state.step)} on {label}")
-    if shifted:
-        label = f"{label}-shifts"
-        findings = shifts.evaluate_shifts(subject, [*shifted], parts.graphdef)
-    else:
-        findings = evaluation.evaluate(subject)
-    folder = workdir / EVALUATION_FOLDER / label
-    drawn = [] if shifted else pictures.draw(subject, findings, folder)
-    about = {
-        "label": label,
-        "title": f"{split.capitalize()} split of {config.data.name}",
-        "step": int(state.step),
-        "checkpoint": checkpoint,
-        "split": split,
-        "images": len(source),
-        "seconds": round(time.perf_counter() - began, 1),
-        "date": datetime.date.today().isoformat(),
-        "command": command,
-        "versions": versions(),
-        "data": config.data.to_dict(),
-        "settings": config.evaluation.to_dict(),
-    }
-    record = evaluation.record(findings, about | {"pictures": drawn})
-    with writing(workdir):
-        evaluation.write(folder, findings, record)
-        report = write_report(workdir)
-    print(evaluation.table(record))
-    print(f"report: {report}")
-    return record
-
-
-def nothing_to_evaluate(workdir: pathlib.Path) -> UserError:
-    """What is said of a workdir without a checkpoint."""
-    return UserError(f"{workdir} has no checkpoint to evaluate; train there first")
