@@ -41,5 +41,6 @@ def set_smoke(config: Config) -> None:
         checkpoint_every=10,
         num_pictures=4,
     )
+    config.evaluation.masks.resolution = 0
     config.evaluation.deletion.update(num_images=4, orders=1)
     config.evaluation.fixed_points.update(num_images=2, initialisations=4)

@@ -58,7 +58,9 @@ ABSENT: Mapping[str, object] = {
     "evaluation.masks.starts": 1,
     "evaluation.probes.every": 0,
     "evaluation.probes.num_images": 1_000,
+    "evaluation.masks.resolution": 0,
     "data.ignore_id": 255,
+    "data.overlaps": "smaller",
 }
 # Of them those that some models alone have: their absence elsewhere means nothing.
 OF_SLATE = (
@@ -87,6 +89,8 @@ OF_CONVOLUTIONS = (
 )
 # The same of folders of images alone.
 OF_FOLDERS = ("data.ignore_id",)
+# Of COCO alone.
+OF_COCO = ("data.overlaps",)
 # Keys of older versions that nothing needs any more.
 GONE = ("model.attention",)
 # Keys that name a file or folder; empty: none, or a default of the data set's.
@@ -269,6 +273,8 @@ def read_config(path: pathlib.Path) -> Config:
         ):
             continue
         if key in OF_CONVOLUTIONS and config.model.get("name") == "feature_slots":
+            continue
+        if key in OF_COCO and config.data.get("name") != "coco":
             continue
         if key in OF_FOLDERS and config.data.get("name") != "folder":
             continue

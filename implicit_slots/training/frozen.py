@@ -245,14 +245,9 @@ def _standardised(
 
 def _replaced(state: TrainState, weights: dict[str, Any]) -> TrainState:
     """The state with other weights of the transformer, placed as its own are."""
-
-    def replaced(params):
-        placed = jax.tree.map(
-            lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding),
-            weights,
-            params[PART],
-        )
-        return params | {PART: placed}
-
-    ema = replaced(state.ema) if state.ema else state.ema
-    return state._replace(params=replaced(state.params), ema=ema)
+    placed = jax.tree.map(
+        lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding),
+        weights,
+        state.params[PART],
+    )
+    return state._replace(params=state.params | {PART: placed})

@@ -27,7 +27,7 @@ from implicit_slots.training.optimizer import (
     l2_norm,
     max_norm,
 )
-from implicit_slots.training.state import TrainState
+from implicit_slots.training.state import TrainState, averaged
 
 
 class Steps(NamedTuple):
@@ -147,7 +147,7 @@ def train(
         step=state.step + 1,
         params=params,
         opt_state=opt_state,
-        ema=optax.incremental_update(params, state.ema, 1 - decay)
+        ema=optax.incremental_update(averaged(params), state.ema, 1 - decay)
         if decay
         else state.ema,
     )

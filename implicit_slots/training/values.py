@@ -174,6 +174,7 @@ KINDS: Mapping[str, Kind] = {
     "evaluation.masks.every": ANY,
     "evaluation.masks.num_images": ANY,
     "evaluation.masks.starts": COUNT,
+    "evaluation.masks.resolution": Whole(0, 2**14),
     "evaluation.rendering.every": ANY,
     "evaluation.rendering.num_images": ANY,
     "evaluation.properties.every": ANY,
