@@ -51,7 +51,7 @@ def write(
         batches = TrainBatches(
             source, config.batch_size, config.seed, flip=usage_of(config.data)["flip"]
         )
-        named = {
+        named: dict[str, Any] = {
             jax.tree_util.keystr(path, simple=True, separator="/"): as_float(leaf)
             if leaf.dtype == jnp.bfloat16  # NumPy's files know none.
             else leaf

@@ -132,6 +132,7 @@ def test_the_decoder_is_that_of_a_loop_in_numpy(parts, decode, given, order):
         before = params["begin"][order]
         for place in places:
             x = norm(dense(before, params["enter"]), params["norm_enter"])
+            weights = np.empty(0)
             for number in range(2):
                 of = params["transformer"]["blocks"][number]
                 normed = norm(x, of["norm_self"])
