@@ -10,16 +10,18 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from configs import base
+from configs import base, dinosaur_scenes, scenes
 from configs.smoke import set_smoke
 from implicit_slots import load
 from implicit_slots.data import registry
 from implicit_slots.data.batches import TrainBatches
 from implicit_slots.data.source import DataError
+from implicit_slots.evaluation import shifts
 from implicit_slots.models.build import build, split_model
 from implicit_slots.models.images import as_float, seen
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.training import evaluate, frozen, prepare, run
+from implicit_slots.training.checks import check_same_run
 from implicit_slots.training.parts import build_parts, open_data
 from implicit_slots.training.plan import train_batch
 
@@ -217,6 +219,27 @@ def test_the_model_has_no_transformer(config):
         model.features(jnp.zeros((1, 16, 16, 3)))
     shapes = train_batch(config, jax.make_mesh((1,), ("data",)))
     assert shapes["features"].shape == (8, 16, 64) and "image" not in shapes
+
+
+def test_what_has_no_features_or_needs_images_is_a_sentence(config, tmp_path):
+    with pytest.raises(UserError, match=r"slate reads images and no features; .*data"):
+        prepare.run(scenes.get_config("smoke"), say=len)
+    with pytest.raises(UserError, match="--splits must be some of train, validation"):
+        prepare.run(config, ["trian"], say=len)
+    rendered = dinosaur_scenes.get_config("smoke")
+    assert shifts.chosen("noise", rendered, "evaluate")[1:] == ["noise"]
+    rendered.model.cached_features = True
+    with pytest.raises(UserError, match=r"add --config\.model\.cached_features=False"):
+        shifts.chosen("noise", rendered, "evaluate")
+    # An evaluation may put the transformer back, and nothing else changes it.
+    plain = frozen.uncached(config)
+    (tmp_path / "config.json").write_text(config.to_json())
+    check_same_run(plain, tmp_path, training=False)
+    with pytest.raises(UserError, match=r"another run: its model\.cached_features"):
+        check_same_run(plain, tmp_path)
+    (tmp_path / "config.json").write_text(plain.to_json())
+    with pytest.raises(UserError, match=r"another run: its model\.cached_features"):
+        check_same_run(config, tmp_path, training=False)
 
 
 @pytest.mark.slow
