@@ -90,6 +90,8 @@ def get_config(name: str, data: Config) -> Config:
     config.evaluation.masks = ConfigDict({"every": 0, "num_images": 1_000})
     # Initial slots tried for each image; those that reconstruct it best are scored.
     config.evaluation.masks.starts = 1
+    # Side at which they are scored, in pixels; 0: the images'.
+    config.evaluation.masks.resolution = 0
     config.evaluation.rendering = ConfigDict({"every": 0, "num_images": 1_000})
     config.evaluation.properties = ConfigDict({"every": 0, "num_images": 0})
     config.evaluation.probes = ConfigDict({"every": 0, "num_images": 1_000})

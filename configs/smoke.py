@@ -28,6 +28,7 @@ def set_smoke(config: Config) -> None:
     elif config.model.name == "feature_slots":
         config.features.weights = ""
         config.model.update(vit="random", decoder_features=16, num_slots=3)
+        config.model.update(decoder_blocks=1, decoder_heads=2)
     else:
         config.model.update(features=8, head_size=16)
     config.data.resolution = 16
@@ -40,5 +41,6 @@ def set_smoke(config: Config) -> None:
         checkpoint_every=10,
         num_pictures=4,
     )
+    config.evaluation.masks.resolution = 0
     config.evaluation.deletion.update(num_images=4, orders=1)
     config.evaluation.fixed_points.update(num_images=2, initialisations=4)

@@ -53,10 +53,10 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "predict", "replay", "plan"],
+    ["train", "evaluate", "predict", "prepare", "replay", "plan"],
     "Train, evaluate a trained model, predict: write masks of --images of your own, "
-    "replay the step at which a run stopped, or plan: say what the train step needs of "
-    "--topology, and run nothing.",
+    "prepare: write the cache of frozen features, replay the step at which a run "
+    "stopped, or plan: say what the train step needs of --topology, and run nothing.",
 )
 _CHECKPOINT = flags.DEFINE_enum(
     "checkpoint",
@@ -123,6 +123,9 @@ _SLICES = flags.DEFINE_integer(
     "slices", 1, "To plan: how many TPU slices, or hosts with GPUs."
 )
 flags.DEFINE_boolean("version", False, "Says the versions, and runs nothing.")
+_SPLITS = flags.DEFINE_list(
+    "splits", ["train", "validation", "test"], "To prepare: which splits, with commas."
+)
 flags.mark_flag_as_required("config")
 
 
@@ -165,6 +168,8 @@ def main(argv: list[str]) -> None:
     xla_warnings.leave_out()
     if _MODE.value == "plan":
         sys.exit(_plan())
+    if _MODE.value == "prepare":
+        sys.exit(_prepare())
     # After the flags are looked at, and --help: they need no JAX.
     from implicit_slots.runtime import devices, processes
     from implicit_slots.runtime.preemption import Preempted
@@ -233,6 +238,20 @@ def _plan() -> str | int:
         plan.run(_CONFIG.value, topology)
     except UserError as error:
         return f"error: {error}"
+    return 0
+
+
+def _prepare() -> str | int:
+    """Writes the cache of features."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    from implicit_slots.training import prepare
+
+    try:
+        prepare.run(_CONFIG.value, _SPLITS.value)
+    except UserError as error:
+        return f"error: {error}"
+    except KeyboardInterrupt:
+        return "stopped; the same command goes on where it was"
     return 0
 
 

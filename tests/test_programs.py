@@ -25,7 +25,13 @@ from flax import nnx
 from reference import FLOAT32
 from sklearn.metrics import adjusted_rand_score
 
-from configs import autoencoder_scenes, base, scenes, set_prediction_scenes
+from configs import (
+    autoencoder_scenes,
+    base,
+    dinosaur_scenes,
+    scenes,
+    set_prediction_scenes,
+)
 from implicit_slots.data.scenes import rendering
 from implicit_slots.evaluation.metrics.segmentation import score_masks
 from implicit_slots.models import noise
@@ -42,6 +48,8 @@ MODELS = {
     "slate": scenes,
     "autoencoder": autoencoder_scenes,
     "set_prediction": set_prediction_scenes,
+    "feature_slots": dinosaur_scenes,
+    "autoregressive": dinosaur_scenes,
 }
 GRADIENTS = ("one_term", "gmres", "unrolled")
 # Relative, of float32 against float64 through a whole step, there and back.
@@ -133,6 +141,8 @@ class Case(NamedTuple):
         config.model.solver.max_steps = 2
         if self.model == "autoencoder":
             config.model.decoder_features = 32
+        if self.model == "autoregressive":
+            config.model.update(decoder=self.model, decoder_order="permuted")
         if self.gradient in ("gmres", "dense"):
             config.model.adjoint.name = "implicit"
             config.model.adjoint.solver = base.solver(self.gradient, max_steps=3)
@@ -347,15 +357,11 @@ def check(got, want):
 
 
 def cases():
-    """Three quick ones, with each model and each gradient once."""
-    for model, quick in zip(MODELS, GRADIENTS, strict=True):
+    """Each model with each gradient, and what jaxlib 0.10.2 computes wrongly."""
+    for model in MODELS:
         for gradient in GRADIENTS:
-            marks = () if gradient == quick else pytest.mark.slow
-            case = Case(model, gradient)
-            yield pytest.param(case, id=f"{model}-{gradient}", marks=marks)
-    # What jaxlib 0.10.2 computes wrongly.
-    case = Case("set_prediction", "dense")
-    yield pytest.param(case, id="set_prediction-dense", marks=pytest.mark.slow)
+            yield pytest.param(Case(model, gradient), id=f"{model}-{gradient}")
+    yield pytest.param(Case("set_prediction", "dense"), id="set_prediction-dense")
 
 
 @pytest.mark.slow

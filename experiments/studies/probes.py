@@ -87,6 +87,7 @@ def subject(config: Config, model: Any) -> Subject:
         source=registry.build(config.data, "validation"),
         batch_size=config.batch_size,
         quiet=True,
+        split="validation",
     )
 
 

@@ -98,8 +98,15 @@ class TrainBatches:
         return odd[start : start + share]
 
     def __getitem__(self, index: int) -> Batch:
-        batch = self.source.batch(self.indices(index))
-        return mirror(batch, self.flips(index), np.where) if self.flip else batch
+        indices = self.indices(index)
+        batch = self.source.batch(indices)
+        if not self.flip:
+            return batch
+        flips = self.flips(index)
+        if self.source.twin is None:
+            return mirror(batch, flips, np.where)
+        twin = self.source.twin.batch(indices)
+        return {name: _chosen(flips, twin[name], batch[name]) for name in batch}
 
 
 def mirror(
@@ -117,8 +124,7 @@ def mirror(
     mirrored = dict(batch)
     for name in batch.keys() & {"image", "segmentation", "shadow"}:
         values = batch[name]
-        chosen = flips.reshape(-1, *[1] * (values.ndim - 1))
-        mirrored[name] = where(chosen, values[:, :, ::-1], values)
+        mirrored[name] = _chosen(flips, values[:, :, ::-1], values, where)
     if "pixel_position" in batch.get("objects", {}):
         position = batch["objects"]["pixel_position"]
         moved = position * np.array([-1, 1], np.float32)
@@ -129,6 +135,13 @@ def mirror(
             "pixel_position": where(there[..., None], moved, position),
         }
     return mirrored
+
+
+def _chosen(
+    flips: Any, mirrored: Any, values: Any, where: Callable[..., Any] = np.where
+) -> Any:
+    """Of some examples these values, of the others those."""
+    return where(flips.reshape(-1, *[1] * (values.ndim - 1)), mirrored, values)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,8 @@ from implicit_slots.runtime.values import (
 )
 
 PLACEMENTS = ("host", "device")
+# Of COCO's instances: who is seen where several are.
+OVERLAPS = ("smaller", "ignored")
 # Ids of objects fit into a byte, and its last value is for what is ignored.
 MOST_OBJECTS = 254
 SIZE = Whole(1)
@@ -37,6 +39,7 @@ KINDS: Mapping[str, Kind] = {
     "data.splits.test": Text(),
     "data.frame_step": Whole(1),
     "data.masks": Text(),
+    "data.overlaps": OneOf(OVERLAPS),
     "data.split_set": Text(),
     "data.variant": Text(),
     "data.test_set": Text(),

@@ -46,6 +46,8 @@ USAGE = MappingProxyType(
 CHECKED = 20_000
 # Arguments that the test split alone depends on.
 OF_TEST = ("test_set",)
+# Arguments that are younger than caches: their defaults are no part of what a cache is.
+YOUNGER = MappingProxyType({"overlaps": "smaller"})
 # What the readers make of files, of all others 1: raised when a change of the code
 # changes examples, so that caches of before are not taken for theirs.
 READERS_VERSIONS = MappingProxyType({"folder": 2, "coco": 2, "coco_tfds": 2, "tfds": 2})
@@ -259,7 +261,11 @@ def request(
     leave = {"path", *(OF_TEST if split != "test" else ())}
     identity = {
         "name": name,
-        **{key: value for key, value in arguments.items() if key not in leave},
+        **{
+            key: value
+            for key, value in arguments.items()
+            if key not in leave and YOUNGER.get(key) != value
+        },
         "keep_objects": usage["keep_objects"],
         "readers": READERS_VERSIONS.get(name, 1),
     }
@@ -328,12 +334,12 @@ def check_files(asked: Request, source: Prepared) -> None:
         if not _are_there(asked):
             return
         raise DataError(
-            f"the cache {asked.folder} was made from {source.manifest.get('path')} and "
-            f"cannot be compared with {asked.path}: {error}"
+            f"the cache {source.folder} was made from {source.manifest.get('path')} "
+            f"and cannot be compared with {asked.path}: {error}"
         ) from error
     if now != source.manifest.get("files"):
         raise DataError(
-            f"the cache {asked.folder} was made from other files than are in "
+            f"the cache {source.folder} was made from other files than are in "
             f"{asked.path or 'the default folder'} now; remove that "
             "cache and prepare it again, or name another with "
             "--config.data.cache=FOLDER"

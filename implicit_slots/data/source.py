@@ -36,10 +36,12 @@ class Source(abc.ABC):
       shuffle_first_epoch: False where the examples' own order is already random and
         reading them in that order is cheaper.
       notes: sentences on what of the files is left out, which a user wants to know.
+      twin: the same examples mirrored, where that is not done by mirroring pixels.
     """
 
     shuffle_first_epoch: bool = True
     notes: Sequence[str] = ()
+    twin: "Source | None" = None
 
     @abc.abstractmethod
     def __len__(self) -> int:

@@ -21,7 +21,7 @@ from implicit_slots.runtime import processes
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import shard_batch
 
-READ = ("image", "segmentation", "shadow", "objects", "mask")
+READ = ("image", "features", "segmentation", "shadow", "objects", "mask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Subject:
       source: the images.
       batch_size: how many at a time, over all devices.
       quiet: no progress.
+      split: of the source; that of an evaluation unless given.
     """
 
     config: Config
@@ -45,6 +46,7 @@ class Subject:
     source: Source
     batch_size: int
     quiet: bool = False
+    split: str = ""
 
     def progress(self, steps: Iterable[Any], desc: str) -> Iterable[Any]:
         """A bar on a terminal, on process 0."""
@@ -55,13 +57,20 @@ class Subject:
         """How many images: all for 0, no more than there are."""
         return min(wanted or len(self.source), len(self.source))
 
-    def batches(self, count: int, desc: str) -> Iterator[tuple[int, PyTree, Batch]]:
+    def batches(
+        self, count: int, desc: str, source: Source | None = None
+    ) -> Iterator[tuple[int, PyTree, Batch]]:
         """The first images in batches: their number, on the devices, on this host.
 
         What is on the host is this process's share.
+
+        Args:
+          count: how many images, 0 for all.
+          desc: what is said of the progress.
+          source: to be read in the place of the subject's.
         """
         batches = evaluation_batches(
-            self.source,
+            source or self.source,
             self.batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),

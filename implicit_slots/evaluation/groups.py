@@ -36,7 +36,7 @@ from implicit_slots.evaluation.metrics.segmentation import matched_slots
 from implicit_slots.evaluation.probing import probes
 from implicit_slots.evaluation.renders import rendering
 from implicit_slots.models.build import model_class
-from implicit_slots.models.images import as_float
+from implicit_slots.models.images import as_float, seen
 from implicit_slots.models.slot_attention import LEARNED
 from implicit_slots.runtime.prng import Purpose, purpose_key
 
@@ -59,7 +59,7 @@ def deletions(subject: Subject, findings: Findings) -> tuple[np.ndarray, Batch] 
     count = subject.count(settings.num_images)
     indices = np.arange(count)
     batch = subject.source.batch(indices)
-    encoded = subject.steps.encode(subject.params, batch["image"], 0)
+    encoded = subject.steps.encode(subject.params, seen(batch), 0)
     slots = encoded.slots
     num_slots = slots.shape[1]
     if num_slots < 2:
@@ -110,7 +110,7 @@ def _predict(subject: Subject, findings: Findings) -> None:
     """Predictability, of as many images as masks are scored on: it takes many."""
     wanted = subject.config.evaluation.masks.num_images
     rows = [
-        np.asarray(subject.steps.encode(subject.params, batch["image"], number).slots)[
+        np.asarray(subject.steps.encode(subject.params, seen(batch), number).slots)[
             kept_rows(host)
         ]
         for number, batch, host in subject.batches(wanted, "slots")
@@ -137,7 +137,7 @@ def behaviour(subject: Subject, findings: Findings) -> fixed_points.Trajectory:
     """
     settings = subject.config.evaluation.fixed_points
     count = subject.count(settings.num_images)
-    image = subject.source.batch(np.arange(count))["image"]
+    image = seen(subject.source.batch(np.arange(count)))
     values, trajectory, coupled = jax.device_get(
         subject.steps.iterate(subject.params, image, 0)
     )

@@ -1,12 +1,19 @@
 """The group of numbers about masks: segmentation, locality, cross-entropy."""
 
-import numpy as np
+import functools
+import json
 
-from implicit_slots.data.source import IGNORED, Batch
+import numpy as np
+from jaxtyping import Int
+from ml_collections import ConfigDict
+
+from implicit_slots.data import registry
+from implicit_slots.data.source import IGNORED, Batch, Source
 from implicit_slots.evaluation.findings import Findings, Subject, joined, kept_values
 from implicit_slots.evaluation.metrics import detection
 from implicit_slots.evaluation.steps import classes_of, starts_of
 
+OF_MASKS = ("segmentation", "shadow")
 # Means over an image's objects that are also taken over all objects together.
 OVER_OBJECTS = ("miou", "mbo")
 
@@ -20,7 +27,7 @@ def masks(subject: Subject, findings: Findings) -> None:
     count = subject.config.evaluation.masks.num_images
     rows, found, more, seen, ignored, absent, true = [], {}, 0, 0, [], {}, None
     slots = subject.config.model.num_slots
-    for number, batch, host in subject.batches(count, "masks"):
+    for number, batch, host in subject.batches(count, "masks", scored(subject)):
         values, detected = subject.steps.masks(subject.params, batch, number)
         rows.append(kept_values(values, host))
         for kind, fields in detected.items():
@@ -39,6 +46,9 @@ def masks(subject: Subject, findings: Findings) -> None:
     if true is not None:
         height, width = true.shape[1:]
         findings.notes.append(f"masks are scored at {height}×{width} pixels")
+        side = subject.config.data.resolution
+        if side != height:
+            findings.notes[-1] += f", the model sees images of {side}×{side}"
     if (starts := starts_of(subject.config)) > 1:
         findings.notes.append(
             f"masks are those of the best of {starts} initial slots for each image, by "
@@ -54,6 +64,50 @@ def masks(subject: Subject, findings: Findings) -> None:
             f"{more:,} of {seen:,} images have more masks (objects and ground) than "
             f"the model has slots ({slots}): an object that gets none counts 0 in mIoU"
         )
+
+
+class Scored(Source):
+    """Images with true masks of another resolution.
+
+    Args:
+      images: of which everything else is read.
+      masks: the same examples, of that resolution.
+    """
+
+    def __init__(self, images: Source, masks: Source):
+        self._images = images
+        self._masks = masks
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def batch(self, indices: Int[np.ndarray, " batch"]) -> Batch:
+        """Those of these indices."""
+        masks = self._masks.batch(indices)
+        true = {name: masks[name] for name in OF_MASKS if name in masks}
+        return self._images.batch(indices) | true
+
+
+def scored(subject: Subject) -> Source:
+    """The subject's images, with true masks of the resolution that they are scored at.
+
+    Raises:
+      DataError: there are none.
+    """
+    config = subject.config
+    side = config.evaluation.masks.get("resolution", 0)
+    if side in (0, config.data.resolution):
+        return subject.source
+    data = config.data.copy_and_resolve_references()
+    with data.unlocked():
+        data.resolution = side
+    masks = _open_masks(data.to_json(), subject.split or config.evaluation.split)
+    return Scored(subject.source, masks)
+
+
+@functools.lru_cache(maxsize=1)  # An evaluation in training comes again and again.
+def _open_masks(data: str, split: str) -> Source:
+    return registry.build(ConfigDict(json.loads(data)), split, OF_MASKS)
 
 
 def _tell_objects(

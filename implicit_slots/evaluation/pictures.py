@@ -20,7 +20,7 @@ from implicit_slots.evaluation.metrics.average_precision import (
 )
 from implicit_slots.evaluation.metrics.segmentation import upsample
 from implicit_slots.models.build import model_class
-from implicit_slots.models.images import as_float
+from implicit_slots.models.images import as_float, seen
 from implicit_slots.runtime.workdir import writing
 
 # Iterations that a traversal shows, where they were made.
@@ -86,7 +86,7 @@ def draw_reconstructions(
 def draw_attention(subject: Subject, folder: pathlib.Path) -> Pictures:
     """Heat maps of slot attention, and laid over the image; for papers too."""
     batch = subject.source.batch(np.arange(min(2, len(subject.source))))
-    encoded = subject.steps.encode(subject.params, batch["image"], 0)
+    encoded = subject.steps.encode(subject.params, seen(batch), 0)
     image = np.asarray(as_float(jnp.asarray(batch["image"])))
     maps = np.asarray(upsample(encoded.attention, *image.shape[1:3]))
     figure = figures.attention_figure(image, maps)
@@ -187,7 +187,7 @@ def draw_compositions(subject: Subject, folder: pathlib.Path) -> Pictures:
     if count < 2:
         return []
     batch = subject.source.batch(np.arange(count))
-    encoded = subject.steps.encode(subject.params, batch["image"], 0)
+    encoded = subject.steps.encode(subject.params, seen(batch), 0)
     present = jnp.ones(encoded.slots.shape[:2], bool)
     forced = subject.steps.read(subject.params, encoded.tokens, encoded.slots, present)
     weights = upsample(forced.attention, *batch["image"].shape[1:3])
@@ -195,8 +195,8 @@ def draw_compositions(subject: Subject, folder: pathlib.Path) -> Pictures:
     if "segmentation" in batch:
         true = jnp.asarray(batch["segmentation"])
         objects = iou.one_hot_objects(true, subject.config.data.max_objects)
-        seen = iou.drop_ignored(weights, true)
-        best = iou.intersection_over_union(objects, seen).max(axis=1)
+        counted = iou.drop_ignored(weights, true)
+        best = iou.intersection_over_union(objects, counted).max(axis=1)
         taken = best.argmax(axis=1)
     else:
         # The largest is likely the ground.
@@ -243,7 +243,7 @@ def _told(findings: Findings, metric: str, index: int) -> str:
 
 def _grid(subject: Subject, rows: np.ndarray, masks: str) -> grids.Picture:
     batch = subject.source.batch(rows)
-    encoded = subject.steps.encode(subject.params, batch["image"], 0)
+    encoded = subject.steps.encode(subject.params, seen(batch), 0)
     present = jnp.ones(encoded.slots.shape[:2], bool)
     attention = encoded.attention
     if masks == "decoder":

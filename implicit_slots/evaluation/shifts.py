@@ -33,6 +33,11 @@ def chosen(asked: str, config: Config, mode: str) -> list[str]:
         raise UserError(
             f"--shift renders the embedded scenes anew; {config.data.name!r} cannot be"
         )
+    if config.model.get("cached_features", False):
+        raise UserError(
+            "--shift renders other images, whose features are not prepared; add "
+            "--config.model.cached_features=False"
+        )
     names = list(SHIFTS) if asked == "all" else asked.split(",")
     for name in names:
         if name not in SHIFTS:

@@ -25,7 +25,7 @@ from implicit_slots.evaluation.metrics.segmentation import (
 )
 from implicit_slots.evaluation.setup import Setup
 from implicit_slots.fixed_point import Unrolled, diagnostics, fixed_point
-from implicit_slots.models.images import as_float
+from implicit_slots.models.images import as_float, seen
 from implicit_slots.models.outputs import Encoded, Reading
 from implicit_slots.models.set_prediction import (
     CLASSES,
@@ -106,7 +106,7 @@ def masks(
 ) -> tuple[dict[str, jax.Array], dict[str, Detected]]:
     """Scores both kinds of masks, and the cross-entropy."""
     model = setup.model(params)
-    image, key = as_float(batch["image"]), _key(given, number)
+    image, key = as_float(seen(batch)), _key(given, number)
 
     def find(key):
         return judge(model, image, model.encode(image, key=key))
@@ -193,7 +193,7 @@ def properties(
 ) -> tuple[dict[str, jax.Array], Detections]:
     """Compares predicted objects with the true ones."""
     model = setup.model(params)
-    encoded = model.encode(as_float(batch["image"]), key=_key(given, number))
+    encoded = model.encode(as_float(seen(batch)), key=_key(given, number))
     predicted = model.predict(encoded.slots)
     target = encode_objects(batch["objects"], predicted.shape[1])
     matched = match_sets(pairwise_distance(predicted, target))
@@ -205,7 +205,7 @@ def assign(
     setup: Setup, given: Given, params: PyTree, batch: Batch, number: jax.Array
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Gives each object to be seen its slot, by attention's masks."""
-    image, most = as_float(batch["image"]), setup.config.data.max_objects
+    image, most = as_float(seen(batch)), setup.config.data.max_objects
     encoded = setup.model(params).encode(image, key=_key(given, number))
     matched = matched_slots(encoded.attention, batch["segmentation"], max_true=most)
     places = jnp.maximum(matched, 0)[..., None]

@@ -37,7 +37,7 @@ from implicit_slots.evaluation.setup import Setup
 from implicit_slots.fixed_point import diagnostics, fixed_point
 from implicit_slots.models.annealing import annealed
 from implicit_slots.models.build import model_class
-from implicit_slots.models.images import as_float, squared_error
+from implicit_slots.models.images import as_float, seen, squared_error
 from implicit_slots.models.outputs import Output, Reconstruction, attention_entropy
 from implicit_slots.models.set_prediction import CLASSES, REACH, encode_objects
 from implicit_slots.runtime.compiling import Bound
@@ -46,7 +46,7 @@ from implicit_slots.runtime.devices import replicated, shard_batch
 from implicit_slots.runtime.prng import Given, Purpose, purpose_key
 
 # Fields of a held-out batch that are measured.
-MEASURED = ("image", "segmentation", "objects", "mask")
+MEASURED = ("image", "features", "segmentation", "objects", "mask")
 # Of `score_masks`, what a run logs.
 LOGGED = ("ari", "fg_ari", "miou")
 
@@ -105,7 +105,7 @@ def validate_batch(
     the images come with true ones.
     """
     output: Output = setup.model(params)(
-        batch | {"image": as_float(batch["image"])},
+        batch | {"image": as_float(seen(batch))},
         key=purpose_key(given.seed, Purpose.VALIDATE, number),
         deterministic=True,
         **annealed(setup.config, step),
@@ -233,8 +233,8 @@ def score(held_out: HeldOut, params: PyTree) -> dict[str, float]:
 def diagnose(held_out: HeldOut, params: PyTree) -> dict[str, float]:
     """Returns what the slots' fixed points of the first images are like."""
     wanted = held_out.config.diagnostics.num_examples
-    image = held_out.source.batch(np.arange(min(wanted, len(held_out.source))))["image"]
-    values = jax.device_get(held_out.steps.diagnose(params, image))
+    batch = held_out.source.batch(np.arange(min(wanted, len(held_out.source))))
+    values = jax.device_get(held_out.steps.diagnose(params, seen(batch)))
     return {name: float(value) for name, value in values.items()}
 
 
@@ -247,7 +247,7 @@ def rendered(
     """
     batches = math.ceil(count / at_once(held_out.config))
     for number, batch in enumerate(islice(_batches(held_out), batches)):
-        yield batch, held_out.steps.reconstruct(params, batch["image"], number)
+        yield batch, held_out.steps.reconstruct(params, seen(batch), number)
 
 
 def at_once(config: Config) -> int:

@@ -1,12 +1,12 @@
 """Slot attention over frozen features: DINOSAUR (Seitzer et al. 2023).
 
-arXiv 2209.14860, with the MLP decoder. A vision transformer that no gradient changes
-turns an image into features, slot attention takes them apart, and an MLP makes them
-again: each slot alone becomes features and a mask on the grid of patches, and the
-masks' softmax over the slots mixes the features.
+arXiv 2209.14860. A vision transformer that no gradient changes turns an image into
+features, slot attention takes them apart, and a decoder makes them again. With an MLP
+each slot alone becomes features and a mask on the grid of patches, and the masks'
+softmax over the slots mixes the features. Or a transformer predicts patch after patch
+from the slots and the patches before, and what it reads of the slots are the masks.
 """
 
-import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -14,14 +14,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from implicit_slots.fixed_point import BackwardStats
 from implicit_slots.models import layers
+from implicit_slots.models.feature_decoders import (
+    AutoregressiveDecoder,
+    FeatureDecoder,
+    patch_orders,
+)
 from implicit_slots.models.image_encoder import ImageSlots, on_grid
-from implicit_slots.models.outputs import Output, Reading, Reconstruction
+from implicit_slots.models.outputs import Encoded, Output, Reading, Reconstruction
 from implicit_slots.models.slot_attention import SlotAttention
-from implicit_slots.models.vit import VisionTransformer, layout_of
+from implicit_slots.models.vit import VisionTransformer, grid_side, layout_of
+from implicit_slots.runtime.errors import InvalidValue
+
+DECODERS = ("mlp", "autoregressive")
+ORDERS = ("raster", "permuted")
 
 
 class FeatureEncoder(nnx.Module):
@@ -59,59 +68,6 @@ class FeatureEncoder(nnx.Module):
         return slots(self.size, rngs=rngs)
 
 
-class FeatureDecoder(nnx.Module):
-    """Slots to features and masks of every patch, each slot on its own.
-
-    Args:
-      patches: how many.
-      slot_size: width of a slot, and of the learned position of a patch.
-      features: of a patch.
-      hidden: width of the MLP's hidden layers.
-      num_layers: how many of those.
-      rngs: source of the initial parameters.
-    """
-
-    def __init__(
-        self,
-        patches: int,
-        slot_size: int,
-        features: int,
-        *,
-        hidden: int,
-        num_layers: int,
-        rngs: nnx.Rngs,
-    ):
-        positions = jax.random.normal(rngs.params(), (patches, slot_size))
-        self.positions = nnx.Param(positions * slot_size**-0.5)
-        widths = [slot_size, *[hidden] * num_layers]
-        self.hidden = nnx.List(
-            [
-                layers.Linear(one, other, kernel_init=layers.kaiming_uniform, rngs=rngs)
-                for one, other in itertools.pairwise(widths)
-            ]
-        )
-        self.out = layers.Linear(
-            widths[-1],
-            features + 1,
-            kernel_init=layers.kaiming_uniform,
-            full_output=True,
-            rngs=rngs,
-        )
-
-    def __call__(
-        self, slots: Float[Array, "batch slots dim"]
-    ) -> tuple[
-        Float[Array, "batch slots patches features"],
-        Float[Array, "batch slots patches"],
-    ]:
-        """Returns each slot's features, and its mask's logits."""
-        x = slots[:, :, None] + self.positions[...][None, None]
-        for layer in self.hidden:
-            x = nnx.relu(layer(x))
-        x = self.out(x)
-        return x[..., :-1], x[..., -1]
-
-
 class FeatureSlots(ImageSlots):
     """The whole model, for square images of one resolution.
 
@@ -125,8 +81,15 @@ class FeatureSlots(ImageSlots):
       vit: which transformer, a name of `vit.LAYOUTS`.
       vit_norm: whether features go through the transformer's last LayerNorm; those of
         DINOSAUR do not.
-      decoder_features: width of the decoder's hidden layers.
+      decoder: "mlp", or "autoregressive": a transformer.
+      decoder_features: width of the MLP's hidden layers.
       decoder_layers: how many of those.
+      decoder_blocks: of the autoregressive decoder.
+      decoder_heads: of its attention.
+      decoder_order: in which that one goes through the patches: "raster", row by row,
+        or "permuted": in training a step draws one of nine orders, as in SPOT.
+      cached_features: whether the model is given features that were made before, in
+        the place of images; it then has no vision transformer.
       slots: makes slot attention from (slot_size, rngs=…).
       rngs: source of the initial parameters.
     """
@@ -142,40 +105,97 @@ class FeatureSlots(ImageSlots):
         *,
         vit: str = "dino_vitb16",
         vit_norm: bool = False,
+        decoder: str = "mlp",
         decoder_features: int = 2048,
         decoder_layers: int = 3,
+        decoder_blocks: int = 4,
+        decoder_heads: int = 8,
+        decoder_order: str = "raster",
+        cached_features: bool = False,
         slots: Callable[..., SlotAttention] = partial(
             SlotAttention, num_slots=7, slot_size=256, mlp_size=1024
         ),
         rngs: nnx.Rngs,
     ):
+        for name, value, known in (
+            ("decoder", decoder, DECODERS),
+            ("decoder_order", decoder_order, ORDERS),
+        ):
+            if value not in known:
+                raise InvalidValue(f"{name} must be one of {known}, got {value!r}")
+        permuted = decoder_order == "permuted"
+        if permuted and decoder != "autoregressive":
+            raise InvalidValue(
+                'decoder_order="permuted" is for decoder="autoregressive"; the MLP '
+                "makes all patches at once"
+            )
         layout = layout_of(vit)
-        self.vit = VisionTransformer(layout, resolution, rngs=rngs)
+        side = grid_side(layout, resolution)
+        # Drawn in any case, so that all others are drawn alike.
+        transformer = VisionTransformer(layout, resolution, rngs=rngs)
+        self.vit = None if cached_features else transformer
         self.vit_norm = vit_norm
         # As published, slots read vectors of their own width.
         size = getattr(slots, "keywords", {}).get("slot_size", 64)
-        encoder = FeatureEncoder(self.vit.side, layout.width, size, rngs=rngs)
+        encoder = FeatureEncoder(side, layout.width, size, rngs=rngs)
         super().__init__(encoder, slots, rngs)
-        self.decoder = FeatureDecoder(
-            self.vit.side**2,
-            self.slot_attention.slot_size,
-            layout.width,
-            hidden=decoder_features,
-            num_layers=decoder_layers,
-            rngs=rngs,
+        slot_size = self.slot_attention.slot_size
+        self.orders = len(patch_orders(1)) if permuted else 1
+        self.decoder = (
+            AutoregressiveDecoder(
+                side,
+                slot_size,
+                layout.width,
+                num_blocks=decoder_blocks,
+                num_heads=decoder_heads,
+                orders=self.orders,
+                rngs=rngs,
+            )
+            if decoder == "autoregressive"
+            else FeatureDecoder(
+                side**2,
+                slot_size,
+                layout.width,
+                hidden=decoder_features,
+                num_layers=decoder_layers,
+                rngs=rngs,
+            )
         )
 
     def features(
-        self, image: Float[Array, "batch height width 3"]
+        self, image: Float[Array, "batch *seen"]
     ) -> Float[Array, "batch patches features"]:
-        """Returns the frozen features of images in [0, 1], row by row."""
-        return jax.lax.stop_gradient(self.vit(image, final_norm=self.vit_norm))
+        """Returns the frozen features of images in [0, 1], row by row.
+
+        Raises:
+          ValueError: images, for a model that was built with `cached_features`.
+        """
+        if self.vit is not None:
+            return jax.lax.stop_gradient(self.vit(image, final_norm=self.vit_norm))
+        if image.ndim != 3:
+            raise InvalidValue(
+                "this model has no vision transformer and reads cached features, got "
+                f"an array of shape {image.shape}; `load` gives it one"
+            )
+        return image
 
     def inputs(
-        self, image: Float[Array, "batch height width 3"]
+        self, image: Float[Array, "batch *seen"]
     ) -> Float[Array, "batch patches size"]:
         """Returns what slot attention reads of images in [0, 1]."""
         return self.encoder(self.features(image))
+
+    def encode(
+        self, image: Float[Array, "batch *seen"], *, key: Key[Array, ""]
+    ) -> Encoded:
+        """Takes images in [0, 1] apart; the key draws the initial slots.
+
+        What the autoregressive decoder reads beside slots, the features, are `tokens`.
+        """
+        encoded = super().encode(image, key=key)
+        if isinstance(self.decoder, FeatureDecoder):
+            return encoded
+        return encoded._replace(tokens=self.features(image))
 
     def __call__(
         self,
@@ -193,9 +213,10 @@ class FeatureSlots(ImageSlots):
         and features.
 
         Args:
-          batch: of which `image` is read.
-          key: for the initial slots.
-          deterministic: no noise on the initial slots; the model has no dropout.
+          batch: of which `image` is read: images, or their cached features.
+          key: for the initial slots and the order of patches.
+          deterministic: no noise on the initial slots, and patches row by row; the
+            model has no dropout.
           initial_noise: on learned initial slots, see `SlotAttention.initial`.
           probe: see `SlotAttention`.
           coupling_key: the same.
@@ -208,7 +229,11 @@ class FeatureSlots(ImageSlots):
             probe=probe,
             coupling_key=coupling_key,
         )
-        made, masks = self.mix(slots.slots)
+        order: Any = 0
+        if self.orders > 1 and not deterministic:
+            drawn = jax.random.fold_in(key, 1)
+            order = jax.random.randint(drawn, (), 0, self.orders)
+        made, masks = self.mix(slots.slots, features, order=order)
         return Output(
             {"feature_mse": jnp.mean(jnp.square(features - made), axis=(1, 2))},
             on_grid(slots.attention, self.encoder.side),
@@ -220,8 +245,10 @@ class FeatureSlots(ImageSlots):
     def mix(
         self,
         slots: Float[Array, "batch slots dim"],
+        features: Float[Array, "batch patches features"] | None = None,
         *,
         present: Bool[Array, "batch slots"] | None = None,
+        order: Int[Array, ""] | int = 0,
     ) -> tuple[
         Float[Array, "batch patches features"], Float[Array, "batch slots rows columns"]
     ]:
@@ -229,28 +256,42 @@ class FeatureSlots(ImageSlots):
 
         Args:
           slots: of each image.
-          present: which of them take part, at least one; all if not given.
+          features: the true ones, which the autoregressive decoder needs.
+          present: which of the slots take part, at least one; all if not given.
+          order: of the patches, of `patch_orders`; for the same decoder.
+
+        Raises:
+          ValueError: the autoregressive decoder is given no features.
         """
-        features, logits = self.decoder(slots)
+        side = self.encoder.side
+        if isinstance(self.decoder, AutoregressiveDecoder):
+            if features is None:
+                raise InvalidValue(
+                    "the autoregressive decoder needs the features beside the slots"
+                )
+            made, masks = self.decoder(slots, features, present=present, order=order)
+            return made, on_grid(masks, side)
+        own, logits = self.decoder(slots)
         if present is not None:
             logits = jnp.where(present[..., None], logits, -jnp.inf)
         masks = nnx.softmax(logits, axis=1)
-        mixed = jnp.einsum("bkp,bkpf->bpf", masks, features)
-        return mixed, on_grid(masks, self.encoder.side)
+        mixed = jnp.einsum("bkp,bkpf->bpf", masks, own)
+        return mixed, on_grid(masks, side)
 
     def reconstruct(
-        self, image: Float[Array, "batch height width 3"], *, key: Key[Array, ""]
+        self, image: Float[Array, "batch *seen"], *, key: Key[Array, ""]
     ) -> Reconstruction:
         """Returns the masks of images in [0, 1]; the key draws the initial slots.
 
         There is no image: the decoder makes features.
         """
         encoded = self.encode(image, key=key)
-        return Reconstruction(None, None, encoded.attention, self.mix(encoded.slots)[1])
+        masks = self.mix(encoded.slots, encoded.tokens)[1]
+        return Reconstruction(None, None, encoded.attention, masks)
 
     def read(
         self,
-        tokens: None,
+        tokens: Float[Array, "batch patches features"] | None,
         slots: Float[Array, "batch slots slot_dim"],
         *,
         present: Bool[Array, "batch slots"] | None = None,
@@ -258,9 +299,8 @@ class FeatureSlots(ImageSlots):
         """Returns the decoder's masks, on the grid of patches.
 
         Args:
-          tokens: this model has none.
+          tokens: the features, for the autoregressive decoder.
           slots: of each image.
-          present: which of them the decoder mixes, at least one; all if not given.
+          present: which of them the decoder reads, at least one; all if not given.
         """
-        del tokens
-        return Reading(None, self.mix(slots, present=present)[1])
+        return Reading(None, self.mix(slots, tokens, present=present)[1])

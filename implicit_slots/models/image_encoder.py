@@ -215,14 +215,14 @@ class ImageSlots(nnx.Module):
         self.slot_attention = encoder.attended(slots, rngs=rngs)
 
     def inputs(
-        self, image: Float[Array, "batch height width 3"]
+        self, image: Float[Array, "batch *seen"]
     ) -> Float[Array, "batch cells features"]:
         """Returns what slot attention reads of images in [0, 1]."""
         return self.encoder(image)
 
     def attend(
         self,
-        image: Float[Array, "batch height width 3"],
+        image: Float[Array, "batch *seen"],
         key: Key[Array, ""],
         *,
         noise: Float[Array, ""] | float | None = None,
@@ -243,7 +243,7 @@ class ImageSlots(nnx.Module):
         return self.slot_attention.backward_probe(batch)
 
     def slot_problem(
-        self, image: Float[Array, "batch height width 3"], key: Key[Array, ""]
+        self, image: Float[Array, "batch *seen"], key: Key[Array, ""]
     ) -> Problem:
         """Returns the fixed-point problem that images in [0, 1] pose slot attention."""
         inputs = self.inputs(image)
@@ -252,7 +252,7 @@ class ImageSlots(nnx.Module):
         )
 
     def encode(
-        self, image: Float[Array, "batch height width 3"], *, key: Key[Array, ""]
+        self, image: Float[Array, "batch *seen"], *, key: Key[Array, ""]
     ) -> Encoded:
         """Takes images in [0, 1] apart; the key draws the initial slots."""
         slots = self.attend(image, key)

@@ -88,13 +88,16 @@ class Encoded(NamedTuple):
     """What the model knows of an image, without noise in the tokens.
 
     Attributes:
-      tokens: the most probable ones; None without any.
+      tokens: the most probable ones, or what else the decoder reads of an image beside
+        the slots: of frozen features those; None without any.
       slots: of the fixed point.
       attention: each slot's share of each position; sums to one over slots.
       stats: of the slots' forward solve.
     """
 
-    tokens: Int[Array, "batch rows columns"] | None
+    tokens: (
+        Int[Array, "batch rows columns"] | Float[Array, "batch cells features"] | None
+    )
     slots: Float[Array, "batch slots dim"]
     attention: Float[Array, "batch slots rows columns"]
     stats: Stats

@@ -1,5 +1,6 @@
 """The autoregressive transformer decoder of SLATE."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -266,11 +267,23 @@ class TransformerDecoder(nnx.Module):
           The features, and of each token the shares of its attention to the slots,
           which sum to one: the mean over blocks and heads.
         """
-        total = jnp.zeros((*x.shape[:2], slots.shape[1]), jnp.float32)
+        x, shares = self.watch_blocks(x, slots, present)
+        return x, functools.reduce(jnp.add, shares) / len(shares)
+
+    def watch_blocks(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        slots: Float[Array, "batch slots dim"],
+        present: Bool[Array, "batch slots"] | None = None,
+    ) -> tuple[
+        Float[Array, "batch tokens dim"], list[Float[Array, "batch tokens slots"]]
+    ]:
+        """As `watch`, with the shares of each block, which are means over its heads."""
+        shares = []
         for block in self.blocks:
-            x, shares = block.watch(x, slots, present)
-            total = total + shares
-        return self.norm(x), total / len(self.blocks)
+            x, of_block = block.watch(x, slots, present)
+            shares.append(of_block)
+        return self.norm(x), shares
 
     def start(
         self,

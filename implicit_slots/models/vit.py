@@ -107,13 +107,8 @@ class VisionTransformer(nnx.Module):
     """
 
     def __init__(self, layout: Layout, resolution: int, *, rngs: nnx.Rngs):
-        if resolution < layout.patch or resolution % layout.patch:
-            raise InvalidValue(
-                f"the image size must be divisible by the patches' {layout.patch} "
-                f"pixels, got {resolution}"
-            )
         self.layout = layout
-        self.side = resolution // layout.patch
+        self.side = grid_side(layout, resolution)
         width = layout.width
         draw = nnx.initializers.truncated_normal(0.02)
         self.embedding = layers.Linear(3 * layout.patch**2, width, rngs=rngs)
@@ -158,6 +153,24 @@ class VisionTransformer(nnx.Module):
         side, patch = self.side, self.layout.patch
         x = x.reshape(len(x), side, patch, side, patch, 3).swapaxes(2, 3)
         return x.reshape(len(x), side**2, -1)
+
+
+def grid_side(layout: Layout, resolution: int) -> int:
+    """Returns how many patches are side by side.
+
+    Args:
+      layout: of the transformer.
+      resolution: image side in pixels, divisible by the patch's.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if resolution < layout.patch or resolution % layout.patch:
+        raise InvalidValue(
+            f"the image size must be divisible by the patches' {layout.patch} "
+            f"pixels, got {resolution}"
+        )
+    return resolution // layout.patch
 
 
 def layout_of(name: str) -> Layout:

@@ -46,6 +46,10 @@ ABSENT: Mapping[str, object] = {
     "model.drop_tokens": 0.0,
     "model.tokenizer": "dvae",
     "model.token_weighting": 0.0,
+    "model.decoder": "mlp",
+    "model.decoder_blocks": 4,
+    "model.decoder_heads": 8,
+    "model.cached_features": False,
     "initial_noise.start": 0.0,
     "initial_noise.end": 0.0,
     "initial_noise.steps": 30_000,
@@ -55,20 +59,28 @@ ABSENT: Mapping[str, object] = {
     "evaluation.masks.starts": 1,
     "evaluation.probes.every": 0,
     "evaluation.probes.num_images": 1_000,
+    "evaluation.masks.resolution": 0,
     "data.ignore_id": 255,
+    "data.overlaps": "smaller",
 }
-# Of them those that SLATE alone has: their absence elsewhere means nothing.
+# Of them those that some models alone have: their absence elsewhere means nothing.
 OF_SLATE = (
     "model.kernels",
     "optimizer.dvae_steps",
     "model.inputs",
     "model.encoder_features",
     "model.encoder_strides",
-    "model.decoder_order",
     "model.drop_tokens",
     "model.tokenizer",
     "model.token_weighting",
 )
+OF_FEATURES = (
+    "model.decoder",
+    "model.decoder_blocks",
+    "model.decoder_heads",
+    "model.cached_features",
+)
+OF_DECODERS = ("model.decoder_order",)  # of both
 # Those that every model has but slots of frozen features, which are younger.
 OF_CONVOLUTIONS = (
     "model.encoder_kernels",
@@ -78,6 +90,8 @@ OF_CONVOLUTIONS = (
 )
 # The same of folders of images alone.
 OF_FOLDERS = ("data.ignore_id",)
+# Of COCO alone.
+OF_COCO = ("data.overlaps",)
 # Keys of older versions that nothing needs any more.
 GONE = ("model.attention",)
 # Keys that name a file or folder; empty: none, or a default of the data set's.
@@ -252,7 +266,16 @@ def read_config(path: pathlib.Path) -> Config:
     for key, value in ABSENT.items():
         if key in OF_SLATE and config.model.get("name") != "slate":
             continue
+        if key in OF_FEATURES and config.model.get("name") != "feature_slots":
+            continue
+        if key in OF_DECODERS and config.model.get("name") not in (
+            "slate",
+            "feature_slots",
+        ):
+            continue
         if key in OF_CONVOLUTIONS and config.model.get("name") == "feature_slots":
+            continue
+        if key in OF_COCO and config.data.get("name") != "coco":
             continue
         if key in OF_FOLDERS and config.data.get("name") != "folder":
             continue

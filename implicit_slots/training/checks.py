@@ -28,6 +28,7 @@ from implicit_slots.training.values import check_keys
 MODES = ("train", "evaluate", "replay")
 CHECKPOINTS = ("latest", "best")
 STARTS = "evaluation.masks.starts"
+CACHED = "model.cached_features"
 
 # What a run may change when it goes on; anything else makes it another run.
 MAY_CHANGE = {
@@ -259,6 +260,8 @@ def check_same_run(
             continue
         if not training and key.startswith("data.") and key != "data.resolution":
             continue
+        if not training and key == CACHED and before.get(key):
+            continue  # Its transformer is put back.
         if key == "data.path" and is_same_place(before.get(key), now.get(key)):
             continue
         if before.get(key) != now.get(key):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from implicit_slots.evaluation import pictures, shifts
 from implicit_slots.evaluation import run as evaluation
@@ -18,14 +19,22 @@ from implicit_slots.runtime import processes
 from implicit_slots.runtime.devices import replicated
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.versions import versions
-from implicit_slots.runtime.workdir import EVALUATION_FOLDER, writing
+from implicit_slots.runtime.workdir import (
+    CONFIG_FILE,
+    EVALUATION_FOLDER,
+    read_config,
+    writing,
+)
 from implicit_slots.training.checkpoint import (
     BEST_FOLDER,
     CHECKPOINT_FOLDER,
     open_checkpoints,
     restore,
 )
-from implicit_slots.training.parts import Parts
+from implicit_slots.training.frozen import PART, is_cached
+from implicit_slots.training.parts import Parts, build_parts
+from implicit_slots.training.pretrained import kept_transformer
+from implicit_slots.training.state import TrainState
 
 
 def run(
@@ -48,12 +57,7 @@ def run(
     config, mesh = parts.config, parts.mesh
     if not (workdir / CHECKPOINT_FOLDER).is_dir():
         raise nothing_to_evaluate(workdir)
-    name = BEST_FOLDER if checkpoint == "best" else CHECKPOINT_FOLDER
-    with open_checkpoints(workdir, name, None) as checkpoints:
-        found = restore(checkpoints, parts.first_state(), set_aside=False)
-    if found is None:
-        raise nothing_to_evaluate(workdir)
-    state, _ = found
+    state, params = restored(parts, workdir, checkpoint)
     processes.say(f"resumed {workdir} at step {int(state.step)}")
     ((split, source),) = parts.held_out.items()
     label = evaluation.label(config, workdir, checkpoint)
@@ -61,7 +65,7 @@ def run(
     subject = Subject(
         config=config,
         steps=build_evaluation_steps(parts.graphdef, config, mesh),
-        params=jax.device_put(state.evaluated, replicated(mesh)),
+        params=jax.device_put(params, replicated(mesh)),
         mesh=mesh,
         source=source,
         batch_size=at_once(config),
@@ -95,6 +99,32 @@ def run(
     print(evaluation.table(record))
     print(f"report: {report}")
     return record
+
+
+def restored(
+    parts: Parts, workdir: pathlib.Path, checkpoint: str
+) -> tuple[TrainState, PyTree]:
+    """Reads a checkpoint; returns its state, and the parameters to evaluate.
+
+    A run of cached features has its transformer beside the checkpoints; it is put back
+    where the configuration has one.
+
+    Raises:
+      UserError: there is none.
+    """
+    trained = read_config(workdir / CONFIG_FILE)
+    puts_back = is_cached(trained) and not is_cached(parts.config)
+    of_checkpoint = build_parts(trained, "plan") if puts_back else parts
+    name = BEST_FOLDER if checkpoint == "best" else CHECKPOINT_FOLDER
+    with open_checkpoints(workdir, name, None) as checkpoints:
+        found = restore(checkpoints, of_checkpoint.first_state(), set_aside=False)
+    if found is None:
+        raise nothing_to_evaluate(workdir)
+    state, _ = found
+    if not puts_back:
+        return state, state.evaluated
+    transformer = kept_transformer(workdir, parts.shapes[PART])
+    return state, state.evaluated | {PART: transformer}
 
 
 def nothing_to_evaluate(workdir: pathlib.Path) -> UserError:

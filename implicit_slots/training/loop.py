@@ -368,6 +368,7 @@ def measure_group(run: Run, params: PyTree, group: str) -> dict[str, float]:
         source=run.validation.source,
         batch_size=at_once(run.config),
         quiet=True,
+        split="validation",
     )
     return evaluate_group(subject, group)
 

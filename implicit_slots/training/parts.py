@@ -18,6 +18,7 @@ from implicit_slots.models.build import (
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import build_mesh, state_sharding
 from implicit_slots.training.checks import check_read
+from implicit_slots.training.frozen import check_alike, is_cached, open_cached
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.state import TrainState, first_state, initial_state
 from implicit_slots.training.step import Steps, build_steps
@@ -101,7 +102,14 @@ def open_data(
         return None, {}
     if mode == "evaluate":
         split = config.evaluation.split
+        if is_cached(config):
+            return None, {split: open_cached(config, split)}
         return None, {split: registry.build(config.data, split)}
+    if is_cached(config):
+        features = open_cached(config, "train"), open_cached(config, "validation")
+        check_alike(*features)
+        TrainBatches(features[0], config.batch_size, config.seed)
+        return features[0], {"validation": features[1]}
     reads = model_class(config.model.name).reads
     held_out = {"validation": registry.build(config.data, "validation")}
     train = registry.build(config.data, "train", reads)

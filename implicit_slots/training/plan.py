@@ -33,6 +33,7 @@ from implicit_slots.runtime.programs import (
 )
 from implicit_slots.runtime.topologies import HERE, Topology, devices_of
 from implicit_slots.training.checks import check
+from implicit_slots.training.frozen import description, is_cached
 from implicit_slots.training.parts import build_parts
 from implicit_slots.training.state import TrainState
 
@@ -140,6 +141,10 @@ def train_batch(config: Config, mesh: jax.sharding.Mesh) -> PyTree:
         return jax.ShapeDtypeStruct((batch, *dimensions), dtype, sharding=rows)
 
     found: dict[str, Any] = {"image": shape(side, side, 3, dtype=jnp.uint8)}
+    if is_cached(config):
+        told = description(config)
+        size = told["patches"], told["width"]
+        found = {"features": shape(*size, dtype=jnp.bfloat16)}
     if "objects" in model_class(config.model.name).reads:
         objects = config.data.get("max_objects") or config.model.num_slots
         found["objects"] = {

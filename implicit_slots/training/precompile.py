@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from implicit_slots.data.source import Source
 from implicit_slots.evaluation.validation import MEASURED, HeldOut, at_once
+from implicit_slots.models.images import seen
 from implicit_slots.runtime.compiling import Program, compile_step
 from implicit_slots.runtime.devices import DATA_AXIS
 from implicit_slots.training.state import TrainState
@@ -53,7 +54,7 @@ def compile_ahead(
     pool = ThreadPoolExecutor(1, "compile")
     program = pool.submit(compile_step, steps.train, state, batch)
     measure = validation.steps
-    pool.submit(measure.reconstruct.compile, state.evaluated, held_out["image"], 0)
+    pool.submit(measure.reconstruct.compile, state.evaluated, seen(held_out), 0)
     pool.submit(measure.validate.compile, state.evaluated, state.step, held_out, 0)
     if steps.frozen is not None:
         pool.submit(compile_step, steps.frozen.train, state, batch)

@@ -41,6 +41,12 @@ from implicit_slots.training.checkpoint import (
     Damaged,
     restore,
 )
+from implicit_slots.training.frozen import (
+    PART,
+    TRANSFORMER_FILE,
+    is_cached,
+    uncached,
+)
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.state import TrainState, initial_state
 from implicit_slots.training.values import check_keys
@@ -106,6 +112,11 @@ def load(
             if is_folder
             else _restore(trained, workdir, shapes, step)
         )
+        if is_cached(trained):
+            # It was trained without its transformer, and is to read images.
+            config = uncached(config)
+            graphdef, shapes = _structure(config, path)
+            params = params | {PART: kept_transformer(workdir, shapes[PART])}
         return config, nnx.merge(graphdef, params)
 
 
@@ -144,6 +155,25 @@ def _restore(
     if found is None:
         raise UserError(f"{workdir} holds no checkpoint; train there first")
     return found[0].evaluated
+
+
+def kept_transformer(workdir: pathlib.Path, shapes: PyTree) -> PyTree:
+    """Reads the transformer that made a run's cached features.
+
+    Args:
+      workdir: of the run.
+      shapes: of its parameters, a nested dictionary.
+
+    Raises:
+      UserError: it is not there.
+    """
+    file = workdir / TRANSFORMER_FILE
+    if not file.exists():
+        raise UserError(
+            f"{workdir} was trained on cached features and has no {file.name}, which "
+            "made them; copy it there, from the folder of the cache"
+        )
+    return fill(read_weights(file), file, shapes)
 
 
 def fill(weights: Mapping[str, Any], source: pathlib.Path, shapes: PyTree) -> PyTree:

@@ -11,11 +11,13 @@ import traceback
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 from implicit_slots.data.batches import TrainBatches
 from implicit_slots.data.registry import Source, usage_of
+from implicit_slots.models.images import as_float, seen
 from implicit_slots.runtime import processes
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import build_mesh, replicate, shard_batch
@@ -49,8 +51,10 @@ def write(
         batches = TrainBatches(
             source, config.batch_size, config.seed, flip=usage_of(config.data)["flip"]
         )
-        named = {
-            jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        named: dict[str, Any] = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): as_float(leaf)
+            if leaf.dtype == jnp.bfloat16  # NumPy's files know none.
+            else leaf
             for path, leaf in jax.tree.leaves_with_path(batches[index])
         }
         with writing(workdir):
@@ -109,7 +113,7 @@ def run(
     step = int(state.step) + 1
     steps = steps.at(step)
     gradient, losses, _ = jax.device_get(steps.examine(state, batch))
-    rows = [_row("the images", batch["image"])]
+    rows = [_row("the images", seen(batch))]
     rows += _rows("parameter", state.params)
     rows += [_row(f"loss {name}", value) for name, value in losses.items()]
     rows += _rows("gradient of", gradient)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from implicit_slots.data import registry
+from implicit_slots.data.prepared.features import Features
 from implicit_slots.data.readers.frame_source import FrameSource
 from implicit_slots.evaluation import shifts
 from implicit_slots.evaluation.steps import build_evaluation_steps
@@ -61,7 +62,12 @@ from implicit_slots.training.checkpoint import (
 )
 from implicit_slots.training.checks import check, check_same_run, crowding
 from implicit_slots.training.codebook import with_codebook
-from implicit_slots.training.frozen import read_frozen, with_frozen, with_standardised
+from implicit_slots.training.frozen import (
+    keep_transformer,
+    read_frozen,
+    with_frozen,
+    with_standardised,
+)
 from implicit_slots.training.parts import Parts, build_parts
 from implicit_slots.training.precompile import compile_ahead
 from implicit_slots.training.state import TrainState, first_state
@@ -151,6 +157,9 @@ def train(
         stack.enter_context(compiling.told_of_compiling(wall.compiled))
         with processes.together():
             open_workdir(config, workdir, stack)
+            if isinstance(parts.train, Features) and processes.is_main():
+                with writing(workdir):
+                    keep_transformer(parts.train, workdir)
         last, best = (
             stack.enter_context(open_checkpoints(workdir, name, keep))
             for name, keep in (

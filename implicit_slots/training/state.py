@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, PyTree
 from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime.compiling import runs_once
 from implicit_slots.runtime.config import Config
-from implicit_slots.training.optimizer import build_plateau
+from implicit_slots.training.optimizer import FROZEN, build_plateau
 
 
 class Faults(NamedTuple):
@@ -37,7 +37,8 @@ class TrainState(NamedTuple):
       step: updates made so far.
       params: nested dictionary of arrays.
       opt_state: the optimiser's.
-      ema: moving average of the parameters; () without.
+      ema: moving average of the parameters, less those that no update changes; ()
+        without.
       plateau: what lowers the rates when the validation loss stagnates; () without.
       faults: the steps that were skipped.
     """
@@ -52,7 +53,10 @@ class TrainState(NamedTuple):
     @property
     def evaluated(self) -> PyTree:
         """The parameters to validate, draw and use: the average where there is one."""
-        return self.ema or self.params
+        if not self.ema:
+            return self.params
+        frozen = {n: part for n, part in self.params.items() if n not in self.ema}
+        return self.ema | frozen if frozen else self.ema
 
 
 def initial_state(
@@ -71,10 +75,15 @@ def initial_state(
         params=params,
         opt_state=optimizer.init(params),
         # A copy: the step gives the whole state up, and no array twice.
-        ema=jax.tree.map(jnp.copy, params) if config.ema_decay else (),
+        ema=jax.tree.map(jnp.copy, averaged(params)) if config.ema_decay else (),
         plateau=() if plateau is None else plateau.init(params),
         faults=Faults(*(jnp.int32(0) for _ in Faults._fields)),
     )
+
+
+def averaged(params: PyTree) -> PyTree:
+    """The parameters of which a moving average is kept: not those that are frozen."""
+    return {name: part for name, part in params.items() if name not in FROZEN}
 
 
 def first_state(

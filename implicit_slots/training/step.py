@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PyTree
 from implicit_slots.data.source import Batch
 from implicit_slots.models import annealing
 from implicit_slots.models.build import model_class
-from implicit_slots.models.images import as_float
+from implicit_slots.models.images import as_float, seen
 from implicit_slots.runtime.compiling import Bound, bind
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.devices import batch_over, gathered, placed, replicated
@@ -27,7 +27,7 @@ from implicit_slots.training.optimizer import (
     l2_norm,
     max_norm,
 )
-from implicit_slots.training.state import TrainState
+from implicit_slots.training.state import TrainState, averaged
 
 
 class Steps(NamedTuple):
@@ -147,7 +147,7 @@ def train(
         step=state.step + 1,
         params=params,
         opt_state=opt_state,
-        ema=optax.incremental_update(params, state.ema, 1 - decay)
+        ema=optax.incremental_update(averaged(params), state.ema, 1 - decay)
         if decay
         else state.ema,
     )
@@ -217,7 +217,7 @@ def gradient_of(
         # Gathered here, so that the gradient is whole too until it is placed.
         whole = gathered(params, setup.mesh, setup.config.sharding)
         output = nnx.merge(setup.graphdef, whole)(
-            batch | {"image": as_float(batch["image"])},
+            batch | {"image": as_float(seen(batch))},
             key=key,
             probe=probe,
             coupling_key=coupling_key,
@@ -232,7 +232,7 @@ def gradient_of(
         return minimised, ({"loss": loss, **losses, **added}, output.stats)
 
     # The probe's gradient is what the backward solve did, if there is one.
-    probe = model.backward_probe(len(batch["image"]))
+    probe = model.backward_probe(len(seen(batch)))
     with batch_over(setup.mesh):
         (gradient, backward), (losses, stats) = jax.grad(
             loss_of, argnums=(0, 1), has_aux=True

@@ -5,7 +5,14 @@ from typing import Any
 
 from implicit_slots.data import options
 from implicit_slots.data.source import SPLITS
-from implicit_slots.models import image_encoder, kernels, slate, slot_attention, vit
+from implicit_slots.models import (
+    feature_slots,
+    image_encoder,
+    kernels,
+    slate,
+    slot_attention,
+    vit,
+)
 from implicit_slots.models.build import (
     ADJOINTS,
     LINEAR_SOLVERS,
@@ -106,13 +113,17 @@ MODEL: Mapping[str, Kind] = {
     "encoder_kernels": Wholes(1, 2**10),
     "encoder_padding": OneOf(image_encoder.PADDINGS),
     "encoder_positions": OneOf(image_encoder.POSITIONS),
-    "decoder_order": OneOf(slate.ORDERS),
+    "decoder_order": OneOf(tuple(dict.fromkeys(slate.ORDERS + feature_slots.ORDERS))),
     "drop_tokens": SHARE,
     "token_weighting": SHARE,
     # Slots of frozen features.
     "vit": OneOf(tuple(vit.LAYOUTS)),
     "vit_norm": Flag(),
+    "decoder": OneOf(feature_slots.DECODERS),
     "decoder_layers": DEPTH,
+    "decoder_blocks": DEPTH,
+    "decoder_heads": DEPTH,
+    "cached_features": Flag(),
     # Autoencoder and set predictor.
     "features": SIZE,
     "decoder_features": SIZE,
@@ -163,6 +174,7 @@ KINDS: Mapping[str, Kind] = {
     "evaluation.masks.every": ANY,
     "evaluation.masks.num_images": ANY,
     "evaluation.masks.starts": COUNT,
+    "evaluation.masks.resolution": Whole(0, 2**14),
     "evaluation.rendering.every": ANY,
     "evaluation.rendering.num_images": ANY,
     "evaluation.properties.every": ANY,

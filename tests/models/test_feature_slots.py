@@ -137,6 +137,14 @@ def test_a_run_begins_with_the_weights_of_the_users_file(
     kernel = weights["blocks.0.attn.qkv.weight"].T
     assert np.array_equal(begun.params["vit"]["blocks"][0]["qkv"]["kernel"], kernel)
     assert begun.params["encoder"] is state.params["encoder"]
+    # Nothing averages what nothing changes.
+    config.optimizer.ema_decay = 0.5
+    state = initial_state(params, optimizer, config.optimizer)
+    assert state.ema.keys() == params.keys() - {"vit"}
+    begun = with_frozen(state, frozen)
+    assert np.array_equal(begun.evaluated["vit"]["blocks"][0]["qkv"]["kernel"], kernel)
+    moved = begun._replace(ema=jax.tree.map(jnp.zeros_like, begun.ema))
+    assert not np.any(moved.evaluated["encoder"]["enter"]["kernel"])
     assert jax.tree.structure(begun) == jax.tree.structure(state)
     file.unlink()
     with pytest.raises(UserError, match=r"weights\.npz cannot be read"):

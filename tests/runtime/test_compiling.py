@@ -14,13 +14,27 @@ import pytest
 from flax import nnx
 from reference import FLOAT32, relative_error
 
-from configs import autoencoder_scenes, folder, scenes, set_prediction_scenes
+from configs import (
+    autoencoder_scenes,
+    dinosaur_coco,
+    folder,
+    scenes,
+    set_prediction_scenes,
+)
 from implicit_slots.data.scenes.source import Scenes
 from implicit_slots.evaluation.steps import build_evaluation_steps
 from implicit_slots.models.build import build, split_model
 from implicit_slots.runtime import compiling
 from implicit_slots.runtime.config import flat
-from implicit_slots.runtime.workdir import ABSENT, OF_FOLDERS, OF_SLATE, read_config
+from implicit_slots.runtime.workdir import (
+    ABSENT,
+    OF_COCO,
+    OF_DECODERS,
+    OF_FEATURES,
+    OF_FOLDERS,
+    OF_SLATE,
+    read_config,
+)
 from implicit_slots.training import run
 from implicit_slots.training.optimizer import build_optimizer
 from implicit_slots.training.penalties import KEYS
@@ -215,11 +229,15 @@ def test_where_training_ends_may_be_told_with_an_update():
 
 
 def test_what_absent_keys_mean_is_said_of_keys_that_exist():
-    assert {*KEYS, *OF_SLATE, *OF_FOLDERS} <= ABSENT.keys()
+    of_some = {*OF_FEATURES, *OF_FOLDERS, *OF_COCO}
+    assert {*KEYS, *OF_SLATE, *OF_DECODERS, *of_some} <= ABSENT.keys()
     for module in (scenes, autoencoder_scenes, set_prediction_scenes):
         config = flat(module.get_config().to_dict())
-        of_others = OF_SLATE if config["model.name"] != "slate" else ()
-        assert ABSENT.keys() - config.keys() <= {*of_others, *OF_FOLDERS}
+        of_others = OF_SLATE + OF_DECODERS if config["model.name"] != "slate" else ()
+        assert ABSENT.keys() - config.keys() <= {*of_others, *of_some}
+    features = flat(dinosaur_coco.get_config().to_dict())
+    assert {*OF_FEATURES, *OF_DECODERS, *OF_COCO} <= features.keys()
+    assert all(features[key] == ABSENT[key] for key in OF_FEATURES + OF_DECODERS)
     folders = flat(folder.get_config().to_dict())
     assert all(folders[key] == ABSENT[key] for key in OF_FOLDERS)
 

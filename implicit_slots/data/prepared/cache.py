@@ -102,7 +102,7 @@ class Writer:
             self._blocks.flush()
         except OSError as error:
             raise unwritable(self._folder, error) from error
-        self.count += len(examples["image"])
+        self.count += len(next(iter(records.values())))
 
     def finish(self) -> None:
         """Seals the folder, with as many examples as were written.
@@ -152,6 +152,7 @@ class Prepared(Source):
     """A finished folder of the cache: opened in no time, and read without a decoder.
 
     Attributes:
+      folder: where it is.
       manifest: what the folder says of itself.
     """
 
@@ -165,7 +166,7 @@ class Prepared(Source):
         Raises:
           DataError: the folder does not match its manifest.
         """
-        self._folder = folder
+        self.folder = folder
         self._keys = keys
         self.manifest = cache_folder.read_manifest(folder)
         try:
@@ -213,7 +214,7 @@ class Prepared(Source):
             if self.manifest.get(key) != value:
                 found = self.manifest.get(key)
                 why = f"its {key} is {found!r}, not {value!r}"
-                raise DataError(cache_folder.mismatch(self._folder, why))
+                raise DataError(cache_folder.mismatch(self.folder, why))
 
     def _verify(self, blocks: Iterable[int]) -> None:
         for block in blocks:
@@ -221,7 +222,7 @@ class Prepared(Source):
                 self._fields, self._blocks, block, self._block
             ):
                 why = f"block {block} has another checksum"
-                raise DataError(cache_folder.mismatch(self._folder, why))
+                raise DataError(cache_folder.mismatch(self.folder, why))
 
 
 def gather(

@@ -124,7 +124,7 @@ def _write(
             else f"{split}: starting anew, nothing that was there can be used"
         )
     examples = progress(
-        _in_order(decoders(asked, files, writer.count), workers or os.cpu_count() or 1),
+        in_order(decoders(asked, files, writer.count), workers or os.cpu_count() or 1),
         total=len(files),
         initial=writer.count,
         desc="preparing",
@@ -168,7 +168,7 @@ def _most(asked: registry.Request) -> int:
     return asked.usage["keep_objects"]
 
 
-def _in_order(jobs: Iterable[Callable[[], Example]], workers: int) -> Iterator[Example]:
+def in_order(jobs: Iterable[Callable[[], Example]], workers: int) -> Iterator[Example]:
     """What jobs return, in their order; so many threads work ahead."""
     pool = ThreadPoolExecutor(workers)
     pending = collections.deque()

@@ -77,8 +77,9 @@ class Coco(FileSource):
 
     Instances: polygons and run-length codes as pycocotools rasterises them. Ids go by
     annotated area, larger objects first, then by annotation id; where objects overlap
-    the later id, the smaller object, is seen. What is not annotated is background;
-    crowds, and boxes of objects that have no mask, are `IGNORED` where no object is.
+    the later id, the smaller object, is seen, or nobody is, by `overlaps`. What is not
+    annotated is background; crowds, and boxes of objects that have no mask, are
+    `IGNORED` where no object is.
     Panoptic: things and stuff alike are objects, in the order of `segments_info`;
     crowds, and what is not annotated, are `IGNORED`, as COCO's own measure ignores
     them. `objects` has `present` bool [max_objects] and `label` int32 [max_objects],
@@ -96,6 +97,7 @@ class Coco(FileSource):
         crop: str = "center",
         max_objects: int = 254,
         masks: str = "instances",
+        overlaps: str = "smaller",
         keys: Collection[str] | None = None,
     ):
         """Lists the split's photographs.
@@ -111,6 +113,8 @@ class Coco(FileSource):
           crop: what part of a frame is kept, see `crop_box`.
           max_objects: length of the arrays of attributes, and most objects.
           masks: "instances", "panoptic" or "none".
+          overlaps: of instances: "smaller", the smaller object is seen, or "ignored",
+            no metric counts those pixels.
           keys: what `batch` returns; None for all there is.
 
         Raises:
@@ -126,6 +130,7 @@ class Coco(FileSource):
             )
         self.root = data_folder(path, "COCO")
         self._kind = masks
+        self._ignores_overlaps = overlaps == "ignored"
         kind = "instances" if masks == "none" else masks
         self._place = find_split(self.root, split, kind)
         self.images = list_photographs(self.root, self._place.folder)
@@ -258,6 +263,7 @@ class Coco(FileSource):
                 "the images as COCO publishes them"
             )
         ids = np.zeros(size[::-1], np.int32)
+        shared = np.zeros(size[::-1], bool)
         shapes = [(shape, IGNORED) for shape in scene.crowds]
         shapes += [(region.shape, k) for k, region in enumerate(scene.regions, start=1)]
         for shape, number in shapes:
@@ -272,7 +278,10 @@ class Coco(FileSource):
                     f"{what} of {where} cannot be drawn ({error}); unpack the "
                     "annotations again"
                 ) from error
+            shared[inside] |= ids[inside] > 0
             ids[inside] = number
+        if self._ignores_overlaps:
+            ids[shared] = IGNORED
         return ids
 
 

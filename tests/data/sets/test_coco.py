@@ -185,6 +185,20 @@ def test_instances_are_painted_from_large_to_small(root):
     assert source.count_objects(silent).tolist() == [3, 3, 0]
 
 
+def test_where_instances_overlap_nobody_is_seen_if_so_wanted(root):
+    """As DINOSAUR scores COCO: `ignore_overlaps`."""
+    ids = read(root, overlaps="ignored").batch(np.arange(3))["segmentation"]
+    shapes = (LARGE, SMALL, LEFT | RIGHT), (CODED, SMALL, RUNS), ()
+    for index, drawn in enumerate(shapes):
+        number = sum(
+            (shape.astype(int) for shape in drawn), np.zeros((HEIGHT, WIDTH), int)
+        )
+        plain = read(root)[index]["segmentation"]
+        np.testing.assert_array_equal(ids[index] == IGNORED, (number > 1) | (plain < 0))
+        np.testing.assert_array_equal(ids[index][number < 2], plain[number < 2])
+    assert np.any(ids[1] == IGNORED)
+
+
 def test_polygons_between_pixels_are_rasterised_as_by_pycocotools(root):
     write_instances(root, [annotation(1, 785, [TRIANGLE], 80, 1)])
     ids = read(root)[1]["segmentation"]
