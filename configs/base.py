@@ -125,6 +125,7 @@ def get_config(name: str, data: Config) -> Config:
     config.keep_checkpoints = 3  # the last ones; beside them the best one is kept
     config.num_pictures = 8  # rows of the reconstruction grid
     config.num_scored = 512  # images rendered through the slots for the summary
+    config.track = ""  # or some of "tensorboard,wandb,mlflow,aim", which get the curves
     return config
 
 
