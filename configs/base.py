@@ -90,8 +90,7 @@ def get_config(name: str, data: Config) -> Config:
     config.evaluation.masks = ConfigDict({"every": 0, "num_images": 1_000})
     # Initial slots tried for each image; those that reconstruct it best are scored.
     config.evaluation.masks.starts = 1
-    # Side at which they are scored, in pixels; 0: the images'.
-    config.evaluation.masks.resolution = 0
+    config.evaluation.masks.resolution = 0  # at which they are scored; 0: the images'
     config.evaluation.rendering = ConfigDict({"every": 0, "num_images": 1_000})
     config.evaluation.properties = ConfigDict({"every": 0, "num_images": 0})
     config.evaluation.probes = ConfigDict({"every": 0, "num_images": 1_000})
@@ -127,6 +126,7 @@ def get_config(name: str, data: Config) -> Config:
     config.keep_checkpoints = 3  # the last ones; beside them the best one is kept
     config.num_pictures = 8  # rows of the reconstruction grid
     config.num_scored = 512  # images rendered through the slots for the summary
+    config.track = ""  # or some of "tensorboard,wandb,mlflow,aim", which get the curves
     return config
 
 

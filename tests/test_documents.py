@@ -42,7 +42,7 @@ def test_every_folders_readme_names_all_its_files():
     folders = {file.parent for file in files_of_the_project("*.py")} - {ROOT}
     for folder in sorted(f for f in folders if f == TESTS or TESTS not in f.parents):
         text = (folder / "README.md").read_text()
-        for file in folder.glob("*.py"):
+        for file in (*folder.glob("*.py"), *folder.glob("*.ipynb")):
             if file.name != "__init__.py":
                 assert f"`{file.name}`" in text, f"{folder}/README.md: {file.name}"
         table = re.search(r"^\| file .*?(?=^[^|]|\Z)", text, re.M | re.S)

@@ -1,6 +1,5 @@
-"""Where metrics go: metrics.jsonl always, TensorBoard where TensorFlow is present."""
+"""Where metrics go: metrics.jsonl always, and the trackers of `config.track`."""
 
-import importlib.util
 import json
 import pathlib
 from collections.abc import Mapping
@@ -8,29 +7,36 @@ from typing import Any
 
 import numpy as np
 
+from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.files import finite, write_atomically
+from implicit_slots.runtime.trackers import Trackers
 from implicit_slots.runtime.workdir import METRICS_FILE, writing
 
 
 class MetricWriter:
-    """Appends to `metrics.jsonl`, and to TensorBoard's event file where it can.
+    """Appends to `metrics.jsonl`, and sends the same to the run's trackers.
 
     Lines after `step` are removed first: they were written by a run that was stopped
-    before its next checkpoint, and will be written again. (TensorBoard's file keeps
-    them, and shows them twice.)
+    before its next checkpoint, and will be written again.
 
     Args:
       workdir: the run's directory.
+      config: of the run, for its trackers; None for none.
       step: the step that the run starts from; None if it will write nothing, as in
         all processes but one.
 
     Attributes:
       history: the lines that were there before, up to `step`.
+
+    Raises:
+      UserError: the workdir cannot be written, or a tracker cannot be started.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, step: int | None):
+    def __init__(
+        self, workdir: pathlib.Path, config: Config | None = None, *, step: int | None
+    ):
         self._path = workdir / METRICS_FILE
-        self._tensorboard = None
+        self._trackers = None
         self._silent = step is None
         self.history: list[dict[str, Any]] = []
         if step is None:
@@ -41,7 +47,8 @@ class MetricWriter:
                 self.history = [line for line in written if line["step"] <= step]
                 lines = "".join(json.dumps(line) + "\n" for line in self.history)
                 write_atomically(self._path, lines)
-        self._tensorboard = _tensorboard(workdir)
+        if config is not None:
+            self._trackers = Trackers(workdir, config, step=step, history=self.history)
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Writes the values of one step; what is not finite becomes null."""
@@ -50,20 +57,18 @@ class MetricWriter:
         line = finite({"step": step, "split": split, **values})
         with writing(self._path.parent), self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        if self._tensorboard is not None:
-            self._tensorboard.write_scalars(
-                step, {f"{split}/{name}": value for name, value in values.items()}
-            )
+        if self._trackers is not None:
+            self._trackers.write(step, split, values)
 
     def write_image(self, step: int, name: str, picture: np.ndarray) -> None:
-        """Shows a picture, uint8 [height, width, 3], in TensorBoard."""
-        if self._tensorboard is not None:
-            self._tensorboard.write_images(step, {name: picture[None]})
+        """Shows a picture, uint8 [height, width, 3], in the trackers."""
+        if self._trackers is not None:
+            self._trackers.draw(step, name, picture)
 
     def close(self) -> None:
-        """Flushes what TensorBoard still holds."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        """Writes what trackers still hold."""
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -75,16 +80,3 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
-
-
-def _tensorboard(workdir: pathlib.Path) -> Any:
-    """A clu summary writer, or None: it needs TensorFlow and TensorBoard both."""
-    if not all(importlib.util.find_spec(n) for n in ("tensorflow", "tensorboard")):
-        return None
-    import tensorflow as tf  # pyright: ignore
-    from clu import metric_writers
-
-    # TensorFlow would otherwise take the accelerator's memory from JAX.
-    for kind in ("GPU", "TPU"):
-        tf.config.set_visible_devices([], kind)
-    return metric_writers.SummaryWriter(str(workdir))

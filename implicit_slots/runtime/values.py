@@ -88,6 +88,19 @@ class OneOf:
 
 
 @dataclasses.dataclass(frozen=True)
+class Several:
+    """None, one or several of some names, with commas between."""
+
+    names: tuple[str, ...]
+
+    def fault(self, value: Any) -> str:
+        """Returns what a value must be and is not, or nothing."""
+        if isinstance(value, str) and set(value.split(",")) <= {"", *self.names}:
+            return ""
+        return f"must be some of {', '.join(self.names)}, with commas between, or empty"
+
+
+@dataclasses.dataclass(frozen=True)
 class Text:
     """Text, which whoever reads it looks at; `Name` and `Place` say more."""
 
@@ -142,7 +155,7 @@ class Wholes:
         return f"must be whole numbers from {self.low}, at least one, as in (2, 1)"
 
 
-Kind = Whole | Number | Flag | OneOf | Text | Name | Place | Wholes
+Kind = Whole | Number | Flag | OneOf | Several | Text | Name | Place | Wholes
 
 
 def check_values(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:

@@ -56,6 +56,7 @@ ABSENT: Mapping[str, object] = {
     "optimizer.dvae_steps": 0,
     "optimizer.slots_learning_rate": 0.0,
     "optimize_programs": True,
+    "track": "",
     "evaluation.masks.starts": 1,
     "evaluation.probes.every": 0,
     "evaluation.probes.num_images": 1_000,

@@ -12,6 +12,7 @@ from implicit_slots.models.build import model_class
 from implicit_slots.models.dvae import STRIDE
 from implicit_slots.models.noise import MOST_WORDS
 from implicit_slots.models.slot_attention import LEARNED
+from implicit_slots.runtime import trackers
 from implicit_slots.runtime.config import Config, flat
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import expand
@@ -40,6 +41,7 @@ MAY_CHANGE = {
     "keep_checkpoints",
     "sharding",
     "optimize_programs",
+    "track",
     "nonfinite.stop_after",
     "alarms.enabled",
     "alarms.gradient_growth",
@@ -78,6 +80,8 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
     if mode not in MODES:
         raise UserError(f"--mode must be one of {', '.join(MODES)}, got {mode!r}")
     check_keys(config)
+    if mode == "train":
+        trackers.check(config.get("track", ABSENT["track"]))
     weights_file = config.evaluation.inception
     reads_it = mode == "evaluate" or config.evaluation.rendering.every > 0
     if weights_file and reads_it and not expand(weights_file).exists():

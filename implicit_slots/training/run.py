@@ -173,7 +173,9 @@ def train(
         if writes:
             with writing(workdir):
                 write_json(workdir / CONFIG_FILE, json.loads(config.to_json()))
-        writer = MetricWriter(workdir, step=int(state.step) if writes else None)
+        step = int(state.step) if writes else None
+        with processes.together():
+            writer = MetricWriter(workdir, config, step=step)
         stack.callback(writer.close)
         introduce(parts, state, workdir)
         with writing(workdir):

@@ -24,6 +24,7 @@ from implicit_slots.models.layers import POSITION_KINDS, PRECISIONS
 from implicit_slots.runtime.config import Config, flat
 from implicit_slots.runtime.devices import SHARDINGS
 from implicit_slots.runtime.errors import UserError
+from implicit_slots.runtime.tracker_libraries import TRACKERS
 from implicit_slots.runtime.values import (
     Flag,
     Kind,
@@ -31,6 +32,7 @@ from implicit_slots.runtime.values import (
     Number,
     OneOf,
     Place,
+    Several,
     Whole,
     Wholes,
     check_values,
@@ -140,6 +142,7 @@ KINDS: Mapping[str, Kind] = {
     "accumulate": COUNT,
     "sharding": OneOf(SHARDINGS),
     "optimize_programs": Flag(),
+    "track": Several(tuple(TRACKERS)),
     "precision": OneOf(tuple(PRECISIONS)),
     **_below("model", MODEL),
     "features.weights": Place(),

@@ -1,8 +1,10 @@
 """The scripts run, and what they print and write is what they say."""
 
+import importlib
 import json
 import math
 import pathlib
+import re
 import runpy
 
 import numpy as np
@@ -111,6 +113,40 @@ def test_a_layer_of_each_library_fits_a_notebooks_cell_and_learns(name, capsys):
 def test_every_layer_is_run():
     folder = pathlib.Path(digits_deq.__file__).parent
     assert {file.stem for file in folder.glob("layer_*.py")} == LAYERS.keys()
+
+
+NOTEBOOKS = sorted(pathlib.Path(digits_deq.__file__).parent.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_small_and_has_no_outputs(path):
+    cells = json.loads(path.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code and path.stat().st_size < 20_000
+    for cell in code:
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Jupyter's own
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_draws(path):
+    for module in ("ipykernel", "nbclient"):
+        pytest.importorskip(module, reason="the extra notebooks")
+    nbclient, nbformat = map(importlib.import_module, ("nbclient", "nbformat"))
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=None).execute(cwd=path.parents[2])
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    pictures = [o for o in outputs if "image/png" in o.get("data", {})]
+    shown = "".join(cell.get("source", "") for cell in notebook.cells).count(
+        "plt.show()"
+    )
+    assert len(pictures) >= shown > 2
+    if path.stem == "trained_model":
+        text = "".join(o.get("text", "") for o in outputs)
+        errors = dict(re.findall(r"^(\S+) +cosine .* ([\d.]+)%$", text, re.M))
+        # The exact gradient is far from one term's, and near a solver's.
+        assert float(errors["Neumann(terms=1)"]) > 10 > float(errors["GMRES(16)"])
 
 
 @pytest.mark.slow
