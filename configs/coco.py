@@ -26,6 +26,7 @@ def get_config(variant: str | None = None) -> Config:
         "coco", resolution=96, max_objects=254, crop="center", path="data/coco"
     )
     data.masks = "instances"
+    data.overlaps = "smaller"  # is seen; "ignored": no metric counts those pixels
     data.flip = True
     config = base.get_config("coco", data)
     config.model.num_slots = 12
