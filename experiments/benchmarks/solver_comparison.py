@@ -13,6 +13,7 @@ Time is the median of rounds that take each adjoint in turn, forward and backwar
 memory is XLA's own account of temporary buffers. Writes OUT.png, OUT.md and OUT.json.
 """
 
+import functools
 import statistics
 import time
 from pathlib import Path
@@ -112,8 +113,15 @@ def build_case(model: Any, image: jax.Array, objects: Any = None) -> Case:
       objects: those to be seen, which a set predictor is asked for.
     """
     graphdef, params = nnx.split(model)
+    (step_params, x, z0), g = asked_of(graphdef)(params, image, objects)
+    f = model.slot_problem(image[:1], jax.random.key(0)).f
+    return Case(Problem(f, step_params, x, z0), g)
 
-    @jax.jit
+
+@functools.lru_cache
+def asked_of(graphdef: nnx.GraphDef) -> Any:
+    """The compiled function of `build_case`: one for all checkpoints of a run."""
+
     def build(params, image, objects):
         model = nnx.merge(graphdef, params)
         problem = model.slot_problem(image, jax.random.key(0))
@@ -122,9 +130,7 @@ def build_case(model: Any, image: jax.Array, objects: Any = None) -> Case:
         asked = jax.grad(lambda slots: objective(model, image, objects, slots))
         return problem[1:], asked(slots)
 
-    (step_params, x, z0), g = build(params, image, objects)
-    f = model.slot_problem(image[:1], jax.random.key(0)).f
-    return Case(Problem(f, step_params, x, z0), g)
+    return jax.jit(build)
 
 
 def objective(model: Any, image: jax.Array, objects: Any, slots: jax.Array):
@@ -155,9 +161,14 @@ def compare_forward(case: Case, names: list[str], steps: int) -> dict[str, np.nd
 
 def spectra(case: Case, solver: Solver) -> dict[str, list[float]]:
     """Radius and norm of J at the slots, and the residual there, per image."""
-    f, arguments = case.problem.f, case.problem[1:]
+    found = spectra_at(case.problem.f, solver)(*case.problem[1:])
+    return {name: np.asarray(values).tolist() for name, values in found.items()}
 
-    @jax.jit
+
+@functools.lru_cache
+def spectra_at(f: Any, solver: Solver) -> Any:
+    """The compiled function of `spectra`."""
+
     def measure(params, x, z0):
         found = fixed_point(f, params, x, z0, solver=solver, adjoint=Neumann())
         at = f, params, x, found.value, jax.random.key(1)
@@ -167,18 +178,13 @@ def spectra(case: Case, solver: Solver) -> dict[str, list[float]]:
             "residual": found.stats.residual,
         }
 
-    return {name: np.asarray(v).tolist() for name, v in measure(*arguments).items()}
+    return jax.jit(measure)
 
 
 def gradient_quality(case: Case, adjoint: Adjoint, solver: Solver) -> dict[str, Any]:
     """Relative error and cosine of the parameter gradient, and backward failures."""
     how: Any = {"solver": solver, "adjoint": adjoint}
-
-    @jax.jit
-    def judge(params, x, z0, g):
-        return diagnostics.gradient_error(case.problem.f, params, x, z0, g, **how)
-
-    error = judge(*case.problem[1:], case.g)
+    error = judge(case.problem.f, solver, adjoint)(*case.problem[1:], case.g)
     quality = {
         "relative_error": error.params_error,
         "cosine": error.params_cosine,
@@ -193,6 +199,13 @@ def gradient_quality(case: Case, adjoint: Adjoint, solver: Solver) -> dict[str, 
         probe = backward_probe(len(case.problem.z0))
         quality |= jax.jit(jax.grad(loss))(probe)._asdict()
     return {name: np.asarray(values).tolist() for name, values in quality.items()}
+
+
+@functools.lru_cache
+def judge(f: Any, solver: Solver, adjoint: Adjoint) -> Any:
+    """The compiled function of `gradient_quality`."""
+    how: Any = {"solver": solver, "adjoint": adjoint}
+    return jax.jit(functools.partial(diagnostics.gradient_error, f, **how))
 
 
 def costs(
