@@ -323,6 +323,7 @@ def expected(case: Case):
     squares = {
         name: float(np.mean(gradients[beside(name)] ** 2)) or 1.0
         for name in named(state.params)
+        if beside(name) in gradients  # A frozen part has none.
     }
     return seed, squares, run(seed, squares)[2]
 

@@ -232,7 +232,7 @@ class FeatureSlots(ImageSlots):
         order: Any = 0
         if self.orders > 1 and not deterministic:
             drawn = jax.random.fold_in(key, 1)
-            order = jax.random.randint(drawn, (), 0, self.orders)
+            order = jax.random.randint(drawn, (), 0, self.orders, jnp.int32)
         made, masks = self.mix(slots.slots, features, order=order)
         return Output(
             {"feature_mse": jnp.mean(jnp.square(features - made), axis=(1, 2))},
