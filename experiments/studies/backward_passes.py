@@ -136,10 +136,10 @@ def rules() -> Iterator[Rule]:
         for model in (SLATE, AUTOENCODER, SET_PREDICTOR):
             metric = AP if model == SET_PREDICTOR else FG_ARI
             pair = (f"{model}: {name}", f"{model}: {ONE}")
-            yield score_rule(f"{name} beats one term", metric, *pair)
+            yield score_rule(f"{name} is better than one term", metric, *pair)
             yield score_rule("in the same time too", metric + AT_TIME, *pair)
             if model == SLATE:
-                yield Rule("also in loss", "cross_entropy", *pair, "lower")
+                yield Rule("its loss is lower", "cross_entropy", *pair, "lower")
 
 
 def panel(model: str, metric: str, label: str, **settings: Any) -> drawing.Panel:

@@ -40,6 +40,9 @@ def figure(table: Table, *panels: Panel, columns: int = 3) -> "Figure":
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, panel in zip(axes, panels, strict=False):
         panel(axis, table)
+        axis.set_visible(
+            axis.has_data()
+        )  # Of arms that were left out there is nothing.
         axis.tick_params(which="both", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
         axis.xaxis.label.set_size(8)
@@ -104,7 +107,8 @@ def along(
             curves = table.curves(arm, metric, split).values()
             for x, y in curves:
                 axis.plot(x, y, lw=0.5, alpha=0.4, color=style(place)["color"])
-            axis.plot(*middle(curves), lw=1.4, label=arm, **style(place))
+            name = arm.removeprefix(beginning) if beginning.endswith(": ") else arm
+            axis.plot(*middle(curves), lw=1.4, label=name, **style(place))
         axis.set(xlabel="training step", ylabel=label, **settings)
 
     return draw

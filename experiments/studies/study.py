@@ -12,6 +12,7 @@ a table, the verdict and how to make it again. Started again it goes on.
 
 import argparse
 import ast
+import dataclasses
 import math
 import os
 import pathlib
@@ -175,6 +176,10 @@ def execute(
     print(f"{study.title} ({options.scale})", flush=True)
     done = runs.train_all(arms, seeds, out / "runs", jobs=options.jobs, start=start)
     table = measure(study, done)
+    if options.arms != ["*"]:
+        made = {row.arm for row in table.rows}
+        rules = tuple(rule for rule in study.rules if {rule.a, rule.b} <= made)
+        study = dataclasses.replace(study, rules=rules)
     write_atomically(out / f"{study.name}.csv", as_csv(table.rows))
     for name, draw in {study.name: study.draw, **study.more}.items():
         save_figure(draw(table), out / name)
