@@ -101,7 +101,7 @@ def arms(scale: str) -> list[Arm]:
     if scale != "smoke":
         return everything
     # Those that other studies make anyway.
-    return [everything[0], *(one for one in everything if one.name.endswith(ONE))]
+    return [one for one in of_slate if one.name.endswith(("unrolled", ONE))]
 
 
 def in_time(table: Table) -> Iterator[Measurement]:
