@@ -107,7 +107,10 @@ def arms(scale: str) -> list[Arm]:
 def in_time(table: Table) -> Iterator[Measurement]:
     """Scores when the fastest backward pass of the model has made all its steps."""
     models = {arm: arm.partition(": ")[0] for arm in table.arms()}
-    ratios = {arm: middle(table.last(arm, "time_ratio")) for arm in table.arms()}
+    ratios = {
+        arm: drawing.median(table.last(arm, "time_ratio").values())
+        for arm in table.arms()
+    }
     for arm, model in models.items():
         fastest = np.nanmin([ratios[one] for one in models if models[one] == model])
         for metric in IN_TIME:
@@ -120,12 +123,6 @@ def in_time(table: Table) -> Iterator[Measurement]:
                     yield Measurement(
                         arm, seed, int(step), "derived", metric + AT_TIME, value
                     )
-
-
-def middle(values: Mapping[int, float]) -> float:
-    """The median over seeds; NaN of none."""
-    found = [value for value in values.values() if np.isfinite(value)]
-    return float(np.median(found)) if found else float("nan")
 
 
 def rules() -> Iterator[Rule]:

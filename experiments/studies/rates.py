@@ -18,8 +18,6 @@ from experiments.studies import drawing, scales, study
 from experiments.studies.runs import Arm
 from experiments.studies.statistics import Rule
 
-GRADIENTS = {"vanilla": dict(scales.UNROLLED), "implicit": {}}
-
 
 def arms(scale: str) -> list[Arm]:
     """Either gradient at each factor."""
@@ -27,7 +25,7 @@ def arms(scale: str) -> list[Arm]:
     factors = scales.FACTORS if scale != "smoke" else (1.0,)
     return [
         scales.arm(base, f"{name}@{factor:g}", changes | scales.rates(base, factor))
-        for name, changes in GRADIENTS.items()
+        for name, changes in scales.GRADIENTS.items()
         for factor in factors
     ]
 

@@ -11,7 +11,8 @@ Base = tuple[str, dict[str, object]]
 SCALES = ("smoke", "cpu", "tokens", "folder", "gpu", "paper")
 SEEDS: Mapping[str, int] = dict.fromkeys(SCALES, 3) | {"smoke": 1, "paper": 4}
 GAUSSIAN = {"model.initial_slots": "gaussian", "model.straight_through": False}
-UNROLLED: Mapping[str, object] = {"model.adjoint.name": "unrolled"}
+UNROLLED = {"model.adjoint.name": "unrolled"}
+GRADIENTS: Mapping[str, dict[str, Any]] = {"vanilla": UNROLLED, "implicit": {}}
 
 _SMOKE = {
     "num_steps": 4,
@@ -87,10 +88,9 @@ def rates(base: Base, factor: float) -> dict[str, object]:
 def gradients(scale: str) -> dict[str, dict[str, Any]]:
     """Returns by name what makes either gradient of SLATE, each at its own rates."""
     factors = BEST.get(scale, (1.0, 1.0))
-    both = {"vanilla": UNROLLED, "implicit": {}}
     return {
         name: {**changes, **(rates(slate(scale), factor) if factor != 1.0 else {})}
-        for (name, changes), factor in zip(both.items(), factors, strict=True)
+        for (name, changes), factor in zip(GRADIENTS.items(), factors, strict=True)
     }
 
 

@@ -12,7 +12,6 @@ a table, the verdict and how to make it again. Started again it goes on.
 
 import argparse
 import ast
-import dataclasses
 import math
 import os
 import pathlib
@@ -20,7 +19,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -179,7 +178,7 @@ def execute(
     if options.arms != ["*"]:
         made = {row.arm for row in table.rows}
         rules = tuple(rule for rule in study.rules if {rule.a, rule.b} <= made)
-        study = dataclasses.replace(study, rules=rules)
+        study = replace(study, rules=rules)
     write_atomically(out / f"{study.name}.csv", as_csv(table.rows))
     for name, draw in {study.name: study.draw, **study.more}.items():
         save_figure(draw(table), out / name)

@@ -17,17 +17,21 @@ OBJECTS = 4
 COUNT = 12
 
 
-@pytest.fixture(scope="module")
-def source():
+def few_scenes(count=COUNT):
     return Scenes(
         split="test",
         resolution=RESOLUTION,
         train_size=1,
         validation_size=1,
-        test_size=COUNT,
+        test_size=count,
         min_objects=2,
         max_objects=OBJECTS,
     )
+
+
+@pytest.fixture(scope="module")
+def source():
+    return few_scenes()
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +56,7 @@ def test_removing_nothing_gives_the_images_own_bytes(source, batch):
 
 
 def test_scenes_read_once_are_rendered_without_their_neighbours(batch, monkeypatch):
-    scenes = Scenes(
-        split="test",
-        resolution=RESOLUTION,
-        train_size=1,
-        validation_size=1,
-        test_size=64 * 32,
-        min_objects=2,
-        max_objects=OBJECTS,
-    )
+    scenes = few_scenes(64 * 32)
     calls, render = [], scenes._render
 
     def counted(indices, **keep):
@@ -84,15 +80,7 @@ def test_scenes_read_once_are_rendered_without_their_neighbours(batch, monkeypat
 
 
 def test_one_thread_compiles_what_renders_and_others_wait(monkeypatch):
-    scenes = Scenes(
-        split="test",
-        resolution=RESOLUTION,
-        train_size=1,
-        validation_size=1,
-        test_size=COUNT,
-        min_objects=2,
-        max_objects=OBJECTS,
-    )
+    scenes = few_scenes()
     active, most = [], []
 
     def render(indices, **keep):
@@ -105,9 +93,9 @@ def test_one_thread_compiles_what_renders_and_others_wait(monkeypatch):
     monkeypatch.setattr(scenes, "_render", render)
     monkeypatch.setattr(source_module, "_COMPILED", set())
     with ThreadPoolExecutor(2) as pool:
-        [*pool.map(scenes._draw, [np.arange(32)] * 2)]
+        list(pool.map(scenes._draw, [np.arange(32)] * 2))
         assert most == [1, 1]
-        [*pool.map(scenes._draw, [np.arange(32)] * 2)]
+        list(pool.map(scenes._draw, [np.arange(32)] * 2))
     assert most == [1, 1, 1, 2]
 
 
