@@ -87,9 +87,9 @@ def get_config(name: str, data: Config) -> Config:
     config.evaluation = ConfigDict()
     config.evaluation.split = "test"
     config.evaluation.inception = ""  # file of Inception-v3 weights, for the FID
+    config.evaluation.lpips = ""  # file of a state of the lpips package's LPIPS
     config.evaluation.masks = ConfigDict({"every": 0, "num_images": 1_000})
-    # Initial slots tried for each image; those that reconstruct it best are scored.
-    config.evaluation.masks.starts = 1
+    config.evaluation.masks.starts = 1  # initial slots tried; the best rebuilt counts
     config.evaluation.masks.resolution = 0  # at which they are scored; 0: the images'
     config.evaluation.rendering = ConfigDict({"every": 0, "num_images": 1_000})
     config.evaluation.properties = ConfigDict({"every": 0, "num_images": 0})

@@ -15,7 +15,7 @@ from implicit_slots.evaluation.findings import (
     kept_rows,
     kept_values,
 )
-from implicit_slots.evaluation.metrics import deletion, frechet, inception
+from implicit_slots.evaluation.metrics import deletion, frechet, inception, lpips
 from implicit_slots.evaluation.metrics.kernel_distance import kernel_distance
 from implicit_slots.models.images import as_float
 from implicit_slots.runtime.devices import replicated
@@ -32,10 +32,14 @@ NO_WEIGHTS = (
     "no weights: --config.evaluation.inception=FILE takes "
     "pt_inception-2015-12-05-6726825d.pth, which is not downloaded for you"
 )
+NO_LPIPS = (
+    "no weights: --config.evaluation.lpips=FILE takes the state of an lpips.LPIPS, "
+    "which is not downloaded for you"
+)
 
 
 def rendering(subject: Subject, findings: Findings) -> None:
-    """Squared error, PSNR and SSIM of both reconstructions; distances of whole sets.
+    """Errors, SSIM and LPIPS of both reconstructions; distances of whole sets.
 
     The sets are the images, both reconstructions of them, and scenes that are rendered
     from slots of different images shuffled together ("composed").
@@ -43,6 +47,9 @@ def rendering(subject: Subject, findings: Findings) -> None:
     features = _features(subject)
     if "inception" not in features:
         findings.absent |= dict.fromkeys(DISTANCES["inception"], NO_WEIGHTS)
+    perceived = _perceived(subject)
+    if perceived is None:
+        findings.absent["lpips"] = NO_LPIPS
     rows: list[dict[str, np.ndarray]] = []
     slots: list[np.ndarray] = []
     found: dict[tuple[str, str], list[np.ndarray]] = {}
@@ -57,9 +64,12 @@ def rendering(subject: Subject, findings: Findings) -> None:
         values, rendered = subject.steps.rendering(
             subject.params, batch["image"], number
         )
+        image = as_float(batch["image"])
+        if perceived is not None:
+            values = {**values, **perceived(image, rendered)}
         rows.append(kept_values(values, host))
         kept = kept_rows(host)
-        for name, images in {"image": as_float(batch["image"]), **rendered}.items():
+        for name, images in {"image": image, **rendered}.items():
             add(name, images, kept)
         encoded = subject.steps.encode(subject.params, batch["image"], number)
         slots.append(np.asarray(encoded.slots)[kept])
@@ -98,6 +108,15 @@ def _features(subject: Subject) -> dict[str, Callable[[jax.Array], jax.Array]]:
         network = compiled(inception.features)
         features["inception"] = lambda images: network(weights, images)
     return features
+
+
+def _perceived(subject: Subject) -> Callable[..., dict[str, jax.Array]] | None:
+    """LPIPS of a batch's renders, where its weights are."""
+    whole = replicated(subject.mesh)
+    if not (file := subject.config.evaluation.get("lpips", "")):
+        return None
+    weights = jax.device_put(lpips.load(expand(file)), whole)
+    return functools.partial(jax.jit(lpips.distances, out_shardings=whole), weights)
 
 
 def _composed(

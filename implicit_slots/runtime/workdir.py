@@ -61,6 +61,7 @@ ABSENT: Mapping[str, object] = {
     "evaluation.probes.every": 0,
     "evaluation.probes.num_images": 1_000,
     "evaluation.masks.resolution": 0,
+    "evaluation.lpips": "",
     "data.ignore_id": 255,
     "data.overlaps": "smaller",
 }
@@ -96,7 +97,13 @@ OF_COCO = ("data.overlaps",)
 # Keys of older versions that nothing needs any more.
 GONE = ("model.attention",)
 # Keys that name a file or folder; empty: none, or a default of the data set's.
-PATHS = ("data.path", "data.cache", "evaluation.inception", "features.weights")
+PATHS = (
+    "data.path",
+    "data.cache",
+    "evaluation.inception",
+    "evaluation.lpips",
+    "features.weights",
+)
 # Between the workdir and the file whose data section takes the place of the run's.
 SEPARATOR = "\n"
 

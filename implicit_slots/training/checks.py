@@ -82,12 +82,13 @@ def check(config: Config, mode: str, checkpoint: str = "latest") -> None:
     check_keys(config)
     if mode == "train":
         trackers.check(config.get("track", ABSENT["track"]))
-    weights_file = config.evaluation.inception
-    reads_it = mode == "evaluate" or config.evaluation.rendering.every > 0
-    if weights_file and reads_it and not expand(weights_file).exists():
-        raise UserError(
-            f"there is no file {weights_file}, which config.evaluation.inception names"
-        )
+    reads_them = mode == "evaluate" or config.evaluation.rendering.every > 0
+    for name in ("inception", "lpips"):
+        file = config.evaluation.get(name, "")
+        if file and reads_them and not expand(file).exists():
+            raise UserError(
+                f"there is no file {file}, which config.evaluation.{name} names"
+            )
     check_slate(config)
     check_noise(config)
     if config.evaluation.masks.get("starts", ABSENT[STARTS]) > 1:

@@ -173,6 +173,7 @@ KINDS: Mapping[str, Kind] = {
     "diagnostics.powers": ANY,
     "evaluation.split": OneOf(tuple(SPLITS)),
     "evaluation.inception": Place(),
+    "evaluation.lpips": Place(),
     # Of an evaluation's groups 0 images are all there are, where all can be measured.
     "evaluation.masks.every": ANY,
     "evaluation.masks.num_images": ANY,

@@ -117,3 +117,21 @@ def test_fewer_images_than_slots_compose_nothing(monkeypatch):
     assert findings.absent["composed/fid"] == "it needs as many images as slots, 3"
     findings, made, _ = measure(1, monkeypatch)
     assert findings.absent["slots/fid"] == "it needs two images or more"
+
+
+def test_lpips_is_of_each_image_and_its_own_render(monkeypatch):
+    def perceived(image, rendered):
+        apart = {n: abs(r - image).mean(axis=(1, 2, 3)) for n, r in rendered.items()}
+        return {
+            f"{name}/lpips": value + image[:, 0, 0, 0] for name, value in apart.items()
+        }
+
+    monkeypatch.setattr(renders, "_perceived", lambda subject: perceived)
+    findings, *_ = measure(5, monkeypatch)
+    want = 0.05 + np.arange(5) / 10
+    np.testing.assert_allclose(findings.images["slots/lpips"], want, rtol=1e-5)
+    assert "lpips" not in findings.absent
+    monkeypatch.undo()
+    findings, *_ = measure(5, monkeypatch)
+    assert findings.absent["lpips"] == renders.NO_LPIPS
+    assert "slots/lpips" not in findings.images

@@ -348,11 +348,12 @@ def test_settings_that_make_no_sense_are_refused(changes, sentence):
         checks.check(smoke(**changes), "evaluate")
 
 
-def test_weights_that_are_not_there_are_a_sentence(workdir, tmp_path):
+@pytest.mark.parametrize("name", ["inception", "lpips"])
+def test_weights_that_are_not_there_are_a_sentence(name, workdir, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(workdir, copy)
-    config = smoke(**{"evaluation.inception": str(tmp_path / "nothing.pth")})
-    with pytest.raises(UserError, match=r"nothing\.pth"):
+    config = smoke(**{f"evaluation.{name}": str(tmp_path / "nothing.pth")})
+    with pytest.raises(UserError, match=rf"nothing\.pth.*evaluation\.{name}"):
         run.run(config, copy, mode="evaluate")
 
 
