@@ -29,6 +29,7 @@ from experiments.benchmarks.solver_comparison import (
     gradient_quality,
     spectra,
 )
+from experiments.studies import ground
 from experiments.studies.drawing import MASKS
 from experiments.studies.runs import PROBE_FOLDER
 from implicit_slots.data import registry
@@ -313,6 +314,13 @@ def slots_left(workdir: pathlib.Path) -> Rows:
     return save(workdir, "slots_left", arrays)
 
 
+def ground_kept(workdir: pathlib.Path) -> Rows:
+    """The last checkpoint's deletions, the ground's slot last and first."""
+    ((step, subject),) = along_training(workdir, last=True)
+    for metric, value in ground.measure(subject):
+        yield step, metric, value
+
+
 def images_of(source: Source) -> jax.Array:
     """The first images of a source, in [0, 1]."""
     batch = source.batch(np.arange(NUM_IMAGES))
@@ -342,6 +350,7 @@ PROBES: Mapping[str, Probe] = {
     "starts": starts,
     "pictures": pictures,
     "slots_left": slots_left,
+    "ground": ground_kept,
 }
 
 

@@ -66,7 +66,7 @@ def deletions(subject: Subject, findings: Findings) -> tuple[np.ndarray, Batch] 
         findings.absent["Slot interdependence"] = "the model has a single slot"
         return None
     forced = subject.steps.read(subject.params, encoded.tokens, slots, _all(slots))
-    regions = _regions(subject, batch, forced.attention)
+    regions = regions_of(subject, batch, forced.attention)
     if "segmentation" not in batch:
         findings.notes.append(
             f"spill is measured outside the deleted slot's own decoder mask: {NO_MASKS}"
@@ -90,7 +90,7 @@ def deletions(subject: Subject, findings: Findings) -> tuple[np.ndarray, Batch] 
         orders,
         read=read,
         image=image,
-        without=_without(subject, indices) if "segmentation" in batch else None,
+        without=without_of(subject, indices) if "segmentation" in batch else None,
         progress=subject.progress,
     )
     _tell_deletions(findings, found, "")
@@ -227,7 +227,9 @@ def groups_of(model: str) -> list[str]:
     return [g for g in GROUPS if g not in _NEEDS or hasattr(kind, _NEEDS[g])]
 
 
-def _regions(subject: Subject, batch: Batch, attention: jax.Array) -> deletion.Regions:
+def regions_of(
+    subject: Subject, batch: Batch, attention: jax.Array
+) -> deletion.Regions:
     """What each slot stands for: its object, or else its own mask."""
     height, width = batch["image"].shape[1:3]
     if "segmentation" not in batch:
@@ -244,7 +246,8 @@ def _regions(subject: Subject, batch: Batch, attention: jax.Array) -> deletion.R
     )
 
 
-def _without(subject: Subject, indices: np.ndarray) -> deletion.Without:
+def without_of(subject: Subject, indices: np.ndarray) -> deletion.Without:
+    """The true scenes of these images without some of their objects."""
     return lambda removed: subject.source.without(indices, removed)
 
 
