@@ -7,6 +7,7 @@ import types
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import FLOAT32, relative_error
@@ -147,7 +148,7 @@ def test_an_image_is_compared_with_its_own_other_alone():
     assert 0 < 2 * near < far
     np.testing.assert_array_equal(got[2:4], 0)
     np.testing.assert_allclose(got[4:], [near, far], rtol=FLOAT32)
-    small = np.zeros((2, 31, 40, 3), np.float32)  # the networks do not take these
+    small = jnp.zeros((2, 31, 40, 3))  # the networks do not take these
     assert np.isnan(lpips.distance(params, small, small)).all()
 
 
