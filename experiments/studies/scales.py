@@ -22,7 +22,7 @@ _SMOKE = {
     "checkpoint_every": 2,
     "data.cache": "",
     "data.with_masks": False,
-    "evaluation.fixed_points.iterations": 5,
+    "evaluation.fixed_points.iterations": 2,  # each is a program of its own
     "evaluation.masks.num_images": 8,
     "evaluation.rendering.num_images": 8,
     "evaluation.properties.num_images": 8,
