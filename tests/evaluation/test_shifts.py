@@ -192,9 +192,10 @@ def test_a_shift_changes_what_it_says_and_nothing_else(draw):
     np.testing.assert_allclose(
         middle, 1.5 * (plain["objects"]["pixel_position"] - RESOLUTION / 2), atol=1e-3
     )
-    # Pyramids and cones are narrower than what they stand for.
-    pointed = draw("shapes")["segmentation"] > 0
-    assert 0.3 < pointed.mean() / (~ground).mean() < 0.7
+    # Pyramids and cones are narrower than what they stand for, and so are shadows.
+    for key in ("segmentation", "shadow"):
+        areas = [np.mean(batch[key] > 0) for batch in (draw("shapes"), plain)]
+        assert 0.1 < areas[0] / areas[1] < 0.7
 
 
 @pytest.mark.slow
