@@ -112,7 +112,7 @@ _SHIFT = flags.DEFINE_string(
     "shift",
     "",
     "To evaluate what shifts of the embedded scenes cost: all, or some by name "
-    "(objects,colours,light,ground,cropped,noise).",
+    "(objects,colours,light,ground,cropped,noise,camera,shapes,textures,occlusion).",
 )
 _TOPOLOGY = flags.DEFINE_string(
     "topology",

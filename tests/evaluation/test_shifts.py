@@ -3,18 +3,24 @@
 import csv
 import json
 import shutil
+from functools import cache
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import folder, scenes
 from implicit_slots.data import registry
-from implicit_slots.data.scenes.shifts import SHIFTS
+from implicit_slots.data.scenes.sampling import Scene
+from implicit_slots.data.scenes.shifts import SHIFTS, rearranged
 from implicit_slots.evaluation import shift_table, shifts
 from implicit_slots.report.page import write_report
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.training import run
 
+RESOLUTION = 32
+OBJECTS = 4
+SCENES = 16
 MEANS = {
     "none": {"attention/fg_ari": 0.75, "attention/ari": 0.5, "slots/mse": 20.0},
     "noise": {"attention/fg_ari": 0.25, "attention/ari": 0.625, "slots/mse": None},
@@ -84,6 +90,18 @@ def test_shifts_that_cannot_be_are_a_sentence():
     config.data.shift = "dust"
     with pytest.raises(registry.DataError, match=r"no shift 'dust', but objects, "):
         registry.build(config.data, "test")
+    with config.unlocked():
+        config.data.update(shift="occlusion", min_objects=1, max_objects=1)
+    with pytest.raises(registry.DataError, match=r"one object hides no other: .*>= 2"):
+        registry.build(config.data, "test")
+
+
+def test_the_camera_moves_about_the_vertical_and_down():
+    scene = Scene(*map(jnp.array, range(9)))  # of no sizes that a scene has
+    scene = scene._replace(camera=jnp.array([2.0, 0.0, 5.0]))
+    moved = rearranged(scene, SHIFTS["camera"])
+    np.testing.assert_allclose(moved.camera, [3**0.5, 1.0, 3.0], rtol=1e-6)
+    assert moved._replace(camera=scene.camera) == scene
 
 
 @pytest.mark.slow
@@ -113,39 +131,53 @@ def test_every_shift_is_measured_from_the_command_to_the_files(smoke_run, tmp_pa
         assert found["metrics"][name] == plain
     place = copy / "evaluation" / "test-shifts"
     with (place / "shifts.csv").open() as file:
-        assert len(list(csv.reader(file))) == 1 + 7 * len(shift_table.SHOWN)
+        rows = 1 + len(found["shifts"]) * len(shift_table.SHOWN)
+        assert len(list(csv.reader(file))) == rows
     assert "Out of distribution" in (copy / "report.html").read_text()
 
 
-@pytest.mark.slow
-def test_a_shift_changes_what_it_says_and_nothing_else():
+@pytest.fixture(scope="module")
+def sources():
+    """From the name of a shift to 16 scenes."""
     config = scenes.get_config("smoke")
-    config.data.update(resolution=32, test_size=16, max_objects=4)
+    config.data.update(resolution=RESOLUTION, test_size=SCENES, max_objects=OBJECTS)
     config.data.cache = ""
 
-    def draw(name="", **changes):
+    @cache
+    def of(name):
         with config.unlocked():
             config.data.shift = name
-            config.data.update(changes)
-        return registry.build(config.data, "test").batch(np.arange(16))
+        return registry.build(config.data, "test")
 
+    return of
+
+
+@pytest.fixture(scope="module")
+def draw(sources):
+    return cache(lambda name="": sources(name).batch(np.arange(SCENES)))
+
+
+@pytest.mark.slow
+def test_a_shift_changes_what_it_says_and_nothing_else(draw):
     plain = draw()
     image, ground = plain["image"].astype(int), plain["segmentation"] == 0
-    for name in ("colours", "light", "ground", "noise"):
+    for name in set(SHIFTS) - {"objects", "occlusion"}:
+        for key in ("position", "color", "shape", "size", "material", "present"):
+            np.testing.assert_array_equal(
+                draw(name)["objects"][key], plain["objects"][key]
+            )
+    for name in ("colours", "light", "ground", "noise", "textures"):
         shifted = draw(name)
         np.testing.assert_array_equal(shifted["segmentation"], plain["segmentation"])
         assert (shifted["image"] != plain["image"]).any()
-        for key in ("position", "color", "shape"):
-            np.testing.assert_array_equal(
-                shifted["objects"][key], plain["objects"][key]
-            )
-    # Light falls from elsewhere, and so do shadows; colours leave the ground alone,
-    # but for what metal mirrors onto nothing.
+    # Light falls from elsewhere, and so do shadows; colours and patterns leave the
+    # ground alone, but for what metal mirrors onto nothing.
     assert np.mean(draw("light")["shadow"] != plain["shadow"]) > 0.05
-    np.testing.assert_array_equal(draw("colours")["shadow"], plain["shadow"])
     interior = ground & (plain["shadow"] == 0)
-    same = (draw("colours")["image"] == plain["image"]).all(axis=-1)
-    assert same[interior].mean() > 0.9 and same[~ground].mean() < 0.1
+    for name, least, most in (("colours", 0, 0.1), ("textures", 0.2, 0.6)):
+        np.testing.assert_array_equal(draw(name)["shadow"], plain["shadow"])
+        same = (draw(name)["image"] == plain["image"]).all(axis=-1)
+        assert same[interior].mean() > 0.9 and least <= same[~ground].mean() < most
     brown = draw("ground")["image"].astype(int)
     redder = brown[interior][:, 0] > brown[interior][:, 2] + 10
     assert redder.mean() > 0.9  # all but the edges of objects
@@ -156,10 +188,64 @@ def test_a_shift_changes_what_it_says_and_nothing_else():
     cropped = draw("cropped")
     area = [(b["segmentation"] > 0).mean() for b in (plain, cropped)]
     assert area[1] > 1.2 * area[0]
-    middle = cropped["objects"]["pixel_position"] - 16
+    middle = cropped["objects"]["pixel_position"] - RESOLUTION / 2
     np.testing.assert_allclose(
-        middle, 1.5 * (plain["objects"]["pixel_position"] - 16), atol=1e-3
+        middle, 1.5 * (plain["objects"]["pixel_position"] - RESOLUTION / 2), atol=1e-3
     )
-    # And a batch anywhere has the same bytes.
-    again = registry.build(config.data, "test").batch(np.arange(8, 16))
-    np.testing.assert_array_equal(again["image"], cropped["image"][8:])
+    # Pyramids and cones are narrower than what they stand for, and so are shadows.
+    for key in ("segmentation", "shadow"):
+        areas = [np.mean(batch[key] > 0) for batch in (draw("shapes"), plain)]
+        assert 0.1 < areas[0] / areas[1] < 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["", "camera", "shapes"])
+def test_objects_are_seen_where_their_attributes_say(draw, name):
+    batch = draw(name)
+    objects, found = batch["objects"], 0
+    for i, k in zip(*np.nonzero(objects["present"]), strict=True):
+        column, row = np.floor(objects["pixel_position"][i, k]).astype(int)
+        if 0 <= column < RESOLUTION and 0 <= row < RESOLUTION:
+            seen = batch["segmentation"][i, row, column]
+            depths = objects["depth"][i]
+            assert seen == k + 1 or (seen > 0 and depths[seen - 1] < depths[k])
+            found += seen == k + 1
+    assert found > 0.6 * objects["present"].sum()
+
+
+@pytest.mark.slow
+def test_occlusion_hides_a_share_of_an_object_in_every_scene(sources, draw):
+    batch, there = draw("occlusion"), draw("occlusion")["objects"]["present"]
+    seen, alone = np.zeros((2, SCENES, OBJECTS))
+    for k in range(OBJECTS):
+        only = np.tile(np.arange(OBJECTS) == k, (SCENES, 1))
+        masks = sources("occlusion")._render(np.arange(SCENES), keep=only)
+        seen[:, k] = np.sum(batch["segmentation"] == k + 1, axis=(1, 2))
+        alone[:, k] = np.sum(masks["segmentation"] == k + 1, axis=(1, 2))
+    assert (seen[there] > 0).all()
+    hidden = np.where(there, 1 - seen / np.maximum(alone, 1), 0)
+    most = hidden.max(axis=1)
+    assert (most >= 0.3).all() and (most <= 0.7).all()
+    assert hidden[there].mean() > 0.15  # of ordinary scenes 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["", *(s for s in SHIFTS if s != "objects")])
+def test_a_scene_without_an_object_has_the_same_shift(sources, draw, name):
+    batch, mask = draw(name), draw(name)["segmentation"]
+    scene, object_ = np.arange(SCENES), np.arange(OBJECTS)
+    removed = np.tile(object_ == 0, (SCENES, 1))
+    whole = sources(name).without(scene, removed & False)
+    np.testing.assert_array_equal(whole, batch["image"])
+    after = sources(name).without(scene, removed)
+    change = np.abs(after.astype(int) - batch["image"]).max(axis=-1)
+    assert change[mask == 1].mean() > 5
+    # Metal mirrors what is beside it, edges are blended, and each of four lamps may
+    # lose a tenth of its light: 6 levels.
+    metal = np.pad(batch["objects"]["material"] == 1, ((0, 0), (1, 0)))
+    metal = np.take_along_axis(metal, mask.reshape(SCENES, -1), 1).reshape(mask.shape)
+    apart = (mask != 1) & (batch["shadow"] != 1) & ~metal
+    for axis in (1, 2):
+        apart &= np.roll(apart, 1, axis) & np.roll(apart, -1, axis)
+    assert apart.mean() > 0.3
+    assert change[apart].max() <= 24

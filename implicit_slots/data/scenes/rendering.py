@@ -11,7 +11,6 @@ from far to near is exact. A "vector" is a tuple of three arrays, as in ``sampli
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,100 +18,26 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Integer
 
+from implicit_slots.data.scenes.occlusion import sample_occluded
 from implicit_slots.data.scenes.sampling import (
-    RADIUS,
     Scene,
-    camera_axes,
     dot,
-    lens,
     minus,
     objects,
-    radii,
     sample_scene,
     scene_key,
     split_code,
 )
-from implicit_slots.data.scenes.shapes import OUTLINES, SURFACES, along, unit
-from implicit_slots.data.scenes.shifts import NONE, Shift, grainy, turned
+from implicit_slots.data.scenes.shapes import along, unit
+from implicit_slots.data.scenes.shifts import NONE, Shift, grainy, rearranged
+from implicit_slots.data.scenes.stage import POWER, set_stage
 
-# base_scene.blend's sun, far enough out that its rays are nearly parallel.
-_SUN = np.array([11.66081, -6.62799, 25.82317], np.float32) * 10
-
-# Radiance of the ground per lamp (key, fill, back, sun): the least-squares fit to the
-# mean of 600 Blender renders, whose residual is 0.4% of white.
-_POWER = np.array(
-    [[5.68, 5.28, 4.56], [1.06, 1.15, 1.46], [2.36, 2.37, 2.35], [0.08 * 300**2] * 3],
-    np.float32,
-)
 _LAMP_RADIUS = np.array([0.4, 0.4, 0.7, 20.0], np.float32)
 _GLEAM = np.array([1.0, 0.4, 0.7, 0.0], np.float32)
 _AMBIENT = 0.05
 _FLOOR = 0.13  # what the ground sends up
 _GROUND_ALBEDO = 0.74
 _SHADOW_SHARE = 0.1
-
-
-class _Stage(NamedTuple):
-    """What the renderer derives from a scene before it looks at pixels."""
-
-    scene: Scene
-    present: Array  # bool [K]
-    radius: Array  # [K]
-    cos: Array  # [K]
-    sin: Array  # [K]
-    rgb: Array  # [K, 3, 1, 1]: colours lie on a leading axis, for one loop over all
-    lamps: Array  # [4, 3]: key, fill, back, sun
-    power: Array  # [4, 3, 1, 1]
-    eye: tuple
-    forward: tuple
-    view: tuple  # unit rays, each component [resolution, resolution]
-    pixel: float  # radians
-
-    def turn(self, k, v):
-        """Into the frame of object k."""
-        return (
-            self.cos[k] * v[0] + self.sin[k] * v[1],
-            self.cos[k] * v[1] - self.sin[k] * v[0],
-            v[2],
-        )
-
-    def turn_back(self, k, v):
-        return (
-            self.cos[k] * v[0] - self.sin[k] * v[1],
-            self.cos[k] * v[1] + self.sin[k] * v[0],
-            v[2],
-        )
-
-    def for_present(self, order, body, state):
-        """Folds `body(k, state)` over the objects that are there."""
-
-        def step(i, state):
-            k = order[i]
-            return lax.cond(self.present[k], body, lambda _, state: state, k, state)
-
-        return lax.fori_loop(0, len(self.present), step, state)
-
-
-def _set_stage(scene, resolution, present, zoom, shift):
-    focal, middle_column, middle_row = lens(zoom)
-    grid = (jnp.arange(resolution, dtype=jnp.float32) + 0.5) / resolution
-    a = ((grid - middle_column) / focal)[None, :]
-    b = ((middle_row - grid) / focal)[:, None]
-    right, up, forward = camera_axes(scene.camera)
-    return _Stage(
-        scene=scene,
-        present=present,
-        radius=radii(scene.shape, scene.size),
-        cos=jnp.cos(scene.rotation),
-        sin=jnp.sin(scene.rotation),
-        rgb=jnp.asarray(np.float32(shift.rgb) / 255)[scene.color][:, :, None, None],
-        lamps=jnp.concatenate([scene.lamps, _SUN[None]]),
-        power=jnp.asarray(_POWER)[:, :, None, None],
-        eye=tuple(scene.camera),
-        forward=tuple(forward),
-        view=unit(tuple(forward[i] + a * right[i] + b * up[i] for i in range(3))),
-        pixel=1 / (focal * resolution),
-    )
 
 
 def _irradiance(lamp, point, normal):
@@ -142,7 +67,7 @@ def _to_srgb(x):
 def _light_ground(stage):
     """The ground's colour, lit and shaded, and whose shadow falls where."""
     ground = along(stage.eye, stage.view, -stage.eye[2] / stage.view[2])
-    green = jnp.asarray(_POWER[:, 1])
+    green = jnp.asarray(POWER[:, 1])
     lamp_radius = jnp.asarray(_LAMP_RADIUS)
     zeros = jnp.zeros_like(ground[0])
 
@@ -157,13 +82,7 @@ def _light_ground(stage):
         def cast(k, state):
             passing, most, shadow = state
             o = minus(ground, tuple(stage.scene.position[k]))
-            outline = lax.switch(
-                stage.scene.shape[k],
-                OUTLINES,
-                stage.turn(k, o),
-                stage.turn(k, fall),
-                stage.radius[k],
-            )
+            outline = stage.outline(k, o, fall)
             # The share of the lamp's disc that the object's edge covers.
             penumbra = spread * jnp.maximum(dot(o, fall), 0.05)
             x = jnp.clip(0.5 + 0.5 * outline / penumbra, 0.0, 1.0)
@@ -184,7 +103,7 @@ def _light_ground(stage):
         zeros,
         zeros.astype(jnp.int32),
     )
-    canvas, total, most, shadow = lax.fori_loop(0, len(_POWER), shine, dark)
+    canvas, total, most, shadow = lax.fori_loop(0, len(POWER), shine, dark)
     return canvas, jnp.where(most > _SHADOW_SHARE * total, shadow, 0)
 
 
@@ -198,7 +117,7 @@ def _paint(stage, k, state):
     pixels = stage.radius[k] / (stage.pixel * distance)  # the radius, on the image
     bevel = jnp.clip(1.5 / pixels, 0.13, 0.5)
     outline, t, lean, edge = lax.switch(
-        scene.shape[k], SURFACES, o, d, stage.radius[k], bevel
+        scene.shape[k], stage.surfaces, o, d, stage.radius[k], bevel
     )
     point = along(stage.eye, view, t)
     normal = stage.turn_back(k, unit(lean))
@@ -227,7 +146,7 @@ def _paint(stage, k, state):
 
     ambient = _AMBIENT + (0.5 - 0.5 * facing[2]) * (_FLOOR - _AMBIENT)
     dark = jnp.broadcast_to(ambient, canvas.shape), jnp.zeros_like(outline)
-    light, shine = lax.fori_loop(0, len(_POWER), gather, dark)
+    light, shine = lax.fori_loop(0, len(POWER), gather, dark)
 
     def polished(light):
         light = 0.95 * _mirrored(stage, k, point, mirror, light) + 1.5 * shine
@@ -235,10 +154,21 @@ def _paint(stage, k, state):
         return light + edge * (0.22 - light)
 
     light = lax.cond(metal, polished, lambda light: light / _GROUND_ALBEDO, light)
-    color = stage.rgb[k] * light + 0.05 * shine
+    rgb = stage.rgb[k]
+    if stage.checked:
+        rgb += _checks(along(o, d, t), pixels / stage.radius[k]) * (
+            stage.second[k] - rgb
+        )
+    color = rgb * light + 0.05 * shine
     alpha = jnp.clip(0.5 - outline / (dot(o, d) * stage.pixel), 0.0, 1.0)
     canvas += alpha * (color - canvas)
     return canvas, jnp.where(outline > 0, k + 1, segmentation)
+
+
+def _checks(point, scale):
+    """The second colour's share: the eight octants of an object have two by turns."""
+    x, y, z = (jnp.clip(scale * c, -1.0, 1.0) for c in point)
+    return 0.5 - 0.5 * x * y * z
 
 
 def _mirrored(stage, k, point, mirror, floor):
@@ -259,7 +189,7 @@ def _mirrored(stage, k, point, mirror, floor):
         miss = jnp.sqrt(jnp.maximum(dot(offset, offset) - along * along, 0.0))
         x = jnp.clip(0.5 + 4 * (stage.radius[j] - miss), 0.0, 1.0)
         x = jnp.where((along > 0) & (j != k), x, 0.0)
-        return light + x * (0.3 * stage.rgb[j] - light)
+        return light + x * (0.3 * stage.mean[j] - light)
 
     return stage.for_present(jnp.arange(len(stage.present)), reflect, light)
 
@@ -281,7 +211,7 @@ def render(
             reflections, and those that remain keep their ids. None draws all.
         zoom: The image is the middle ``1 / zoom`` of the crop in each direction, at
             this resolution; at least 1, and static.
-        shift: whose colours and ground are drawn; static.
+        shift: whose colours, shapes and ground are drawn; static.
 
     Returns:
         ``image`` uint8 ``[resolution, resolution, 3]``; ``segmentation`` int32
@@ -294,15 +224,12 @@ def render(
         ValueError: ``zoom`` is below 1.
     """
     present = scene.present if keep is None else scene.present & keep
-    stage = _set_stage(scene, resolution, present, zoom, shift)
+    stage = set_stage(scene, resolution, present, zoom, shift)
     canvas, shadow = _light_ground(stage)
     if shift.ground:
         canvas = canvas * jnp.asarray(shift.ground)[:, None, None]
-    # Far to near by the power of the camera's foot point to each footprint disc.
-    foot = scene.position[:, :2] - scene.camera[:2]
-    power = jnp.sum(foot**2, -1) - jnp.asarray(RADIUS)[scene.size] ** 2
     canvas, segmentation = stage.for_present(
-        jnp.argsort(-power),
+        stage.far_to_near(),
         partial(_paint, stage),
         (canvas, jnp.zeros_like(shadow)),
     )
@@ -321,11 +248,12 @@ def _draw_batch(
 ):
     def one(index, keep):
         key = scene_key(seed, split, index)
-        scene = sample_scene(
-            key, min_objects=min_objects, max_objects=max_objects, zoom=zoom
-        )
-        if shift.turn:
-            scene = scene._replace(lamps=turned(scene.lamps, shift))
+        limits = {"min_objects": min_objects, "max_objects": max_objects, "zoom": zoom}
+        if shift.hidden:
+            scene = sample_occluded(key, resolution, shift.hidden, **limits)
+        else:
+            scene = sample_scene(key, **limits)
+        scene = rearranged(scene, shift)
         shown = zoom * shift.crop
         batch = render(scene, resolution, keep, zoom=shown, shift=shift)
         if shift.noise:
@@ -371,7 +299,8 @@ def render_batch(
         keep: Objects to draw, as in ``render``.
         zoom: As in ``render``; scenes are placed for it, so another zoom draws other
             scenes.
-        shift: What is changed of the same scenes; not how many objects there are.
+        shift: What is changed of the same scenes, or of how they are placed; not how
+            many objects there are.
 
     Returns:
         The batch: ``image``, ``segmentation`` and ``shadow`` as ``render`` gives them

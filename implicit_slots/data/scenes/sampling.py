@@ -170,6 +170,7 @@ def sample_scene(
     min_objects: int = 3,
     max_objects: int = 6,
     zoom: float = 1.0,
+    overlap: tuple[float, ...] = (),
 ) -> Scene:
     """Draws a scene by CLEVR's placement rules.
 
@@ -188,6 +189,9 @@ def sample_scene(
         min_objects: Fewest objects.
         max_objects: Most objects, and the length K of the arrays.
         zoom: Of the image in which they are to be seen (``lens``); static.
+        overlap: Least and most share of the width of a disc that the disc before it
+            covers. Objects look for such a neighbour in place of the directional
+            margins. None asks for the margins; static.
 
     Returns:
         The scene.
@@ -200,6 +204,7 @@ def sample_scene(
             "needs 1 <= min_objects <= max_objects, "
             f"got {min_objects} and {max_objects}"
         )
+    focal = lens(zoom)[0]
     # One draw for everything: drawing six times doubled the compilation time.
     per_object = 2 * _CANDIDATES + 5
     draws = jax.random.uniform(key, (13 + max_objects * per_object,))
@@ -218,7 +223,7 @@ def sample_scene(
 
     columns, rows, depths = _project(camera, (x, y, height), zoom)
     footprint = jnp.asarray(RADIUS)[size]
-    extents = lens(zoom)[0] * footprint / depths
+    extents = focal * footprint / depths
     # The share of an object's disc that lies in the frame.
     framed = jnp.ones_like(extents)
     for c in (columns, rows):
@@ -253,7 +258,12 @@ def sample_scene(
 
         valid = everywhere(apart) & (mine[6] > 0.25)[:, 0]
         visible = everywhere(enough(left, pextent)) & enough(seen, mine[5])[:, 0]
-        rank = jnp.where(valid, 1 + jnp.where(visible, 1 + everywhere(clear), 0), 0)
+        if overlap:
+            covered = over / (2 * jnp.where(behind, mine[5], pextent))
+            liked = jnp.any((covered >= overlap[0]) & (covered <= overlap[1]), 1)
+        else:
+            liked = everywhere(clear)
+        rank = jnp.where(valid, 1 + jnp.where(visible, 1 + liked, 0), 0)
         best = jnp.argmax(rank)  # the first of the highest rank
         worth = rank[best] >= jnp.where(k < min_objects, 1, 2)
         here = jnp.stack([*(v[best, 0] for v in (*mine[:6], seen)), 1.0])

@@ -1,7 +1,8 @@
 """Scenes as no training scene is: what is changed when they are rendered.
 
 Of the same seed, split and index a shift shows the same objects in the same places
-(more objects: other scenes), so that a difference is the shift's.
+(more objects, and objects that hide each other: other scenes), so that a difference is
+the shift's.
 """
 
 import math
@@ -10,7 +11,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Key, UInt8
+
+from implicit_slots.data.scenes.sampling import Scene
 
 # CLEVR hands these sRGB bytes to Blender as linear values, which is why its objects
 # look paler than the numbers; so do we.
@@ -47,7 +50,13 @@ class Shift(NamedTuple):
       turn: of the three lamps about the vertical, in radians.
       crop: the picture is the middle 1/crop of itself, at the same resolution.
       noise: standard deviation of normal noise on each level, as a share of white.
+      around: turn of the camera about the vertical, in radians; it looks at the origin.
+      lower: factor on the camera's height above the ground.
+      shapes: a pyramid in place of each cube, a cone of each sphere and cylinder.
+      checks: objects have their own colour and the next of the eight, by octants.
       more: how many objects more than the most, from one on; other scenes.
+      hidden: least and most share of its pixels that others hide of some object in
+        every scene, and of none more; other scenes.
     """
 
     meaning: str
@@ -56,7 +65,12 @@ class Shift(NamedTuple):
     turn: float = 0.0
     crop: float = 1.0
     noise: float = 0.0
+    around: float = 0.0
+    lower: float = 1.0
+    shapes: bool = False
+    checks: bool = False
     more: int = 0
+    hidden: tuple[float, ...] = ()
 
 
 NONE = Shift("scenes as trained on")
@@ -68,15 +82,36 @@ SHIFTS: Mapping[str, Shift] = {
         turn=2 * math.pi / 3,
     ),
     "ground": Shift("a brown ground", ground=(0.8, 0.55, 0.35)),
+    "camera": Shift(
+        "the camera 30° around and at 0.6 of its height",
+        around=math.pi / 6,
+        lower=0.6,
+    ),
+    "shapes": Shift("pyramids in place of cubes, cones of all else", shapes=True),
+    "textures": Shift("checks of two colours on every object", checks=True),
+    "occlusion": Shift(
+        "objects hide each other: 30 to 70 % of one in each scene, of none more",
+        hidden=(0.3, 0.7),
+    ),
     "cropped": Shift("the middle two thirds of the same images", crop=1.5),
     "noise": Shift("normal noise of a tenth of white on each level", noise=0.1),
 }
 
 
-def turned(lamps: Float[Array, "lamps 3"], shift: Shift) -> Float[Array, "lamps 3"]:
-    """Lamps turned about the vertical through the origin."""
-    cos, sin = math.cos(shift.turn), math.sin(shift.turn)
-    x, y, z = lamps.T
+def rearranged(scene: Scene, shift: Shift) -> Scene:
+    """A scene with its lamps and its camera elsewhere."""
+    if shift.turn:
+        scene = scene._replace(lamps=_turned(scene.lamps, shift.turn))
+    if shift.around:
+        camera = _turned(scene.camera[None], shift.around)[0]
+        scene = scene._replace(camera=camera.at[2].multiply(shift.lower))
+    return scene
+
+
+def _turned(points, angle):
+    """Points turned about the vertical through the origin."""
+    cos, sin = math.cos(angle), math.sin(angle)
+    x, y, z = points.T
     return jnp.stack([cos * x - sin * y, sin * x + cos * y, z], axis=1)
 
 

@@ -69,8 +69,8 @@ class Scenes(Source):
           keys: what `batch` returns; None for all there is.
 
         Raises:
-          DataError: an empty split, impossible numbers of objects, a zoom below 1, or
-            an unknown shift.
+          DataError: an empty split, impossible numbers of objects, a zoom below 1, an
+            unknown shift, or one that these scenes cannot have.
         """
         sizes = {"train": train_size, "validation": validation_size, "test": test_size}
         self._size = sizes[split]
@@ -98,6 +98,11 @@ class Scenes(Source):
             if shift not in SHIFTS:
                 raise DataError(
                     f"scenes have no shift {shift!r}, but {', '.join(SHIFTS)}"
+                )
+            if SHIFTS[shift].hidden and max_objects == 1:
+                raise DataError(
+                    "one object hides no other: the shift 'occlusion' needs scenes of "
+                    "max_objects >= 2; name the other shifts"
                 )
             self._arguments["shift"] = SHIFTS[shift]
         shapes = jax.eval_shape(lambda: self._render(np.arange(SCENES_BLOCK)))
