@@ -15,7 +15,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from implicit_slots.runtime import versions, xla_warnings
+from implicit_slots.runtime import garbage, versions, xla_warnings
 from implicit_slots.runtime.allocator import keep_freed_memory
 from implicit_slots.runtime.config import flat
 from implicit_slots.runtime.errors import UserError
@@ -170,6 +170,8 @@ def main(argv: list[str]) -> None:
         sys.exit(_plan())
     if _MODE.value == "prepare":
         sys.exit(_prepare())
+    if _MODE.value == "train":
+        garbage.leave_out()
     # After the flags are looked at, and --help: they need no JAX.
     from implicit_slots.runtime import devices, processes
     from implicit_slots.runtime.preemption import Preempted

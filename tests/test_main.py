@@ -18,10 +18,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 BOXED = "--workdir=implicit_slots/trained/scenes"
 
 
-def command(*arguments, **environment):
+def command(*arguments, start=("-m", "implicit_slots.main"), **environment):
     """Runs `python -m implicit_slots.main` from the project's root."""
     return subprocess.run(
-        [sys.executable, "-m", "implicit_slots.main", *arguments],
+        [sys.executable, *start, *arguments],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
         capture_output=True,
@@ -126,15 +126,23 @@ def test_a_reader_that_leaves_ends_the_run_without_a_traceback(tmp_path):
 
 
 def test_devices_must_divide_the_batch(tmp_path):
+    program = (
+        "import gc, runpy\n"
+        "gc.disable = lambda: print('garbage is left out')\n"
+        "runpy.run_module('implicit_slots.main', run_name='__main__')"
+    )
+    arguments = ("--config=configs/scenes.py", "--config.batch_size=7")
     result = command(
-        "--config=configs/scenes.py",
-        "--config.batch_size=7",
+        *arguments,
         f"--workdir={tmp_path / 'run'}",
+        start=("-c", program),
         XLA_FLAGS="--xla_force_host_platform_device_count=2",
     )
     assert result.returncode == 1
     assert result.stderr.startswith("error: a batch of 7 cannot be split evenly over 2")
     assert not (tmp_path / "run").exists()
+    # Until the first step, which this run does not come to.
+    assert result.stdout == "garbage is left out\n"
 
 
 def test_importing_the_package_imports_no_tensorflow():

@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import pathlib
+import re
 import socket
 import time
 import uuid
@@ -151,16 +152,30 @@ class _WeightsAndBiases:
         self._run.finish(exit_code=0 if ended else 1)
 
 
+_MLFLOW_SETTINGS = {
+    # It reports its use to its makers.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # Training waits half a minute for a server that is gone, not four; for one that
+    # does not answer two, not twenty.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    # A run says at its start where it is shown.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
 class _MLflow:
     """A run of MLflow, in `mlflow.db` unless MLFLOW_TRACKING_URI names a server."""
 
     library, durable, folder = "mlflow", True, ""
 
     def __init__(self, workdir: pathlib.Path, config: Config, run: str | None):
-        # It reports its use to its makers.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        for variable, value in _MLFLOW_SETTINGS.items():
+            os.environ.setdefault(variable, value)
         mlflow = import_module("mlflow")
         logging.getLogger("mlflow").setLevel(logging.WARNING)
+        # It warns of each try; the last one raises.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         workdir = workdir.resolve()
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         pictures = None if uri else (workdir / "mlflow").as_uri()
@@ -182,7 +197,11 @@ class _MLflow:
                 self._client.log_batch(run, params=params[first : first + 100])
         self.run = str(run)
         self._client.update_run(run, status="RUNNING")
-        self.shown_by = f"mlflow ui --backend-store-uri={uri}"
+        shown = re.sub("//[^/@]*@", "//", uri)  # Without a password.
+        self.shown_by = f"mlflow ui --backend-store-uri={shown}"
+        if uri.startswith("http"):
+            number = self._client.get_run(run).info.experiment_id
+            self.shown_by = f"{shown.rstrip('/')}/#/experiments/{number}/runs/{run}"
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         metric, now = self._entities.Metric, round(1_000 * time.time())

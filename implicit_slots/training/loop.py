@@ -29,7 +29,7 @@ from implicit_slots.evaluation.validation import (
     rendered,
     validate,
 )
-from implicit_slots.runtime import processes
+from implicit_slots.runtime import garbage, processes
 from implicit_slots.runtime.compiling import Program, compile_step
 from implicit_slots.runtime.config import Config
 from implicit_slots.runtime.errors import UserError
@@ -197,6 +197,7 @@ class _Loop:
                 jax.block_until_ready(self._state)
                 seconds = time.perf_counter() - wall.began
                 self._progress.write(f"first step done {seconds:.1f} s after the start")
+                garbage.look_for_it()
                 if untrained is not None:
                     with wall.part("pictures"):
                         draw(run, untrained, 0)

@@ -1,5 +1,6 @@
 """Trackers get every value once, however a run is stopped; and no one else gets any."""
 
+import contextlib
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from importlib import import_module
 from typing import ClassVar
@@ -102,8 +104,9 @@ def read_wandb(workdir):
     return found
 
 
-def read_mlflow(workdir):
-    client = import_module("mlflow").MlflowClient(f"sqlite:///{workdir}/mlflow.db")
+def read_mlflow(workdir, uri=None):
+    uri = uri or f"sqlite:///{workdir}/mlflow.db"
+    client = import_module("mlflow").MlflowClient(uri)
     (experiment,) = (e for e in client.search_experiments() if e.name == "scenes")
     (found,) = client.search_runs([experiment.experiment_id])
     assert found.info.status == "FINISHED"
@@ -280,3 +283,60 @@ def test_a_killed_run_goes_on_in_each_library_and_nothing_is_sent(name, tmp_path
         with pytest.raises(BlockingIOError):
             server.accept()
     assert READ[name](tmp_path) == WANTED
+
+
+@contextlib.contextmanager
+def mlflow_server(folder, port):
+    """A server of MLflow's own on this machine; what it has outlives it."""
+    text = "from mlflow.cli import cli; cli()"
+    options = {
+        "backend-store-uri": f"sqlite:///{folder}/store.db",
+        "artifacts-destination": folder / "artifacts",
+        "port": port,
+        "workers": 1,
+    }
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    with (folder / "log").open("ab") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-c", text, "server", *flags], stdout=log, stderr=log
+        )
+    try:
+        while server.poll() is None:
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            time.sleep(0.2)
+        yield
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.mark.slow
+def test_mlflows_server_may_go_away(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("mlflow", reason="the extra mlflow")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{port}")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    workdir, store = tmp_path / "run", tmp_path / "store"
+    workdir.mkdir()
+    store.mkdir()
+    with mlflow_server(store, port):
+        session(workdir, "mlflow", 0, 10, 20, 30, close=False)  # killed
+        assert f"{uri}/#/experiments/1/runs/" in capsys.readouterr().out
+        assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "4"  # half a minute
+        writer = MetricWriter(workdir, config_of("mlflow"), step=20)
+        writer.write(30, "train", {"loss": 3.75})
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    writer.write(40, "train", {"loss": 5.0})
+    writer.write(40, "validation", {"loss": 10.0})
+    writer.close()
+    assert "mlflow failed and is left out" in capsys.readouterr().out
+    with pytest.raises(UserError, match="mlflow cannot be started"):
+        session(workdir, "mlflow", 40, 50)
+    with mlflow_server(store, port):
+        session(workdir, "mlflow", 40, 50)
+        assert read_mlflow(workdir, uri) == WANTED | {"reconstructions": [20]}

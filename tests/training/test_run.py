@@ -1,6 +1,7 @@
 """Whole runs: what they write, that they resume exactly, and what they refuse."""
 
 import contextlib
+import gc
 import json
 import math
 import pathlib
@@ -15,6 +16,7 @@ from configs import folder, scenes
 from implicit_slots.data import registry
 from implicit_slots.data.batches import TrainBatches
 from implicit_slots.models.build import build, split_model
+from implicit_slots.runtime import garbage
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.files import write_json
 from implicit_slots.runtime.goodput import read_starts
@@ -149,7 +151,9 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(finished, tmp_path):
     (stopped / "images" / "step_00000020.png").unlink()
     for name in ("summary.json", "report.html"):
         (stopped / name).unlink()
+    garbage.leave_out()
     resumed = run(smoke(), stopped)
+    assert gc.isenabled()  # since its first step
 
     want, got = final_state(finished[0]), final_state(stopped)
     assert jax.tree.structure(got) == jax.tree.structure(want)
