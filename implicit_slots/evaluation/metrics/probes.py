@@ -20,6 +20,8 @@ RATE = 3e-2
 DECAYS = (1e-3, 1e-2, 1e-1)
 # By loss, objects are matched anew after so many steps.
 MATCH_EVERY = 25
+# Fit and matching may end in a bad place: linear probes begin from so many.
+STARTS = 3
 
 # Weights and biases by layer; codes and numbers; each property's number of outputs.
 Layers = list[dict[str, jax.Array]]
@@ -72,8 +74,9 @@ def probe_properties(
 
     By loss, an image's objects have slots of their own so that the sum of their losses
     is least (Dittadi et al. 2022): anew after every `MATCH_EVERY` steps of the fit (an
-    MLP's first matching is a linear probe's last), and for what chooses and for what is
-    scored, whose properties are then read before they are predicted.
+    MLP's first matching is a linear probe's last, the best of `STARTS`), and for what
+    chooses and for what is scored, whose properties are then read before they are
+    predicted.
 
     Args:
       slots: of each image.
@@ -113,7 +116,7 @@ def probe_properties(
         own = inputs[images, np.maximum(matched, 0)]
         return own, targets, np.asarray(matched >= 0, np.float32)
 
-    def fit(which: np.ndarray, decay: float, hidden: int) -> Layers:
+    def begun(which: np.ndarray, decay: float, hidden: int, seed: int) -> Layers:
         layers = [hidden] if hidden else []
         widths = slots.shape[-1], *layers, sum(count for _, count in sizes)
         params, state = _start(widths, seed)
@@ -126,9 +129,17 @@ def probe_properties(
             matched = match(params, which)
         return params
 
+    def cost(params: Layers, which: np.ndarray) -> float:
+        return float(_loss(params, objects(match(params, which)), sizes))
+
+    def fit(which: np.ndarray, decay: float, hidden: int) -> Layers:
+        if hidden or known is not None:
+            return begun(which, decay, hidden, seed)
+        tried = [begun(which, decay, hidden, seed + n) for n in range(STARTS)]
+        return min(tried, key=lambda params: cost(params, which))
+
     def loss(decay: float) -> float:
-        params = fit(fitted & ~chosen_on, decay, hidden)
-        return float(_loss(params, objects(match(params, chosen_on)), sizes))
+        return cost(fit(fitted & ~chosen_on, decay, hidden), chosen_on)
 
     params = fit(fitted, min(DECAYS, key=loss), hidden)
     matched = match(params, held_out)
