@@ -94,6 +94,7 @@ def get_config(name: str, data: Config) -> Config:
     config.evaluation.rendering = ConfigDict({"every": 0, "num_images": 1_000})
     config.evaluation.properties = ConfigDict({"every": 0, "num_images": 0})
     config.evaluation.probes = ConfigDict({"every": 0, "num_images": 1_000})
+    config.evaluation.probes.match = "auto"  # by "masks"; without them by "loss"
     config.evaluation.deletion = ConfigDict({"every": 0, "num_images": 32})
     config.evaluation.deletion.orders = 2  # random orders of deletion, per image
     config.evaluation.fixed_points = ConfigDict({"every": 0, "num_images": 8})
@@ -196,8 +197,7 @@ def feature_slots(name: str, data: Config) -> Config:
     config.optimizer.update(
         warmup_steps=10_000, half_life=100_000.0, clip="l2", clip_limit=1.0
     )
-    config.features = ConfigDict()
-    config.features.weights = ""  # file of the transformer's, as it is published
+    config.features = ConfigDict({"weights": ""})  # file of the transformer's
     return config
 
 

@@ -151,6 +151,7 @@ SOURCES: Mapping[str, DataSet] = {
     ),
     "movi_a": DataSet(Tfds, {"dataset": "movi_a/128x128"}),
     "movi_c": DataSet(Tfds, {"dataset": "movi_c/128x128"}),
+    "movi_e": DataSet(Tfds, {"dataset": "movi_e/128x128"}),
 }
 
 

@@ -54,6 +54,10 @@ PREFIXES: Mapping[str, str] = {
     "shuffled/one_left": "shuffled, down to one",
     "shuffled/linear": "linear probe, shuffled",
     "shuffled/mlp": "MLP probe, shuffled",
+    "by_loss/linear": "linear probe, matched by loss",
+    "by_loss/mlp": "MLP probe, matched by loss",
+    "by_loss/shuffled/linear": "linear probe, matched by loss, shuffled",
+    "by_loss/shuffled/mlp": "MLP probe, matched by loss, shuffled",
 }
 # Names that training logs, and what an evaluation calls the same.
 ALIASES: Mapping[str, str] = {

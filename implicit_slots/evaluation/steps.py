@@ -58,8 +58,8 @@ class EvaluationSteps(NamedTuple):
       rendering: (params, image, number) -> (values per image, images by the name of
         what they were rendered from: "dvae", "slots").
       properties: (params, batch, number) -> (values per image, `Detections`).
-      assign: (params, batch, number) -> (each object's slot, whether it has one, the
-        objects), of data that tell of objects.
+      assign: (params, batch, number) -> (slots, which of its image's each object has or
+        −1, which objects are to be seen, the objects), of data that tell of objects.
       render: (params, slots, present) -> images.
       read: (params, tokens, slots, present) -> `Reading`.
       iterate: (params, image, number) -> (values per image, `Trajectory`, `Coupling`)
@@ -203,14 +203,23 @@ def properties(
 
 def assign(
     setup: Setup, given: Given, params: PyTree, batch: Batch, number: jax.Array
-) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Gives each object to be seen its slot, by attention's masks."""
+) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Gives each object to be seen its slot, by attention's masks where there are some.
+
+    Without true masks an object is to be seen if its centre is within the image.
+    """
     image, most = as_float(seen(batch)), setup.config.data.max_objects
     encoded = setup.model(params).encode(image, key=_key(given, number))
-    matched = matched_slots(encoded.attention, batch["segmentation"], max_true=most)
-    places = jnp.maximum(matched, 0)[..., None]
-    slots = jnp.take_along_axis(encoded.slots, places, axis=1)
-    return slots, matched >= 0, batch["objects"]
+    objects = batch["objects"]
+    if (true := batch.get("segmentation")) is not None:
+        matched = matched_slots(encoded.attention, true, max_true=most)
+        return encoded.slots, matched, matched >= 0, objects
+    there = objects["present"] & jnp.isfinite(encoded.slots).all(axis=(1, 2))[:, None]
+    if (place := objects.get("pixel_position")) is not None:
+        height, width = batch["image"].shape[1:3]
+        within = (place >= 0) & (place < jnp.array([width, height], place.dtype))
+        there &= within.all(axis=2)
+    return encoded.slots, jnp.full(there.shape, -1), there, objects
 
 
 def render(

@@ -60,6 +60,7 @@ ABSENT: Mapping[str, object] = {
     "evaluation.masks.starts": 1,
     "evaluation.probes.every": 0,
     "evaluation.probes.num_images": 1_000,
+    "evaluation.probes.match": "auto",
     "evaluation.masks.resolution": 0,
     "evaluation.lpips": "",
     "data.ignore_id": 255,

@@ -5,6 +5,7 @@ from typing import Any
 
 from implicit_slots.data import options
 from implicit_slots.data.source import SPLITS
+from implicit_slots.evaluation.probing import MATCHES
 from implicit_slots.models import (
     feature_slots,
     image_encoder,
@@ -185,6 +186,7 @@ KINDS: Mapping[str, Kind] = {
     "evaluation.properties.num_images": ANY,
     "evaluation.probes.every": ANY,
     "evaluation.probes.num_images": ANY,
+    "evaluation.probes.match": OneOf(MATCHES),
     "evaluation.deletion.every": ANY,
     "evaluation.deletion.num_images": COUNT,
     "evaluation.deletion.orders": COUNT,

@@ -38,6 +38,7 @@ HIDDEN = collections.defaultdict(
         "movi_a": {"masks"},
         "tfds": {"frame_step", "masks"},
         "movi_c": {"masks"},
+        "movi_e": {"masks"},
         "clevr_with_masks": {"test_set"},
         "multi_dsprites_colored_on_grayscale": {"test_set"},
         "tetrominoes": {"test_set"},

@@ -1,24 +1,31 @@
 """Which objects and images a probe is fitted on, and on which it is scored."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from configs import scenes
 from implicit_slots.data.source import Source
-from implicit_slots.evaluation import probing
+from implicit_slots.evaluation import probing, steps
 from implicit_slots.evaluation.findings import Findings, Subject
 from implicit_slots.evaluation.metrics.segmentation import matched_slots
+from implicit_slots.evaluation.setup import Setup
 from implicit_slots.evaluation.steps import EvaluationSteps
 from implicit_slots.runtime.devices import build_mesh
+from implicit_slots.runtime.prng import Given
 
 IMAGES, OBJECTS, BATCH = 13, 3, 4
 
 
 class Objects(Source):
-    """Images whose objects have their image's number in every attribute."""
+    """Images whose objects have their image's number in every attribute.
+
+    What is known of them beside the image is named.
+    """
 
     def __init__(self, *names):
         self._names = names
@@ -32,16 +39,17 @@ class Objects(Source):
         place = np.stack([number, number], axis=2).astype(np.float32)
         objects = {"present": number >= 0, "color": number.astype(np.int32)}
         objects |= {"position": place, "rotation": place[..., 0]}
-        batch = {"segmentation": np.zeros((len(indices), 2, 2), np.int32)}
-        batch |= {"image": np.zeros((len(indices), 2, 2, 3), np.uint8)}
-        return batch | {"objects": objects} if self._names else batch
+        batch = {"image": np.zeros((len(indices), 2, 2, 3), np.uint8)}
+        known = {"segmentation": np.zeros((len(indices), 2, 2), np.int32)}
+        known |= {"objects": objects}
+        return batch | {name: known[name] for name in self._names}
 
 
 def assign(params, batch, number):
-    """An object's slot is its image's number; the last object has none."""
+    """Slots are their image's number; the last object is not to be seen."""
     number = batch["objects"]["position"][..., :1]
-    matched = np.arange(OBJECTS)[None] < OBJECTS - np.ones((len(number), 1))
-    return number, matched, batch["objects"]
+    seen = np.arange(OBJECTS)[None] < OBJECTS - np.ones((len(number), 1))
+    return number, np.where(seen, OBJECTS - 1, -1), seen, batch["objects"]
 
 
 @pytest.fixture
@@ -49,39 +57,58 @@ def asked(monkeypatch):
     """What the probes are given, by the order in which they are."""
     calls: list[Any] = []
 
-    def note(slots, properties, held_out, chosen_on, *, hidden):
-        assert set(slots[chosen_on, 0].astype(int).tolist()) == {3, 8}
-        calls.append((slots, properties, held_out, hidden))
+    def note(slots, places, properties, held_out, chosen_on, *, hidden):
+        assert set(places.images[chosen_on].tolist()) == {3, 8}
+        assert slots[:, 0, 0].tolist() == list(range(IMAGES))
+        calls.append((places, properties, held_out, hidden))
         return {"color_accuracy": 0.5, "position_r2": 0.25}
 
     monkeypatch.setattr(probing, "probe_properties", note)
     return calls
 
 
-def measure(source):
-    config = scenes.get_config("smoke")
+def measure(*names, match="auto"):
+    config, source = scenes.get_config("smoke"), Objects(*names)
+    config.evaluation.probes.match = match
     fields: Any = dict.fromkeys(EvaluationSteps._fields)
-    steps = EvaluationSteps(**(fields | {"assign": assign}))
-    subject = Subject(config, steps, {}, build_mesh(BATCH), source, BATCH, quiet=True)
+    own = EvaluationSteps(**(fields | {"assign": assign}))
+    subject = Subject(config, own, {}, build_mesh(BATCH), source, BATCH, quiet=True)
     findings = Findings()
     probing.probes(subject, findings)
     return findings
 
 
-def test_no_image_is_both_fitted_and_scored_and_each_object_has_its_own_slot(asked):
-    findings = measure(Objects("all"))
+@pytest.mark.parametrize(
+    ("names", "match", "kind"),
+    [
+        (("objects", "segmentation"), "auto", ""),
+        (("objects", "segmentation"), "masks", ""),
+        (("objects", "segmentation"), "loss", "by_loss/"),
+        (("objects",), "auto", "by_loss/"),
+    ],
+)
+def test_no_image_is_both_fitted_and_scored_and_each_object_has_its_own_slot(
+    asked, names, match, kind
+):
+    """By masks where there are some, by loss elsewhere: then it is said."""
+    findings = measure(*names, match=match)
+    assert findings.notes == ([probing.BY_LOSS] if kind else [])
     assert findings.numbers.keys() == {
-        f"{prefix}{name}/{key}"
+        f"{kind}{prefix}{name}/{key}"
         for prefix in ("", "shuffled/")
         for name in ("linear", "mlp")
         for key in ("color_accuracy", "position_r2")
     }
-    assert findings.numbers["linear/position_r2"] == (0.25, 2)
+    assert findings.numbers[f"{kind}linear/position_r2"] == (0.25, 2)
     assert [call[3] for call in asked] == [0, 128, 0, 128]
-    for place, (slots, properties, held_out, _) in enumerate(asked):
-        images = slots[:, 0].astype(int).tolist()
+    for place, (places, properties, held_out, _) in enumerate(asked):
+        images = places.images.tolist()
         # The object without a slot is left out, and what pads a batch.
         assert images == [image for image in range(IMAGES) for _ in range(2)]
+        if kind:
+            assert places.slots is None
+        else:
+            assert places.slots.tolist() == [OBJECTS - 1] * len(images)
         assert [i for i, held in zip(images, held_out, strict=True) if held] == [
             *(4, 4, 9, 9)
         ]
@@ -95,8 +122,37 @@ def test_no_image_is_both_fitted_and_scored_and_each_object_has_its_own_slot(ask
 
 
 def test_data_that_tell_of_no_objects_have_no_probes(asked):
-    findings = measure(Objects())
-    assert findings.absent == {"probes": probing.NOT_TOLD} and not asked
+    for names, match, reason in (
+        ((), "auto", probing.NOT_TOLD),
+        (("segmentation",), "loss", probing.NOT_TOLD),
+        (("objects",), "masks", probing.NO_PLACES),
+    ):
+        assert measure(*names, match=match).absent == {"probes": reason}
+    assert not asked
+
+
+def test_without_masks_an_object_in_view_is_to_be_seen(monkeypatch):
+    """Not one outside of the crop, none that is padding, none of a broken model."""
+    slots = np.zeros((2, 3, 4), np.float32)
+    slots[1, 2, 3] = np.nan
+    encoded = SimpleNamespace(slots=jnp.asarray(slots))
+    model = SimpleNamespace(encode=lambda image, key: encoded)
+    monkeypatch.setattr(Setup, "model", lambda setup, params: model)
+    config = scenes.get_config("smoke")
+    setup, given = Setup(nnx.graphdef(nnx.Dict()), config, None), Given.of(config)
+    place = np.array([[0, 0], [5.9, 3.9], [6, 1], [1, 4], [1, -0.1], [1, 1]])
+    present = np.arange(6) < 5
+    objects = {"pixel_position": jnp.tile(place.astype(np.float32), (2, 1, 1))}
+    objects |= {"present": jnp.tile(present, (2, 1))}
+    batch = {"image": jnp.zeros((2, 4, 6, 3), jnp.uint8), "objects": objects}
+    found = steps.assign(setup, given, {}, batch, jnp.int32(0))
+    assert found[0] is encoded.slots and found[3] is objects
+    assert np.asarray(found[1]).tolist() == [[-1] * 6] * 2
+    assert np.asarray(found[2]).tolist() == [[True, True, *[False] * 4], [False] * 6]
+    # Data that tell no places in the image.
+    del objects["pixel_position"]
+    found = steps.assign(setup, given, {}, batch, jnp.int32(0))
+    assert np.asarray(found[2])[0].tolist() == present.tolist()
 
 
 def test_an_object_has_the_slot_that_covers_it():

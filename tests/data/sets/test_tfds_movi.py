@@ -1,5 +1,6 @@
 """MOVi's videos, in the features of kubric's builders."""
 
+import importlib
 import importlib.util
 import io
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 import tfds_files
 
+from implicit_slots.data import registry
 from implicit_slots.data.sets.tfds import Tfds
 from implicit_slots.data.source import CLEVR_CODES, DataError
 
@@ -33,7 +35,7 @@ HAS_TENSORFLOW = importlib.util.find_spec("tensorflow") is not None
 
 
 def movi_features(letter):
-    """The features of kubric's movi_a.py and movi_c.py, at 8 x 8 pixels."""
+    """The features of kubric's movi_a.py, movi_c.py and movi_e.py, at 8 x 8 pixels."""
     feature = tfds.features
     s, h, w = FRAMES, SIDE, SIDE
 
@@ -62,7 +64,8 @@ def movi_features(letter):
             "category": feature.ClassLabel(names=CATEGORIES),
             "scale": np.float32,
         },
-    }[letter]
+    }
+    own["e"] = {**own["c"], "is_dynamic": np.bool_}
     return feature.FeaturesDict(
         {
             "metadata": {
@@ -71,7 +74,7 @@ def movi_features(letter):
                 "num_instances": np.uint16,
                 **{name: tensor(2) for name in ranges},
             },
-            **({"background": feature.Text()} if letter == "c" else {}),
+            **({"background": feature.Text()} if letter in "ce" else {}),
             "instances": feature.Sequence(
                 {
                     **dict.fromkeys(("mass", "friction", "restitution"), np.float32),
@@ -83,7 +86,7 @@ def movi_features(letter):
                     "image_positions": tensor(s, 2),
                     **(boxes if HAS_TENSORFLOW else {}),
                     "visibility": tensor(s, dtype=np.uint16),
-                    **own,
+                    **own[letter],
                 }
             ),
             "camera": {
@@ -145,7 +148,8 @@ def movi_example(letter, video, count):
                 "color": np.zeros(3, np.float32),
             },
             "c": {"asset_id": "x", "category": CATEGORIES[k % 4], "scale": 1.0},
-        }[letter]
+        }
+        own["e"] = {**own["c"], "is_dynamic": k > 19}
         boxes = {
             "bboxes": [tfds.features.BBox(0.0, 0.0, 1.0, 1.0)] * (k + 1),
             "bbox_frames": list(range(k + 1)),
@@ -160,7 +164,7 @@ def movi_example(letter, video, count):
             "image_positions": places[k, :, :2],
             **(boxes if HAS_TENSORFLOW else {}),
             "visibility": np.full(FRAMES, 9, np.uint16),
-            **own,
+            **own[letter],
         }
 
     return {
@@ -174,11 +178,11 @@ def movi_example(letter, video, count):
             "forward_flow_range": np.ones(2, np.float32),
             "backward_flow_range": np.ones(2, np.float32),
         },
-        **({"background": "alps"} if letter == "c" else {}),
+        **({"background": "alps"} if letter in "ce" else {}),
         "instances": [instance(k) for k in range(count)],
         "camera": {
             **dict.fromkeys(("focal_length", "sensor_width", "field_of_view"), 1.0),
-            "positions": np.zeros((FRAMES, 3), np.float32),
+            "positions": np.arange(3 * FRAMES, dtype=np.float32).reshape(FRAMES, 3),
             "quaternions": np.zeros((FRAMES, 4), np.float32),
         },
         "events": {"collisions": []},
@@ -196,14 +200,16 @@ def movi_example(letter, video, count):
 
 @pytest.fixture(scope="module")
 def movi_path(tmp_path_factory):
-    """As published: tfrecord files, and a test split of MOVi-C alone."""
+    """As published: tfrecord files, and a test split of MOVi-C and MOVi-E."""
     root = tmp_path_factory.mktemp("movi")
-    for letter in "ac":
+    for letter in "ace":
         splits = {
             "train": [movi_example(letter, v, 3 + v % 2) for v in range(3)],
             "validation": [movi_example(letter, 7, 2)],
             **({"test": [movi_example(letter, 9, 1)] * 2} if letter == "c" else {}),
         }
+        if letter == "e":
+            splits = {"train": splits["train"][:1], "test": [movi_example("e", 4, 23)]}
         home = tfds_files.write(
             root,
             f"movi_{letter}",
@@ -222,14 +228,14 @@ def movi(path, letter="a", split="train", **options):
     return Tfds(dataset=name, path=str(path), split=split, **options)
 
 
-def check_movi(source, index, video, frame, count):
+def check_movi(source, index, video, frame, count, most=5):
     example = source[index]
     image, mask, places = movi_frame(video, frame, count)
     np.testing.assert_array_equal(example["image"], image)
     np.testing.assert_array_equal(example["segmentation"], mask)
     assert example["segmentation"].dtype == np.int32
     objects = example["objects"]
-    assert objects["present"].tolist() == [k < count for k in range(5)]
+    assert objects["present"].tolist() == [k < count for k in range(most)]
     np.testing.assert_allclose(objects["position"][:count], 10 * places, rtol=1e-6)
     np.testing.assert_allclose(
         objects["pixel_position"][:count], SIDE * places[:, :2], rtol=1e-5
@@ -307,6 +313,22 @@ def test_movi_tests_on_its_own_split_where_there_is_one(movi_path):
         23,
         2,
     )
+
+
+@pytest.mark.parametrize("name", ["movi_e", "dinosaur_movi_e"])
+def test_movi_e_has_up_to_23_objects_and_a_test_split(movi_path, name):
+    """By its configurations, which have a slot for each object and one more."""
+    config = importlib.import_module(f"configs.{name}").get_config()
+    data = config.data
+    assert config.model.num_slots == data.max_objects + 1 == 24
+    assert config.name == name and data.path == "data"
+    data.update(path=str(movi_path), cache="", resolution=SIDE)
+    source = registry.build(data, "test")
+    assert len(source) == FRAMES
+    for frame in (0, 23):
+        objects = check_movi(source, frame, 4, frame, 23, most=23)
+        assert objects["category"].tolist() == [k % 4 for k in range(23)]
+    assert len(registry.build(data, "train")) == FRAMES
 
 
 def test_videos_of_another_length_are_one_sentence(tmp_path, monkeypatch):
