@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import linear_sum_assignment
 
 # Hidden units of each probe; none: a linear one.
 HIDDEN: Mapping[str, int] = {"linear": 0, "mlp": 128}
@@ -175,6 +174,9 @@ def _cheapest(costs: np.ndarray, images: np.ndarray, which: np.ndarray) -> np.nd
       images: of the objects, which stand in the order of their images.
       which: objects; the others have none.
     """
+    # Imported here: a start of training needs no SciPy.
+    from scipy.optimize import linear_sum_assignment
+
     matched, rows = np.full(len(images), -1), np.flatnonzero(which)
     for own in np.split(rows, np.flatnonzero(np.diff(images[rows])) + 1):
         objects, slots = linear_sum_assignment(costs[own])
