@@ -13,8 +13,9 @@ import numpy as np
 
 from implicit_slots.data.source import Batch
 from implicit_slots.evaluation.findings import Subject
-from implicit_slots.evaluation.groups import regions_of, seen, without_of
+from implicit_slots.evaluation.groups import regions_of, without_of
 from implicit_slots.evaluation.metrics import deletion
+from implicit_slots.models.images import seen
 from implicit_slots.runtime.prng import Purpose, purpose_key
 
 KEPT, GONE = "ground_kept", "ground_gone"
@@ -43,13 +44,8 @@ def orders_of(key: jax.Array, ground: np.ndarray, slots: int) -> np.ndarray:
     batch = len(ground)
     order = np.asarray(deletion.random_orders(key, 1, batch, slots)[0])
     others = order[order != ground[:, None]].reshape(batch, slots - 1)
-    first = ground[:, None]
-    return np.stack(
-        [
-            np.concatenate([others, first], axis=1),
-            np.concatenate([first, others], axis=1),
-        ]
-    )
+    its = ground[:, None]
+    return np.stack([np.hstack([others, its]), np.hstack([its, others])])
 
 
 def measure(subject: Subject) -> Iterator[tuple[str, float]]:

@@ -112,9 +112,9 @@ def _features(subject: Subject) -> dict[str, Callable[[jax.Array], jax.Array]]:
 
 def _perceived(subject: Subject) -> Callable[..., dict[str, jax.Array]] | None:
     """LPIPS of a batch's renders, where its weights are."""
-    whole = replicated(subject.mesh)
     if not (file := subject.config.evaluation.get("lpips", "")):
         return None
+    whole = replicated(subject.mesh)  # As for other networks.
     weights = jax.device_put(lpips.load(expand(file)), whole)
     return functools.partial(jax.jit(lpips.distances, out_shardings=whole), weights)
 

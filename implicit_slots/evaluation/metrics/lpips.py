@@ -33,7 +33,10 @@ _WANTED = (
 
 
 class Layer(NamedTuple):
-    """A convolution, the pooling before it, and whether its output is compared."""
+    """A convolution, the pooling before it, and what weighs its output's channels.
+
+    Outputs with a `lin` are compared; `lin` and `name` are the package's names.
+    """
 
     name: str
     outputs: int
@@ -41,7 +44,7 @@ class Layer(NamedTuple):
     stride: int = 1
     padding: int = 1
     pool: int = 0
-    compared: bool = True
+    lin: str = ""
 
 
 def _vgg() -> tuple[Layer, ...]:
@@ -50,22 +53,22 @@ def _vgg() -> tuple[Layer, ...]:
         ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)), start=1
     ):
         for i in range(count):
-            place += block > 1 and i == 0  # the pooling
             pool = 2 if block > 1 and i == 0 else 0
+            place += pool > 0  # a place of its own
+            lin = f"lin{block - 1}" if i == count - 1 else ""
             name = f"net.slice{block}.{place}"
-            last = i == count - 1
-            layers.append(Layer(name, width, 3, pool=pool, compared=last))
-            place += 2
+            layers.append(Layer(name, width, 3, pool=pool, lin=lin))
+            place += 2  # the convolution, and its ReLU
     return tuple(layers)
 
 
 NETWORKS: Mapping[str, tuple[Layer, ...]] = {
     "AlexNet": (
-        Layer("net.slice1.0", 64, 11, stride=4, padding=2),
-        Layer("net.slice2.3", 192, 5, padding=2, pool=3),
-        Layer("net.slice3.6", 384, 3, pool=3),
-        Layer("net.slice4.8", 256, 3),
-        Layer("net.slice5.10", 256, 3),
+        Layer("net.slice1.0", 64, 11, stride=4, padding=2, lin="lin0"),
+        Layer("net.slice2.3", 192, 5, padding=2, pool=3, lin="lin1"),
+        Layer("net.slice3.6", 384, 3, pool=3, lin="lin2"),
+        Layer("net.slice4.8", 256, 3, lin="lin3"),
+        Layer("net.slice5.10", 256, 3, lin="lin4"),
     ),
     "VGG16": _vgg(),
 }
@@ -73,15 +76,14 @@ NETWORKS: Mapping[str, tuple[Layer, ...]] = {
 
 def shapes(network: str) -> dict[str, tuple[int, ...]]:
     """Returns what a state dictionary of `lpips.LPIPS` must hold, by name."""
-    found, inputs, compared = {}, 3, 0
+    found, inputs = {}, 3
     for layer in NETWORKS[network]:
         window = (layer.window, layer.window)
         found[f"{layer.name}.weight"] = (layer.outputs, inputs, *window)
         found[f"{layer.name}.bias"] = (layer.outputs,)
         inputs = layer.outputs
-        if layer.compared:
-            found[f"lin{compared}.model.1.weight"] = (1, inputs, 1, 1)
-            compared += 1
+        if layer.lin:
+            found[f"{layer.lin}.model.1.weight"] = (1, inputs, 1, 1)
     return found
 
 
@@ -130,7 +132,7 @@ def distance(
     layers = NETWORKS["AlexNet" if "net.slice5.10.weight" in params else "VGG16"]
     x = jnp.concatenate([image, other]).astype(jnp.float32)
     x = (2 * x - 1 - _SHIFT) / _SCALE
-    total, compared = jnp.zeros(len(image), jnp.float32), 0
+    total = jnp.zeros(len(image), jnp.float32)
     for layer in layers:
         if layer.pool:
             x = nnx.max_pool(x, (layer.pool, layer.pool), strides=(2, 2))
@@ -144,13 +146,12 @@ def distance(
             precision=lax.Precision.HIGHEST,
         )
         x = nnx.relu(x + params[f"{layer.name}.bias"])
-        if layer.compared:
+        if layer.lin:
             norm = jnp.sqrt(jnp.square(x).sum(axis=-1, keepdims=True))
             ours, others = jnp.split(x / (norm + _EPSILON), 2)
-            weight = jnp.asarray(params[f"lin{compared}.model.1.weight"]).reshape(-1)
+            weight = jnp.asarray(params[f"{layer.lin}.model.1.weight"]).reshape(-1)
             apart = (jnp.square(ours - others) * weight).sum(axis=-1)
             total += apart.mean(axis=(1, 2))
-            compared += 1
     return total
 
 
