@@ -163,9 +163,7 @@ def own_gradient(workdir: pathlib.Path) -> Rows:
 def cost(workdir: pathlib.Path) -> Rows:
     """Time of a run's training step by one with one term, in turns, and its memory."""
     config, _ = pretrained.load(workdir)
-    one_term = config.copy_and_resolve_references()
-    one_term.model.adjoint.update(name="neumann", terms=1)
-    rounds = {"own": step_of(config), "one_term": step_of(one_term)}
+    rounds = {"own": step_of(config), "one_term": step_of(with_one_term(config))}
     seconds: dict[str, list[float]] = {name: [] for name in rounds}
     for _ in range(ROUNDS + 1):
         for name, (run, _) in rounds.items():
@@ -177,6 +175,15 @@ def cost(workdir: pathlib.Path) -> Rows:
     yield step, "time_ratio", float(np.median(own / other))
     yield step, "step_ms", 1e3 * float(np.median(own))
     yield step, "step_mb", rounds["own"][1] / 2**20
+
+
+def with_one_term(config: Config) -> Config:
+    """Returns a run's configuration with one term of the Neumann series instead."""
+    changed = config.copy_and_resolve_references()
+    changed.model.adjoint.update(name="neumann", terms=1)
+    if config.model.initial_slots in LEARNED:  # Else they would get no gradient.
+        changed.model.straight_through = True
+    return changed
 
 
 def step_of(config: Config) -> tuple[Callable[[], Any], int]:

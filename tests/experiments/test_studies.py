@@ -33,6 +33,7 @@ from experiments.studies import (
 from experiments.studies.runs import Arm
 from experiments.studies.statistics import Rule, judge, paired_effect, sentence
 from experiments.studies.table import Measurement, Table, as_csv
+from implicit_slots.models.build import build
 from implicit_slots.runtime.errors import UserError
 from implicit_slots.runtime.signals import RESUME_ME
 from implicit_slots.training import run
@@ -280,6 +281,19 @@ def test_every_arm_is_a_configuration_at_every_scale(scale):
             config = runs.resolve(arm, 1)
             assert config.seed == 1
             check(config, "train")
+
+
+def test_what_a_step_costs_is_compared_with_one_term_of_the_same_model():
+    arms = {arm.name: arm for arm in backward_passes.STUDY.arms("cpu")}
+    # The set predictor's unrolled gradient trains its start with nothing straight
+    # through, one term cannot.
+    for name in ("SLATE: unrolled", "set predictor: unrolled"):
+        config = runs.resolve(arms[name], 0)
+        changed = probes.with_one_term(config)
+        assert config.model.adjoint.name == "unrolled"
+        adjoint = changed.model.adjoint
+        assert (adjoint.name, adjoint.terms) == ("neumann", 1)
+        build(changed)
 
 
 def test_all_arms_of_a_seed_come_before_the_next_seed(tmp_path):
