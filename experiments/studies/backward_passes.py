@@ -84,7 +84,7 @@ def arms(scale: str) -> list[Arm]:
         for name, how in passes.items()
     ]
     others = []
-    if scale not in ("tokens", "folder"):
+    if scale not in ("codes", "tokens", "folder"):
         others = [
             scales.arm(one, f"{title}: {key}", how, PROBES)
             for title, base in (

@@ -8,10 +8,16 @@ from implicit_slots.runtime.errors import UserError
 
 Base = tuple[str, dict[str, object]]
 
-SCALES = ("smoke", "cpu", "tokens", "folder", "gpu", "paper")
+SCALES = ("smoke", "cpu", "codes", "tokens", "folder", "gpu", "paper")
 SEEDS: Mapping[str, int] = dict.fromkeys(SCALES, 3) | {"smoke": 1, "paper": 4}
 GAUSSIAN = {"model.initial_slots": "gaussian", "model.straight_through": False}
 UNROLLED = {"model.adjoint.name": "unrolled"}
+# What lets slots that read the codebook's tokens find objects; see `slate`.
+CODES = {
+    "model.inputs": "tokens",
+    "model.position_scale": 1.0,
+    "model.token_weighting": 0.75,
+}
 GRADIENTS: Mapping[str, dict[str, Any]] = {"vanilla": UNROLLED, "implicit": {}}
 
 _SMOKE = {
@@ -33,11 +39,14 @@ _KEEP_ALL = {"keep_checkpoints": 1_000}
 def slate(scale: str) -> Base:
     """Returns the configuration file of SLATE and what a scale changes of it.
 
-    "cpu" is configs/scenes.py with three objects, four slots and 5,000 steps; "tokens"
-    the same of the published model, whose slots read the tokens of a dVAE that is
-    trained beside them, 8,000 steps; "folder" is configs/folder.py with 6,000 steps;
-    "gpu" configs/scenes.py whole; "paper" CLEVR-Mirror as published. All start from
-    Gaussian slots, as published: from learned ones there is but one start.
+    "cpu" is configs/scenes.py with three objects, four slots and 5,000 steps; "codes"
+    the same with slots that read the tokens of its fixed codebook, positions as strong
+    as published, and more weight on rare tokens (results/notes/finding_objects.md says
+    what these are worth); "tokens" the same of the published model, whose slots read
+    the tokens of a dVAE that is trained beside them, 8,000 steps; "folder" is
+    configs/folder.py with 6,000 steps; "gpu" configs/scenes.py whole; "paper"
+    CLEVR-Mirror as published. All start from Gaussian slots, as published: from learned
+    ones there is but one start.
     """
     if scale == "smoke":
         changes = {**_SMOKE, "diagnostics.every": 2, "diagnostics.num_examples": 2}
@@ -47,7 +56,7 @@ def slate(scale: str) -> Base:
     if scale == "gpu":
         changes = {"diagnostics.every": 1_000, **_KEEP_ALL, **GAUSSIAN}
         return "configs/scenes.py", changes
-    steps = {"cpu": 5_000, "tokens": 8_000, "folder": 6_000}[scale]
+    steps = {"cpu": 5_000, "codes": 5_000, "tokens": 8_000, "folder": 6_000}[scale]
     changes: dict[str, object] = {
         "num_steps": steps,
         "validate_every": 500,
@@ -65,6 +74,8 @@ def slate(scale: str) -> Base:
     changes |= {"data.max_objects": 3, "model.num_slots": 4}
     if scale == "cpu":
         return "configs/scenes.py", changes
+    if scale == "codes":
+        return "configs/scenes.py", changes | CODES
     return "configs/scenes.py:tokens", changes | {"batch_size": 8}
 
 
