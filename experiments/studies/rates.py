@@ -9,7 +9,7 @@ Rule: for each gradient the factor with the lowest mean cross-entropy over four 
     lowest over two seeds: that is 1.5 for vanilla and 2 for implicit. Two more seeds of
     the best two of each were added after vanilla's iteration had not settled in another
     study, and the condition after implicit's had not in one of them: to implicit's
-    disadvantage.
+    disadvantage. "codes" has two seeds of 1, 1.5 and 2: it is 2 for both.
 Cost: cpu 16 runs of a minute and a half on a core, and 8 more with --seeds=4
     --arms=vanilla@1,vanilla@1.5,implicit@1.5,implicit@2.
 """
