@@ -86,7 +86,7 @@ def arms(scale: str) -> list[Arm]:
     others = []
     if scale not in ("codes", "tokens", "folder"):
         others = [
-            scales.arm(one, f"{title}: {key}", start(title, key) | how, PROBES)
+            scales.arm(one, f"{title}: {key}", {**start(title, key), **how}, PROBES)
             for title, base in (
                 (AUTOENCODER, scales.shorter("autoencoder", scale)),
                 (SET_PREDICTOR, scales.shorter("set_prediction", scale)),
