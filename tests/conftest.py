@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -23,6 +24,10 @@ if "XLA_FLAGS" not in os.environ:
 
 import jax
 import pytest
+
+# What a script starts in the background ignores Ctrl-C; so would all that it starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
