@@ -49,11 +49,10 @@ def figure(table: Table, *panels: Panel, columns: int = 3) -> "Figure":
         axis.yaxis.label.set_size(8)
         axis.title.set_size(9)
         if names := axis.get_legend_handles_labels()[1]:
-            # Many names would lie over their lines.
-            beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-            axis.legend(
-                fontsize=6.5, frameon=False, **(beside if len(names) > 8 else {})
-            )
+            beside: dict[str, Any] = {}
+            if len(names) > 8:  # They would lie over their lines.
+                beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+            axis.legend(fontsize=6.5, frameon=False, **beside)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     return figure

@@ -273,9 +273,9 @@ def test_every_arm_is_a_configuration_at_every_scale(scale):
         arms = one.arms(scale)
         assert len({arm.name for arm in arms}) == len(arms)
         named = {rule.a for rule in one.rules} | {rule.b for rule in one.rules}
-        # Small scales leave some out, and say of their rules "not measured".
-        # Lower rates are where rates were searched for.
+        # Where rates were searched for.
         lower = {*fig3_solvers.SLOWER.values(), fig11_neumann_terms.SLOWER}
+        # Small scales leave some out, and say of their rules "not measured".
         few = scale not in ("gpu", "paper")
         assert few or named <= {arm.name for arm in arms} | derived(one) | lower
         for arm in arms:
